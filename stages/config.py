@@ -1,0 +1,497 @@
+"""Every knob, once: its name, type, default, bounds and one line of help. Imports no torch.
+
+A knob has one name everywhere: dataclass field `batch_size`, flag `--batch-size`, recipe key `batch_size`,
+key in the manifest. Precedence is default < recipe < flag. Configs hold choices; what follows from them is
+computed where it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from stages.errors import ConfigError
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What is known of a knob beside its name, type and default."""
+
+    help: str
+    panel: str
+    low: float | None = None  # smallest value allowed
+    above: float | None = None  # value must be strictly greater
+    high: float | None = None  # largest value allowed
+    choices: tuple[str, ...] = ()
+    auto: str = ""  # what `null`/"auto" means, for --help
+    inert: bool = False  # True: does not change the result, so it may differ when a run is resumed
+
+
+def knob(default: object, help: str, panel: str, **about: object) -> typing.Any:
+    """A dataclass field that carries its `Knob`; `default` may be `dataclasses.MISSING` for a required one."""
+    metadata = {"knob": Knob(help=help, panel=panel, **about)}  # type: ignore[arg-type]
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+REQUIRED = dataclasses.MISSING
+MODEL, DATA, OUTPUT, TRAINING, OPTIMISER, LORA = "Model", "Data", "Output", "Training", "Optimiser", "LoRA"
+ROLLOUT, REWARD, PPO, EVALUATION, DEVICE = "Rollout", "Reward", "PPO", "Evaluation", "Device"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKnobs:
+    """What every command that loads a model has."""
+
+    model: str = knob(REQUIRED, "base model (local folder or hub id) or a checkpoint of this tool", MODEL)
+    trust_remote_code: bool = knob(False, "run Python code that ships with the base model", MODEL)
+    chat_template: str | None = knob(
+        None, "chat template: 'chatml', 'plain' or a .jinja file", MODEL, auto="the tokenizer's own"
+    )
+    device: str = knob(AUTO, "auto, cpu, cuda or cuda:N", DEVICE)
+    dtype: str = knob(
+        AUTO,
+        "precision of the frozen base; auto is bfloat16 on CUDA, float32 on CPU",
+        DEVICE,
+        choices=(AUTO, "float32", "bfloat16", "float16"),
+    )
+    seed: int = knob(0, "seed of every random choice", TRAINING, low=0, high=2**31 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataKnobs:
+    """What every command that reads a dataset has."""
+
+    dataset: str = knob(REQUIRED, ".jsonl, .json, .csv, .parquet, a saved datasets folder, or hub id[:split]", DATA)
+    map: dict[str, str] = knob({}, "rename columns: prompt=question,completion=answer", DATA)
+    skip_bad_rows: bool = knob(False, "drop and count unusable rows instead of stopping at the first", DATA)
+    limit_rows: int | None = knob(None, "use only the first N rows", DATA, low=1, auto="all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingKnobs(ModelKnobs, DataKnobs):
+    """What every training stage has."""
+
+    output: str = knob(REQUIRED, "folder for the checkpoint; the same command again resumes or says it is done", OUTPUT)
+    save_every: int = knob(50, "save resume state every N steps", OUTPUT, low=1, inert=True)
+    keep_state: bool = knob(False, "keep the resume state after the run has finished", OUTPUT, inert=True)
+
+    eval_dataset: str | None = knob(None, "held-out rows", DATA, auto="eval_fraction of the dataset")
+    eval_fraction: float = knob(0.05, "share of prompts held out when no eval_dataset is given", DATA, low=0, high=0.5)
+    eval_limit: int = knob(500, "use at most N held-out rows", DATA, low=1)
+    eval_every: int | None = knob(
+        None, "evaluate on held-out rows every N steps", TRAINING, low=1, auto="start and end"
+    )
+    samples: int = knob(4, "held-out prompts answered in samples.jsonl at each evaluation", TRAINING, low=0)
+
+    epochs: float = knob(1.0, "passes over the dataset", TRAINING, above=0)
+    max_steps: int | None = knob(None, "stop after N steps, whatever epochs says", TRAINING, low=1, auto="from epochs")
+    batch_size: int = knob(64, "rows per optimiser step, over all ranks", TRAINING, low=1)
+    micro_batch_size: int | str = knob(AUTO, "rows per forward pass; never changes the result", TRAINING, low=1)
+
+    learning_rate: float = knob(2e-4, "peak learning rate", OPTIMISER, above=0)
+    lr_schedule: str = knob("linear", "decay after warm-up", OPTIMISER, choices=("linear", "cosine", "constant"))
+    warmup_ratio: float = knob(0.03, "share of the steps spent warming up", OPTIMISER, low=0, high=1)
+    weight_decay: float = knob(0.0, "decoupled weight decay", OPTIMISER, low=0)
+    adam_beta1: float = knob(0.9, "Adam's beta 1", OPTIMISER, low=0, high=0.9999)
+    adam_beta2: float = knob(0.999, "Adam's beta 2", OPTIMISER, low=0, high=0.99999)
+    adam_eps: float = knob(1e-8, "Adam's epsilon", OPTIMISER, above=0)
+    max_grad_norm: float = knob(1.0, "clip the gradient to this norm; 0 turns it off", OPTIMISER, low=0)
+    gradient_checkpointing: bool = knob(
+        False, "recompute activations in the backward pass: less memory, more time", OPTIMISER
+    )
+
+    lora_rank: int | None = knob(None, "rank of the adapters", LORA, low=1, high=4096, auto="32, or the checkpoint's")
+    lora_alpha: float | None = knob(
+        None, "scale of the adapters is alpha / rank", LORA, above=0, auto="32, or the checkpoint's"
+    )
+    lora_targets: list[str] = knob([], "names of the linear layers to adapt", LORA, auto="all but the output layer")
+
+    def check(self) -> None:
+        if self.eval_fraction == 0 and self.eval_every and not self.eval_dataset:
+            raise ConfigError(
+                "eval_every needs held-out rows, but eval_fraction is 0 and there is no eval_dataset",
+                where="eval_every",
+                fix="give --eval-dataset, or an --eval-fraction above 0",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainingKnobs):
+    """Supervised fine-tuning: the base learns to answer like the demonstrations."""
+
+    max_tokens: int = knob(1024, "longest row in tokens; longer ones are cut, without a false EOS", DATA, low=2)
+    mask: str = knob(
+        "completion",
+        "which tokens are learned: the completion (of messages: the last assistant turn), every assistant turn, or all",
+        TRAINING,
+        choices=("completion", "assistant", "all"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainingKnobs):
+    """Reward model: learns from comparisons to score a response with one number."""
+
+    max_tokens: int = knob(
+        1024, "longest prompt+response in tokens; longer prompts lose their beginning, longer responses their end",
+        DATA, low=4,
+    )  # fmt: skip
+    loss_margin: bool = knob(False, "subtract a row's `margin` inside the loss (Llama 2)", REWARD)
+    centre_coef: float = knob(0.0, "weight of (r_chosen + r_rejected)^2, which keeps scores near 0", REWARD, low=0)
+    label_smoothing: float = knob(0.0, "probability that a comparison is the wrong way round", REWARD, low=0, high=0.49)
+    rating_threshold: float = knob(0.0, "rating differences up to this are ties and are dropped", REWARD, low=0)
+    normalise_raters: bool = knob(False, "z-score ratings per annotator before comparing", REWARD)
+    demonstrations: str | None = knob(
+        None, "demonstrations whose mean score becomes 0", REWARD, auto="the chosen responses of the training rows"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutKnobs:
+    """How responses are sampled."""
+
+    max_prompt_tokens: int | None = knob(
+        None, "longest prompt in tokens", ROLLOUT, low=1, auto="what the context leaves beside the response"
+    )
+    max_response_tokens: int = knob(128, "longest response in tokens", ROLLOUT, low=1)
+    temperature: float = knob(0.7, "sampling temperature; log-probabilities are tempered alike", ROLLOUT, above=0)
+    rollout_batch_size: int | str = knob(AUTO, "responses sampled side by side", ROLLOUT, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoConfig(RolloutKnobs, TrainingKnobs):
+    """PPO: the policy learns to write responses that the reward likes, staying close to the reference."""
+
+    reward: list[str] = knob(
+        REQUIRED,
+        "reward checkpoint, or file.py:function, each with an optional =weight; repeat for several",
+        REWARD,
+    )
+    missing_eos_penalty: float = knob(1.0, "charge for a response that never ends; 0 turns it off", REWARD, low=0)
+    missing_eos: str = knob(
+        "floor",
+        "how it is charged: floor is min(score - penalty, -penalty), subtract, or replace by -penalty",
+        REWARD,
+        choices=("floor", "subtract", "replace"),
+    )
+    score_clip: float | None = knob(None, "clip scores to +- this", REWARD, above=0, auto="off")
+    whiten_rewards: bool = knob(False, "scale rewards to unit variance; shortens responses, see README", REWARD)
+
+    kl_coef: float = knob(0.05, "weight of the KL to the reference in the reward", PPO, low=0)
+    kl_target: float | None = knob(None, "adapt kl_coef towards this sequence KL", PPO, above=0, auto="fixed kl_coef")
+    kl_horizon: int = knob(10_000, "episodes over which the adaptive kl_coef reacts", PPO, low=1)
+    gamma: float = knob(1.0, "discount", PPO, low=0, high=1)
+    gae_lambda: float = knob(0.95, "lambda of generalised advantage estimation", PPO, low=0, high=1)
+    advantage: str = knob("gae", "advantage estimator", PPO, choices=("gae",))
+    whiten_advantages: bool = knob(True, "give advantages mean 0 and variance 1 over the batch", PPO)
+    clip_range: float = knob(0.2, "clip of the probability ratio", PPO, above=0, high=10)
+    value_clip_range: float = knob(0.2, "clip of the value's change", PPO, above=0)
+    value_coef: float = knob(0.1, "weight of the value loss", PPO, low=0)
+    ppo_epochs: int = knob(4, "passes over each batch of experience", PPO, low=1)
+    minibatches: int = knob(1, "optimiser steps per pass", PPO, low=1)
+    target_approx_kl: float | None = knob(
+        0.1, "end an update's passes once the policy moved 1.5x this far", PPO, above=0, auto="never"
+    )
+    ratio_limit: float = knob(10.0, "skip a minibatch whose mean probability ratio exceeds this", PPO, above=1)
+    responses_per_prompt: int = knob(1, "responses sampled per prompt", ROLLOUT, low=1)
+    critic: str = knob(
+        "adapter",
+        "an adapter of its own (starts as the reward model), or a value head shared with the policy's trunk",
+        PPO,
+        choices=("adapter", "shared"),
+    )
+
+    learning_rate: float = knob(1e-5, "learning rate of the policy at the first update", OPTIMISER, above=0)
+    critic_learning_rate: float | None = knob(
+        None, "learning rate of the critic", OPTIMISER, above=0, auto="learning_rate"
+    )
+    adam_eps: float = knob(1e-5, "Adam's epsilon", OPTIMISER, above=0)
+    warmup_ratio: float = knob(0.0, "share of the updates spent warming up", OPTIMISER, low=0, high=1)
+    eval_limit: int = knob(64, "use at most N held-out prompts", DATA, low=1)
+
+    def check(self) -> None:
+        super().check()
+        responses = self.batch_size * self.responses_per_prompt
+        if responses % self.minibatches:
+            raise ConfigError(
+                f"a batch of {responses} responses does not split into {self.minibatches} equal minibatches",
+                where="minibatches",
+                fix="choose minibatches that divide batch_size * responses_per_prompt",
+            )
+        if not self.reward:
+            raise ConfigError("no reward source", where="reward", fix="give --reward CHECKPOINT or --reward file.py:f")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
+    """Measure a checkpoint: a policy on prompts or demonstrations, a reward model on comparisons."""
+
+    output: str | None = knob(None, "also write the report to this .json file", OUTPUT, inert=True)
+    reward: list[str] = knob([], "reward source that scores responses", REWARD)
+    gold: list[str] = knob([], "a second source, reported apart and never trained on", REWARD)
+    against: str | None = knob(None, "checkpoint or base to compare with, prompt by prompt", EVALUATION)
+    reference: str | None = knob(
+        None, "where KL is measured from", EVALUATION, auto="the checkpoint that the policy was trained from"
+    )
+    max_tokens: int = knob(1024, "longest demonstration or comparison in tokens", DATA, low=2)
+    mask: str = knob(
+        "completion", "which tokens count in perplexity", EVALUATION, choices=("completion", "assistant", "all")
+    )
+    examples: int = knob(3, "prompts shown with their responses", EVALUATION, low=0)
+    temperature: float | None = knob(
+        None, "sampling temperature", ROLLOUT, above=0, auto="what the policy was trained at, else 1.0"
+    )
+    max_response_tokens: int | None = knob(
+        None, "longest response in tokens", ROLLOUT, low=1, auto="what the policy was trained at, else 128"
+    )
+
+    def check(self) -> None:
+        if self.against and not (self.reward or self.gold):
+            raise ConfigError(
+                "a win rate needs something that scores responses",
+                where="against",
+                fix="give --reward (a reward checkpoint or file.py:function) or --gold",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(RolloutKnobs, ModelKnobs, DataKnobs):
+    """Write responses to prompts into a .jsonl file."""
+
+    output: str = knob(REQUIRED, "file to write, one JSON object per response", OUTPUT)
+    responses_per_prompt: int = knob(1, "responses per prompt", ROLLOUT, low=1)
+    temperature: float = knob(1.0, "sampling temperature; 0 takes the likeliest token", ROLLOUT, low=0)
+    top_p: float = knob(1.0, "sample from the likeliest tokens of this total probability", ROLLOUT, above=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(ModelKnobs):
+    """Merge a checkpoint's adapter into plain weights that transformers loads by itself."""
+
+    output: str = knob(REQUIRED, "folder to write", OUTPUT)
+    dtype: str = knob(
+        AUTO,
+        "precision of the written weights; auto is the base's own",
+        OUTPUT,
+        choices=(AUTO, "float32", "bfloat16", "float16"),
+    )
+
+
+STAGES: dict[str, type] = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "ppo": PpoConfig,
+    "evaluate": EvaluateConfig,
+    "sample": SampleConfig,
+    "export": ExportConfig,
+}
+
+
+# --- resolving: default < recipe < flag ---------------------------------------------------------------------------
+
+
+def knobs(cls: type) -> dict[str, tuple[dataclasses.Field, Knob, object]]:
+    """Field, `Knob` and type of every knob of a config class, in declaration order."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: (f, f.metadata["knob"], hints[f.name]) for f in fields(cls)}
+
+
+def default_of(f: dataclasses.Field) -> object:
+    """A field's default, or `REQUIRED`."""
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def read_recipe(path: str | Path, cls: type) -> dict[str, tuple[object, str]]:
+    """Read a YAML recipe with the safe loader: {knob: (value, "file:line")}.
+
+    Raises ConfigError for a missing or malformed file, a tag, a repeated or an unknown key (naming the nearest).
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the recipe: {error.strerror or error}",
+            where=str(path),
+            fix="give --config an existing .yaml file",
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError("the recipe is not UTF-8 text", where=str(path), fix="save it as UTF-8") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) if node is not None else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(
+            f"not valid YAML: {problem}", where=f"{path}{line}", fix="write plain `key: value` lines"
+        ) from None
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
+        raise ConfigError("a recipe is a mapping of knobs to values", where=str(path), fix="write `key: value` lines")
+    found: dict[str, tuple[object, str]] = {}
+    for key_node, _ in node.value:
+        name, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        if name in found:
+            raise ConfigError(f"`{name}` is given twice", where=where, fix="keep one of the two lines")
+        if name not in knobs(cls):
+            raise ConfigError(f"unknown knob `{name}`", where=where, fix=suggest(name, cls))
+        found[name] = (values[name], where)
+    return found
+
+
+def suggest(name: str, cls: type) -> str:
+    """Advice for an unknown knob: the nearest name there is."""
+    near = difflib.get_close_matches(name.replace("-", "_"), knobs(cls), n=1, cutoff=0.5)
+    return f"did you mean `{near[0]}`?" if near else "see --help for the knobs of this stage"
+
+
+def resolve(cls: type, recipe: dict[str, tuple[object, str]], flags: dict[str, object]) -> typing.Any:
+    """Build a config of `cls` from defaults, recipe values and flags (a flag that is None was not given).
+
+    Raises ConfigError naming the flag or the recipe line of a value that is missing, of a wrong type or out of bounds.
+    """
+    values: dict[str, object] = {}
+    origin: dict[str, str] = {}
+    for name, (f, about, kind) in knobs(cls).items():
+        flag = "--" + name.replace("_", "-")
+        if flags.get(name) is not None:
+            raw, origin[name] = flags[name], flag
+        elif name in recipe:
+            raw, origin[name] = recipe[name][0], f"{recipe[name][1]}: {name}"
+        elif default_of(f) is REQUIRED:
+            raise ConfigError(f"{flag} is required", where=flag, fix=about.help)
+        else:
+            values[name] = default_of(f)
+            continue
+        values[name] = parse(raw, kind, origin[name])
+        check_bounds(values[name], about, origin[name])
+    config = cls(**values)
+    if hasattr(config, "check"):
+        try:
+            config.check()
+        except ConfigError as error:
+            raise ConfigError(error.what, where=origin.get(error.where or "", error.where), fix=error.fix) from None
+    return config
+
+
+def parse(raw: object, kind: object, where: str) -> object:
+    """Turn a recipe or flag value into the knob's type; `3e-4` is a number, `64.0` a whole one, `yes` is not."""
+    options = typing.get_args(kind) if typing.get_origin(kind) not in (list, dict) else (kind,)
+    options = options or (kind,)
+    if raw is None or (isinstance(raw, str) and raw.lower() in ("null", "none") and type(None) in options):
+        if type(None) in options:
+            return None
+        raise ConfigError("a value is missing", where=where, fix=f"expected {describe(kind)}")
+    for option in options:
+        try:
+            return _parse_one(raw, option)
+        except (TypeError, ValueError):
+            continue
+    raise ConfigError(f"{_short(raw)} is not {describe(kind)}", where=where, fix=f"give {describe(kind)}")
+
+
+def _parse_one(raw: object, kind: object) -> object:
+    if kind is bool:
+        if isinstance(raw, str) and raw.lower() in ("true", "false"):
+            return raw.lower() == "true"
+        if isinstance(raw, bool):
+            return raw
+        raise TypeError
+    if isinstance(raw, bool):
+        raise TypeError
+    if kind is int:
+        number = float(raw) if isinstance(raw, str) else raw
+        if not isinstance(number, (int, float)) or not math.isfinite(number) or number != int(number):
+            raise TypeError
+        return int(raw) if not isinstance(raw, float) and str(raw).lstrip("+-").isdigit() else int(number)
+    if kind is float:
+        if not isinstance(raw, (str, int, float)) or not math.isfinite(float(raw)):
+            raise TypeError
+        return float(raw)
+    if kind is str:
+        if not isinstance(raw, (str, int, float)):
+            raise TypeError
+        return str(raw)
+    if typing.get_origin(kind) is list:
+        items = [raw] if isinstance(raw, str) else raw
+        if not isinstance(items, (list, tuple)) or not all(isinstance(i, (str, int, float)) for i in items):
+            raise TypeError
+        return [str(i) for i in items]
+    if typing.get_origin(kind) is dict:
+        return _parse_pairs(raw)
+    raise TypeError
+
+
+def _parse_pairs(raw: object) -> dict[str, str]:
+    if isinstance(raw, dict):
+        if not all(isinstance(k, str) and isinstance(v, str) for k, v in raw.items()):
+            raise TypeError
+        return dict(raw)
+    if not isinstance(raw, str):
+        raise TypeError
+    pairs = [part.split("=") for part in raw.split(",") if part.strip()]
+    if any(len(pair) != 2 or not pair[0].strip() or not pair[1].strip() for pair in pairs):
+        raise ValueError
+    if len({pair[0].strip() for pair in pairs}) < len(pairs):
+        raise ValueError  # one name twice: which column is meant?
+    return {name.strip(): column.strip() for name, column in pairs}
+
+
+def check_bounds(value: object, about: Knob, where: str) -> None:
+    """Raise ConfigError where a value lies outside its knob's bounds or choices."""
+    if about.choices and value not in about.choices:
+        near = difflib.get_close_matches(str(value), about.choices, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        raise ConfigError(
+            f"`{value}` is not a choice", where=where, fix=f"choose from {', '.join(about.choices)}{hint}"
+        )
+    if isinstance(value, str) and (about.low is not None or about.above is not None) and value != AUTO:
+        raise ConfigError(f"`{value}` is neither a number nor `auto`", where=where, fix="give a whole number, or auto")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if about.low is not None and value < about.low:
+        raise ConfigError(f"{value} is too small", where=where, fix=f"the smallest value is {about.low:g}")
+    if about.above is not None and value <= about.above:
+        raise ConfigError(f"{value} is too small", where=where, fix=f"give a number above {about.above:g}")
+    if about.high is not None and value > about.high:
+        raise ConfigError(f"{value} is too large", where=where, fix=f"the largest value is {about.high:g}")
+
+
+def describe(kind: object) -> str:
+    """A type in words, for messages."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    if typing.get_origin(kind) is list:
+        return "a list of texts"
+    if typing.get_origin(kind) is dict:
+        return "name=column,name=column"
+    options = typing.get_args(kind) or (kind,)
+    return " or ".join(names.get(o, str(o)) for o in options)
+
+
+def _short(raw: object) -> str:
+    text = repr(raw)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def as_dict(config: object) -> dict[str, object]:
+    """Every knob of a config by name, ready for YAML or JSON."""
+    return dataclasses.asdict(config)  # type: ignore[call-overload]
+
+
+def differing(config: object, other: dict[str, object]) -> list[str]:
+    """Names of the knobs that change a result and differ between a config and a stored one."""
+    mine = as_dict(config)
+    inert = {name for name, (_, about, _) in knobs(type(config)).items() if about.inert}
+    return sorted(n for n in mine.keys() | other.keys() if n not in inert and mine.get(n) != other.get(n))

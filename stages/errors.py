@@ -1,0 +1,65 @@
+"""Every way a command can end other than well. No torch here: these answer before anything heavy loads."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake of the user's: `what` is wrong, `where` (file:line, field, flag), what to do (`fix`)."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f"\n  -> {self.fix}" if self.fix else ""
+        return f"{place}{self.what}{advice}"
+
+
+class ConfigError(UserError):
+    """A knob that is unknown, of the wrong type, out of bounds, or at odds with another."""
+
+
+class DatasetError(UserError):
+    """A dataset that cannot be found, read, recognised or used; names file, line and field."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, of the wrong stage, or does not fit another one."""
+
+
+class ModelError(UserError):
+    """A base model or tokenizer that cannot be loaded or does not do what a stage needs."""
+
+
+class OutputError(UserError):
+    """An output folder or file that belongs to something else, is in use, or cannot be written."""
+
+
+class DeviceError(UserError):
+    """A device or precision that this machine does not have."""
+
+
+class RewardError(UserError):
+    """A reward source that cannot be loaded, raises, or returns something other than one finite number each."""
+
+
+class TrainingStopped(Exception):
+    """Training stopped itself because going on would be useless; the last good state is kept."""
+
+    exit_code = 3
+
+    def __init__(self, reason: str, *, step: int, advice: str = ""):
+        self.reason, self.step, self.advice = reason, step, advice
+        super().__init__(f"stopped at step {step}: {reason}" + (f"\n  -> {advice}" if advice else ""))
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; its state is saved and the same command goes on from it."""
+
+    def __init__(self, signal_number: int, *, step: int, output: str):
+        self.exit_code = 128 + signal_number
+        self.step, self.output = step, output
+        super().__init__(f"interrupted; state of step {step} saved in {output}; run the same command again to go on")

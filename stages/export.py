@@ -1,0 +1,128 @@
+"""Merges a checkpoint's adapter into plain weights that transformers loads by itself, and scores what it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stages.config import ExportConfig
+from stages.errors import ModelError
+from stages.files import atomic
+from stages.inputs import Inputs
+from stages.models.base import Base, load_base
+from stages.models.heads import ScalarHead
+from stages.models.lora import merge_and_unwrap
+from stages.models.roles import Roles, adapter_of, head_of
+from stages.models.tokens import Text
+from stages.results import Report, Result, Table
+from stages.training.devices import DTYPES, pick_device
+from stages.training.session import open_text, probe_sequences
+
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.15,
+    torch.float16: 0.05,
+}  # of the largest logit; rounding of weights
+
+
+def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+    """Write the merged model in the wanted precision, load it back with transformers, and compare."""
+    source = inputs.source
+    text = open_text(source, config)
+    own = DTYPES.get(str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32)
+    wanted = DTYPES.get(config.dtype, own)
+    is_reward = source.manifest.stage == "reward"
+    kind = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
+    facts = {"kind": kind, "dtype": str(wanted).removeprefix("torch.")}
+    if dry_run:
+        return Result("export", "dry run", None, {"plan": facts})
+    loaded = own if wanted == own else torch.float32  # rounding happens once, after the merge
+    base = load_base(
+        source, device=pick_device(config.device), dtype=loaded, trust_remote_code=config.trust_remote_code
+    )
+    roles = Roles(base)
+    roles.add("merged", adapter_of(base, source, trainable=False))
+    head = head_of(base, source.folder) if is_reward else None
+    sequences = probe_sequences(base)
+    with roles.use("merged"), torch.no_grad():
+        expected = [read_out(base, head, s) for s in sequences]
+    report.note(f"merging the adapter of {source.name} into {source.base_name}")
+    merge_and_unwrap(base.model, base.layers, roles.adapters["merged"])
+    model = base.model.to(wanted) if head is None else as_classifier(base, head, wanted)
+    model.generation_config.eos_token_id = list(text.stop_ids) if model.can_generate() else None
+    set_special_tokens(model, text)
+    with atomic.folder(config.output) as folder:
+        model.save_pretrained(folder, safe_serialization=True)
+        text.tokenizer.save_pretrained(folder)
+        difference = compare(folder, head, sequences, expected, base.device, wanted)
+    data = {**facts, "largest_difference": difference, "score_bias": float(head.bias) if head else None}
+    rows = (("class", kind), ("precision", facts["dtype"]), ("largest difference after reloading", f"{difference:.2e}"))
+    if head is not None:
+        rows += (("score = its logit +", f"{float(head.bias):.4f} (score_bias in config.json)"),)
+    hint = f"transformers.{kind}.from_pretrained({config.output!r})"
+    return Result("export", "done", config.output, data, (Table("export", ("what", "value"), rows),), (hint,))
+
+
+def read_out(base: Base, head: ScalarHead | None, sequence: Tensor) -> Tensor:
+    """Logits (L, V) of a sequence, or, with a head, the score (1,) of its end without the head's bias."""
+    hidden = base.hidden([sequence])
+    return base.logits(hidden).float() if head is None else (head(hidden[-1:]) - head.bias)
+
+
+def as_classifier(base: Base, head: ScalarHead, dtype: torch.dtype) -> nn.Module:
+    """The merged body with the head as transformers' sequence classifier of one label.
+
+    Its output layer has no bias: scores are the logit + `score_bias`, which config.json carries.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = base.model.config
+    config.num_labels, config.score_bias = 1, float(head.bias)
+    try:
+        model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError:
+        raise ModelError(
+            f"transformers has no sequence classifier for `{config.model_type}`",
+            where="--model",
+            fix="load the adapter with PEFT, or score with rlhf evaluate",
+        ) from None
+    model.base_model.load_state_dict(base.body.state_dict())
+    model.score.weight.data.copy_(head.weight.detach()[None])
+    return model.to(base.device, dtype).eval()
+
+
+def set_special_tokens(model: nn.Module, text: Text) -> None:
+    """Padding must not look like an end: a classifier finds the last token by skipping padding."""
+    pad = text.tokenizer.pad_token_id
+    if pad is None or pad in text.stop_ids:
+        others = [text.tokenizer.unk_token_id, *text.tokenizer.all_special_ids, 0]
+        pad = next((i for i in others if i is not None and i not in text.stop_ids), None)
+        if pad is not None:
+            text.tokenizer.pad_token = text.tokenizer.convert_ids_to_tokens(pad)
+    model.config.pad_token_id = pad
+    model.config.eos_token_id = text.eos_id
+
+
+@torch.no_grad()
+def compare(
+    folder: Path,
+    head: ScalarHead | None,
+    sequences: list[Tensor],
+    expected: list[Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Load the written model with transformers; returns its largest difference from the adapter, in logits or score."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    loader = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    model = loader.from_pretrained(folder, dtype=dtype).to(device).eval()
+    largest, scale = 0.0, 1.0
+    for sequence, wanted in zip(sequences, expected, strict=True):
+        found = model(input_ids=sequence[None].to(device)).logits[0].float()
+        largest = max(largest, float((found - wanted).abs().max()))
+        scale = max(scale, float(wanted.abs().max()))
+    assert largest <= TOLERANCE[dtype] * scale, f"the exported model differs by {largest} from the checkpoint"
+    return largest

@@ -1,0 +1,1 @@
+"""What is on disk: dataset rows, manifests, checkpoints, run logs."""

@@ -1,0 +1,244 @@
+"""What a command works on, opened and checked before torch is imported: models, rows, reward sources, the output.
+
+Every mistake of the user's that can be seen without a tokenizer is found here, within a second, with nothing written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stages.config import (
+    EvaluateConfig,
+    ExportConfig,
+    PpoConfig,
+    RewardConfig,
+    SampleConfig,
+    SftConfig,
+    TrainingKnobs,
+)
+from stages.errors import CheckpointError, ConfigError, DatasetError, ModelError, OutputError, UserError
+from stages.files import rows as files
+from stages.files.manifest import locate
+from stages.files.rows import Rows
+from stages.files.run import Run, open_run
+from stages.files.splits import split_held_out
+from stages.models.source import Source, open_source, same_base
+from stages.rollout.specs import Spec, open_rewards
+
+POLICIES = ("sft", "ppo")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a stage needs from disk; what a stage has no use for is empty."""
+
+    source: Source
+    data: Rows | None = None
+    train: list = field(default_factory=list)
+    held_out: list = field(default_factory=list)
+    run: Run | None = None  # the output folder of a training stage
+    rewards: list[Spec] = field(default_factory=list)
+    gold: list[Spec] = field(default_factory=list)
+    demonstrations: Rows | None = None
+    against: Source | None = None
+    reference: Source | None = None
+
+
+def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
+    """Open what a stage's config names; raises a UserError for the first thing that is wrong."""
+    return {
+        "sft": sft_inputs,
+        "reward": reward_inputs,
+        "ppo": ppo_inputs,
+        "evaluate": evaluate_inputs,
+        "sample": sample_inputs,
+        "export": export_inputs,
+    }[stage](config, overwrite)
+
+
+def sft_inputs(config: SftConfig, overwrite: bool) -> Inputs:
+    source = _policy(config, "--model")
+    read = _reader(files.read_demonstrations, config)
+    return _training("sft", config, overwrite, source, read)
+
+
+def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
+    source = open_source(
+        config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=config.trust_remote_code
+    )
+    ratings = {"rating_threshold": config.rating_threshold, "normalise_raters": config.normalise_raters}
+    read = _reader(files.read_comparisons, config, **ratings)
+    demonstrations = files.read_demonstrations(config.demonstrations) if config.demonstrations else None
+    more = {"demonstrations": demonstrations.digest} if demonstrations else {}
+    return _training("reward", config, overwrite, source, read, more, demonstrations=demonstrations)
+
+
+def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
+    source = _policy(config, "--model")
+    rewards = open_rewards(config.reward, source)
+    _response_fits(config.max_response_tokens, source)
+    more = {f"reward {spec.name}": spec.digest for spec in rewards}
+    return _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, rewards=rewards)
+
+
+def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
+    source = open_source(
+        config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=config.trust_remote_code
+    )
+    against = _other(config.against, "--against", source)
+    reference = _other(config.reference, "--reference", source) or parent_of(source)
+    rewards = open_rewards(config.reward, source)
+    gold = open_rewards(config.gold, source, what="--gold")
+    read = files.read_prompts
+    kind = files.detect_kind(config.dataset, map=config.map)
+    if source.manifest is not None and source.manifest.stage == "reward":
+        if kind not in ("comparison", "rating"):
+            raise DatasetError(
+                f"{config.dataset} holds {kind}s; a reward model is measured on comparisons",
+                where="--dataset",
+                fix="give rows with prompt, chosen and rejected",
+            )
+        read = files.read_comparisons
+    elif kind == "demonstration":
+        read = files.read_demonstrations
+    elif kind != "prompt":
+        read = files.read_prompts if rewards or gold else _refuse_comparisons(config)
+    if config.output:
+        _writable_file(config.output, ".json")
+    data = _reader(read, config)(config.dataset)
+    return Inputs(source, data, rewards=rewards, gold=gold, against=against, reference=reference)
+
+
+def _refuse_comparisons(config: EvaluateConfig) -> Any:
+    raise DatasetError(
+        f"{config.dataset} holds comparisons, but {config.model} is no reward model",
+        where="--dataset",
+        fix="give prompts or demonstrations, or a reward checkpoint as --model",
+    )
+
+
+def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
+    source = _policy(config, "--model")
+    _response_fits(config.max_response_tokens, source)
+    _writable_file(config.output, ".jsonl")
+    return Inputs(source, _reader(files.read_prompts, config)(config.dataset))
+
+
+def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
+    source = open_source(
+        config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=config.trust_remote_code
+    )
+    if source.manifest is None:
+        raise CheckpointError(
+            f"{config.model} is a base model; there is no adapter to merge",
+            where="--model",
+            fix="give a checkpoint of this tool",
+        )
+    output = Path(config.output).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} is not empty", where="--output", fix="give a new folder")
+    return Inputs(source)
+
+
+# --- parts
+
+
+def _policy(config: Any, what: str) -> Source:
+    return open_source(config.model, stages=POLICIES, what=what, trust_remote_code=config.trust_remote_code)
+
+
+def _other(name: str | None, what: str, source: Source) -> Source | None:
+    if name is None:
+        return None
+    other = open_source(name, stages=POLICIES, what=what)
+    same_base(source, other, first_flag="--model", second_flag=what)
+    return other
+
+
+def parent_of(source: Source) -> Source | None:
+    """The checkpoint that a policy was trained from, where it can still be found; else its base."""
+    if source.manifest is None:
+        return source
+    parent = next((p for p in source.manifest.parents if p.role == "model"), None)
+    if parent is None:
+        return open_source(str(source.base), stages=(), what="base")
+    try:
+        return open_source(str(locate(source.folder, parent)), stages=(*POLICIES, "reward"), what="parent")
+    except UserError:
+        return None
+
+
+def _reader(read: Any, config: Any, **more: Any) -> Any:
+    def opened(name: str) -> Rows:
+        return read(name, map=config.map, skip_bad_rows=config.skip_bad_rows, limit_rows=config.limit_rows, **more)
+
+    return opened
+
+
+def _training(
+    stage: str,
+    config: TrainingKnobs,
+    overwrite: bool,
+    source: Source,
+    read: Any,
+    more_inputs: dict[str, str] | None = None,
+    **more: Any,
+) -> Inputs:
+    """Rows split into training and held-out, and the output folder, for a stage that trains."""
+    _rank_fits(config, source)
+    data = read(config.dataset)
+    inputs = {"dataset": data.digest, "model": source.digest, **(more_inputs or {})}
+    if config.eval_dataset:
+        held = read(config.eval_dataset)
+        inputs["eval_dataset"] = held.digest
+        train, held_out = list(data.rows), list(held.rows)[: config.eval_limit]
+    else:
+        train, held_out = split_held_out(data.rows, config.eval_fraction, config.eval_limit, config.seed)
+    writer = os.environ.get("RANK", "0") == "0"
+    run = open_run(config.output, stage, config, inputs, overwrite=overwrite, writer=writer)
+    return Inputs(source, data, train, held_out, run, **more)
+
+
+def _rank_fits(config: TrainingKnobs, source: Source) -> None:
+    if source.folder is None or config.lora_rank is None:
+        return
+    try:
+        stored = json.loads((source.folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            "adapter_config.json cannot be read", where=str(source.folder), fix="train the checkpoint again"
+        ) from None
+    if config.lora_rank < stored:
+        raise ConfigError(
+            f"lora_rank {config.lora_rank} is smaller than {stored}, the rank of {source.name}",
+            where="lora_rank",
+            fix=f"leave lora_rank out, or give at least {stored}",
+        )
+
+
+def _response_fits(max_response_tokens: int, source: Source) -> None:
+    if max_response_tokens >= source.context:
+        raise ModelError(
+            f"responses of {max_response_tokens} tokens leave no room for a prompt in a context of {source.context}",
+            where="--max-response-tokens",
+            fix=f"give fewer than {source.context}",
+        )
+
+
+def _writable_file(name: str, suffix: str) -> None:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise OutputError(f"{name} is a folder", where="--output", fix=f"give a file name ending in {suffix}")
+    if path.suffix != suffix:
+        raise OutputError(
+            f"{name} does not end in {suffix}", where="--output", fix=f"give a file name ending in {suffix}"
+        )
+    for parent in path.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise OutputError(f"{parent} is a file", where="--output", fix="give a path inside a folder")
+            return

@@ -1,0 +1,121 @@
+"""Attention over a packed row: sequences laid end to end, each attending to itself alone, with no padding at all.
+
+Registered with transformers under one name. Where a forward pass runs inside `packed(lengths)`, the mask that
+transformers hands to every layer is a `Segments` object and attention runs segment by segment; elsewhere it is
+transformers' own scaled-dot-product attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+NAME = "rlhf_packed"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where each sequence of a packed row lies."""
+
+    lengths: tuple[int, ...]
+    offsets: Tensor  # (sequences + 1,) int32 on the row's device: cumulative lengths
+
+
+class _Current:
+    segments: Segments | None = None
+
+
+@contextmanager
+def packed(lengths: list[int], device: torch.device) -> Iterator[None]:
+    """Forward passes in this block see one row made of sequences of these lengths."""
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    _Current.segments = Segments(tuple(lengths), ends.to(device))
+    try:
+        yield
+    finally:
+        _Current.segments = None
+
+
+def make_mask(*args: object, **kwargs: object) -> object:
+    """The mask of a forward pass: the segments of the packed row, or transformers' own."""
+    from transformers.masking_utils import sdpa_mask
+
+    return _Current.segments if _Current.segments is not None else sdpa_mask(*args, **kwargs)
+
+
+def attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: object
+):
+    """Attention of one layer; query (B, heads, N, D), key and value (B, kv heads, N, D) -> (B, N, heads, D), None."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if not isinstance(attention_mask, Segments):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scale = kwargs.get("scaling")
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    if query.is_cuda and softcap is None and query.dtype != torch.float32:
+        return _attend_varlen(query, key, value, attention_mask, scale, window), None
+    outs, start = [], 0
+    for length in attention_mask.lengths:
+        part = slice(start, start + length)
+        outs.append(_attend_one(query[:, :, part], key[:, :, part], value[:, :, part], scale, window, softcap))
+        start += length
+    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend_one(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention within one sequence, (1, heads, L, D) each."""
+    gqa = q.shape[1] != k.shape[1]
+    length = q.shape[2]
+    if softcap is None and (window is None or length <= window):
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    mask = ones.tril() if window is None else ones.tril() & ~ones.tril(-window)
+    if softcap is None:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    logits = (q @ k.transpose(-1, -2)) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    logits = softcap * torch.tanh(logits / softcap)
+    weights = logits.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None
+) -> Tensor:
+    """The same on CUDA through torch's variable-length kernel; its signature changed between torch 2.11 and 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    accepts = inspect.signature(varlen_attn).parameters
+    options: dict[str, object] = {"scale": scale} if "scale" in accepts else {}
+    if "window_size" in accepts:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in accepts:
+            options["enable_gqa"] = True
+        else:
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    longest = max(segments.lengths)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    return varlen_attn(q, k, v, segments.offsets, segments.offsets, longest, longest, **options).unsqueeze(0)
+
+
+def register() -> None:
+    """Make the attention known to transformers under `NAME`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_mask)

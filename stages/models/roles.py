@@ -1,0 +1,127 @@
+"""The roles of RLHF as adapters and heads on one frozen base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from stages.errors import CheckpointError
+from stages.files.atomic import write_json
+from stages.files.tensors import load_tensors, save_tensors
+from stages.models.base import Base
+from stages.models.heads import ScalarHead, head_from
+from stages.models.lora import Adapter, fresh, from_tensors, peft_config
+from stages.models.source import Source
+
+ADAPTER, ADAPTER_CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
+SCORE_KEY = "base_model.model.score.weight"  # where PEFT looks for a sequence classifier's head
+DEFAULT_RANK, DEFAULT_ALPHA = 32, 32.0
+
+
+class Roles:
+    """Named adapters and heads on one base; `with roles.use("policy"):` makes one the active one.
+
+    A role without an adapter is the base alone. Forward and backward of a role stay inside its block, since
+    gradient checkpointing runs the forward pass again during backward.
+    """
+
+    def __init__(self, base: Base):
+        self.base = base
+        self.adapters: dict[str, Adapter | None] = {}
+        self.heads: dict[str, ScalarHead] = {}
+
+    def add(self, role: str, adapter: Adapter | None, head: ScalarHead | None = None) -> None:
+        """Put an adapter (None: the base alone) and perhaps a head under a role's name."""
+        self.remove(role)
+        self.adapters[role] = adapter
+        for path, delta in (adapter.deltas if adapter else {}).items():
+            self.base.layers[path].deltas[role] = delta
+        if head is not None:
+            self.heads[role] = head
+
+    def remove(self, role: str) -> None:
+        for layer in self.base.layers.values():
+            layer.deltas.pop(role, None)
+        self.adapters.pop(role, None)
+        self.heads.pop(role, None)
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[None]:
+        """Make `role` the active one within the block."""
+        assert role in self.adapters, f"no role {role}"
+        before = self.base.switch.active
+        self.base.switch.active = role
+        try:
+            yield
+        finally:
+            self.base.switch.active = before
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """What a role trains: its adapter's weights and its head's."""
+        adapter, head = self.adapters[role], self.heads.get(role)
+        return [*(adapter.parameters() if adapter else ()), *(head.parameters() if head else ())]
+
+
+def new_adapter(base: Base, rank: int | None, alpha: float | None, targets: list[str], seed: int) -> Adapter:
+    """A fresh trainable adapter; None takes the defaults."""
+    return fresh(base.layers, rank or DEFAULT_RANK, alpha or DEFAULT_ALPHA, targets, seed)
+
+
+def adapter_of(base: Base, source: Source, *, trainable: bool, folder: Path | None = None) -> Adapter | None:
+    """The adapter stored in a checkpoint, None for a plain base."""
+    where = folder or source.folder
+    if where is None:
+        return None
+    try:
+        config = json.loads((where / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG} cannot be read: {error}", where=str(where), fix="train the checkpoint again"
+        ) from None
+    tensors = {k: v for k, v in load_tensors(where / ADAPTER).items() if k != SCORE_KEY}
+    return from_tensors(base.layers, tensors, rank, alpha, where=str(where / ADAPTER), trainable=trainable)
+
+
+def head_of(base: Base, folder: Path) -> ScalarHead:
+    """The scalar head stored in a reward checkpoint or in a PPO checkpoint's critic."""
+    path = folder / HEAD
+    if not path.exists():
+        raise CheckpointError("head.safetensors is missing", where=str(folder), fix="give a reward checkpoint")
+    return head_from(load_tensors(path), base.width, base.device, where=str(path))
+
+
+def start_adapter(
+    base: Base, source: Source, rank: int | None, alpha: float | None, targets: list[str], seed: int
+) -> Adapter:
+    """What training starts from: the checkpoint's adapter (grown where a larger rank is asked for), or a fresh one."""
+    stored = adapter_of(base, source, trainable=True)
+    if stored is None:
+        return new_adapter(base, rank, alpha, targets, seed)
+    if rank in (None, stored.rank) and alpha in (None, stored.alpha):
+        return stored
+    return stored.grown(rank or stored.rank, alpha or stored.alpha, seed)
+
+
+def save_adapter(folder: Path, base: Base, adapter: Adapter, head: ScalarHead | None = None) -> list[str]:
+    """Write an adapter, and a head where there is one, as PEFT's files and head.safetensors; returns the file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = adapter.tensors()
+    if head is not None:
+        tensors[SCORE_KEY] = head.weight.detach()[None]
+    save_tensors(folder / ADAPTER, tensors)
+    task = "SEQ_CLS" if head is not None else "CAUSAL_LM"
+    write_json(folder / ADAPTER_CONFIG, peft_config(base.model, base.layers, adapter, base.source.base_name, task))
+    if head is None:
+        return [ADAPTER, ADAPTER_CONFIG]
+    save_tensors(folder / HEAD, head.tensors())
+    return [ADAPTER, ADAPTER_CONFIG, HEAD]
+
+
+def frozen_copy(adapter: Adapter | None) -> Adapter | None:
+    """A copy that is not trained; None stays None (the base alone)."""
+    return adapter.copy(trainable=False) if adapter is not None else None

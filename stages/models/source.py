@@ -1,0 +1,189 @@
+"""What --model names: a base or one of our checkpoints. Checked on disk before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import CheckpointError, ModelError
+from stages.files.identity import base_digest, tokenizer_digest
+from stages.files.manifest import BaseRef, Manifest, checkpoint_digest, is_checkpoint, locate, read_manifest
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to start from: the base's folder and, where it is one of our checkpoints, its manifest."""
+
+    name: str  # as the user gave it
+    base: Path  # folder with config.json and *.safetensors
+    base_name: str  # local path or hub id of the base
+    base_digest: str
+    tokenizer: Path  # folder to load the tokenizer from
+    tokenizer_digest: str
+    manifest: Manifest | None
+    config: dict  # the base's config.json
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder, None for a plain base."""
+        return self.manifest.folder if self.manifest else None
+
+    @property
+    def digest(self) -> str:
+        """Identifies everything that is loaded: the checkpoint's manifest, or the base's content."""
+        return checkpoint_digest(self.folder) if self.folder else f"{self.base_digest}:{self.tokenizer_digest}"
+
+    @property
+    def reference(self) -> BaseRef:
+        """The base as a manifest names it; a hub id is kept without the cache's path."""
+        path = str(self.base.resolve()) if Path(self.base_name).exists() else None
+        return BaseRef(self.base_name, path, self.base_digest)
+
+    @property
+    def context(self) -> int:
+        """Positions that the base can attend over; 2^30 where it states no limit."""
+        text = self.config.get("text_config") or self.config
+        found = [text[key] for key in CONTEXT_KEYS if isinstance(text.get(key), int) and text[key] > 0]
+        return min(found) if found else 2**30
+
+
+def open_source(name: str, *, stages: tuple[str, ...], what: str, trust_remote_code: bool = False) -> Source:
+    """Find what a --model-like flag names and check it; `stages` are the checkpoint kinds accepted.
+
+    Raises ModelError or CheckpointError naming the flag `what`.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and is_checkpoint(path):
+        return _open_checkpoint(name, path, stages, what, trust_remote_code)
+    if path.is_file():
+        raise ModelError(f"{name} is a file", where=what, fix="give the model's folder")
+    if path.is_dir():
+        _refuse_lookalikes(path, name, what)
+        return _open_base(name, path, name, None, what, trust_remote_code)
+    if name.startswith((".", "/", "~")) or not HUB_ID.match(name):
+        raise ModelError(
+            f"{name} does not exist", where=what, fix="give a model folder, a checkpoint folder, or a hub id org/name"
+        )
+    return _open_base(name, _download(name, what), name, None, what, trust_remote_code)
+
+
+def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, trust_remote_code: bool) -> Source:
+    manifest = read_manifest(path)
+    if manifest.stage not in stages:
+        raise CheckpointError(
+            f"{name} is a `{manifest.stage}` checkpoint",
+            where=what,
+            fix=f"give one of: {', '.join(stages)}, or a base model",
+        )
+    located = locate(path, manifest.base)
+    base = Path(located) if Path(located).is_dir() else _download(str(located), what)
+    source = _open_base(name, base, manifest.base.name, manifest, what, trust_remote_code)
+    if source.base_digest != manifest.base.digest:
+        raise CheckpointError(
+            f"the base model at {base} is not the one that {name} was trained on (its weights differ)",
+            where=what,
+            fix="put the original base back, or train the checkpoint again on this one",
+        )
+    return source
+
+
+def _open_base(
+    name: str, base: Path, base_name: str, manifest: Manifest | None, what: str, trust_remote_code: bool
+) -> Source:
+    config = _read_config(base, what)
+    _check_architecture(config, base, what, trust_remote_code)
+    tokenizer = manifest.folder if manifest and (manifest.folder / "tokenizer_config.json").exists() else base
+    if not any(
+        (tokenizer / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    ):
+        raise ModelError(f"{tokenizer} has no tokenizer", where=what, fix="save the tokenizer into the model's folder")
+    if base_name == str(base) or Path(base_name).exists():
+        base_name = os.path.abspath(base_name)
+    return Source(name, base, base_name, base_digest(base), tokenizer, tokenizer_digest(tokenizer), manifest, config)
+
+
+def _read_config(base: Path, what: str) -> dict:
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{base} holds no config.json, so it is no model", where=what, fix="give a folder saved by save_pretrained"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"config.json cannot be read: {error}", where=f"{what} {base}", fix="restore the file"
+        ) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(
+            "config.json names no model_type", where=f"{what} {base}", fix="give a transformers model folder"
+        )
+    return config
+
+
+def _check_architecture(config: dict, base: Path, what: str, trust_remote_code: bool) -> None:
+    if config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{base} is an encoder-decoder ({config['model_type']})",
+            where=what,
+            fix="give a decoder-only causal language model",
+        )
+    if config.get("auto_map") and not trust_remote_code:
+        raise ModelError(
+            f"{base} brings Python code of its own (auto_map in config.json), which is not run",
+            where=what,
+            fix="use a model that transformers supports, or pass --trust-remote-code if you trust its author",
+        )
+
+
+def _refuse_lookalikes(path: Path, name: str, what: str) -> None:
+    if (path / "run.json").exists() and not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{name} is an unfinished run",
+            where=what,
+            fix="run its command again to finish it, or give another checkpoint",
+        )
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{name} is a bare adapter without checkpoint.json",
+            where=what,
+            fix="merge it into its base first, and give that folder",
+        )
+
+
+def _download(name: str, what: str) -> Path:
+    """Fetch a hub model's config, tokenizer and safetensors; nothing that could execute."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises many kinds; each means the model cannot be had
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name} is no local folder, and the hub did not give it: {reason}",
+            where=what,
+            fix="check the name, or give a local folder",
+        ) from None
+
+
+def same_base(first: Source, second: Source, *, first_flag: str, second_flag: str) -> None:
+    """Raise CheckpointError unless two sources share base weights and tokenizer."""
+    if first.base_digest != second.base_digest:
+        raise CheckpointError(
+            f"{first.name} is on base {first.base_name}, {second.name} is on base {second.base_name}; "
+            "they cannot share one frozen base",
+            where=f"{first_flag}, {second_flag}",
+            fix=f"train {second.name} with `rlhf reward --model {first.name}`, or choose checkpoints of one base",
+        )
+    if first.tokenizer_digest != second.tokenizer_digest:
+        raise CheckpointError(
+            f"{first.name} and {second.name} have different tokenizers",
+            where=f"{first_flag}, {second_flag}",
+            fix="choose checkpoints that were trained with one tokenizer",
+        )

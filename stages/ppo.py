@@ -1,0 +1,293 @@
+"""PPO (Schulman et al. 2017; Ziegler et al. 2019): four roles on one frozen base.
+
+One update: sample responses, judge them, shape rewards, estimate advantages, and take a few clipped steps.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stages.config import PpoConfig
+from stages.files.manifest import checkpoint_digest
+from stages.inputs import Inputs
+from stages.maths.advantages import gae
+from stages.maths.kl import k3, next_kl_coef, sequence_kl
+from stages.maths.rewards import charge_missing_eos, shape_rewards
+from stages.maths.statistics import correlation, explained_variance
+from stages.maths.tensors import scale_to_unit_variance, whiten
+from stages.models.heads import ScalarHead
+from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
+from stages.models.tokens import PromptRow, Text
+from stages.results import Report, Result, Table
+from stages.rollout.experience import Experience, Rollout, role_logprobs, role_values, roll_out, rollout_kl
+from stages.rollout.generate import Sampling
+from stages.rollout.sources import Rewards
+from stages.training.batching import batch_at, epoch_at, steps_in
+from stages.training.clipped import Judged, clipped_steps
+from stages.training.devices import Ranks, peak_memory_gb
+from stages.training.loop import Progress, before_and_after, read_metrics, train
+from stages.training.optimizer import learning_rate_at
+from stages.training.plan import plan_result
+from stages.training.seeds import derive
+from stages.training.session import encode_all, metrics_table, open_base, open_progress, open_text, publish
+
+
+def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+    """Train a policy against a reward and publish it, with its critic, as a checkpoint."""
+    source, out = inputs.source, inputs.run
+    text = open_text(source, config)
+    longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
+    encode = partial(text.prompt, max_tokens=longest)
+    prompts = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
+    held = encode_all(inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out prompts")
+    total = steps_in(len(prompts), config.batch_size, config.epochs, config.max_steps)
+    if dry_run:
+        sizes = [len(p.ids) + config.max_response_tokens for p in prompts]
+        return plan_result("ppo", config, inputs, sizes, total)
+
+    base, ranks = open_base(source, config, text)
+    roles = open_roles(Roles(base), config, inputs)
+    rewards = Rewards(inputs.rewards, roles, config.micro_batch_size)
+    progress = open_progress(config, trained_parameters(roles, config))
+    progress.facts["kl_coef"] = config.kl_coef
+    sampling = Sampling(config.temperature, config.max_response_tokens, rows_at_once=config.rollout_batch_size)
+    bench = Bench(config, roles, text, rewards, ranks, progress, sampling, total)
+
+    def update(step: int) -> dict[str, float]:
+        chosen = [prompts[i] for i in batch_at(step, len(prompts), config.batch_size, config.seed, "ppo")]
+        before = {name: tensor.clone() for name, tensor in progress.tensors().items()}, progress.stored()
+        try:
+            metrics = ppo_update(bench, chosen, step)
+        except BaseException:  # a signal in the middle: the state to save is the one before this update
+            progress.restore(*before)
+            raise
+        return metrics | {"epoch": epoch_at(step + 1, len(prompts), config.batch_size)}
+
+    def evaluate(step: int) -> dict[str, float]:
+        metrics, samples = held_out_metrics(bench, held, config.samples)
+        if ranks.first:
+            out.samples([{"step": step, **sample} for sample in samples])
+        return metrics
+
+    if ranks.first:
+        out.start()
+    report.note(f"{len(prompts)} prompts, {total} updates, {roles.adapters['policy'].size:,} parameters in the policy")
+    train(out, report, ranks, progress, config, title="ppo", total=total, update=update, evaluate=evaluate)
+    if not ranks.first:
+        return Result("ppo", "done", config.output, {})
+    lines = read_metrics(out)
+    metrics = {**before_and_after(lines), **{k: lines[-1].get(k) for k in ("reward_score", "reward_kl", "entropy")}}
+    parents = [("model", source), *(("reward", spec.checkpoint) for spec in inputs.rewards if spec.checkpoint)]
+    publish(
+        out, "ppo", config, roles, text,
+        adapter=roles.adapters["policy"], critic=(roles.adapters.get("critic"), roles.heads["critic"]),
+        parents=parents, datasets={"train": inputs.data}, metrics=metrics, lines=lines,
+    )  # fmt: skip
+    data = {"metrics": metrics, "updates": total}
+    tables = (start_and_end(metrics), metrics_table("ppo", metrics))[: 1 if held else 2]
+    return Result("ppo", "done", config.output, data, tables, next_commands(config))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every update works with."""
+
+    config: PpoConfig
+    roles: Roles
+    text: Text
+    rewards: Rewards
+    ranks: Ranks
+    progress: Progress
+    sampling: Sampling
+    total: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.roles.base.device
+
+
+# --- roles
+
+
+def open_roles(roles: Roles, config: PpoConfig, inputs: Inputs) -> Roles:
+    """Policy and reference start as the same adapter; the critic starts as the reward model."""
+    base, source = roles.base, inputs.source
+    seed = derive(config.seed, "ppo", "adapter")
+    roles.add("policy", start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed))
+    roles.add("reference", frozen_copy(adapter_of(base, source, trainable=False)))
+    if config.critic == "shared":
+        roles.heads["critic"] = ScalarHead(base.width).to(base.device)
+        return roles
+    reward = next((spec.checkpoint for spec in inputs.rewards if spec.checkpoint), None)
+    folder = critic_folder(inputs, reward.folder if reward else None)
+    if folder is None:
+        roles.add("critic", roles.adapters["policy"].copy(trainable=True), ScalarHead(base.width).to(base.device))
+        return roles
+    adapter = adapter_of(base, source, trainable=True, folder=folder)
+    roles.add("critic", adapter, head_of(base, folder).copy(trainable=True))
+    return roles
+
+
+def critic_folder(inputs: Inputs, reward_folder):
+    """Where the critic starts: a PPO checkpoint's critic for the same reward, else the reward model; None: neither."""
+    manifest = inputs.source.manifest
+    if manifest is None or manifest.stage != "ppo" or not (manifest.folder / "critic" / "adapter_config.json").exists():
+        return reward_folder
+    earlier = {parent.digest for parent in manifest.parents if parent.role == "reward"}
+    same = reward_folder is None and not earlier or reward_folder and checkpoint_digest(reward_folder) in earlier
+    return manifest.folder / "critic" if same else reward_folder
+
+
+def trained_parameters(roles: Roles, config: PpoConfig) -> dict[str, list]:
+    """What is trained, by the name of its optimiser; a shared critic is a head alone."""
+    critic = roles.parameters("critic") if config.critic == "adapter" else list(roles.heads["critic"].parameters())
+    return {"policy": roles.parameters("policy"), "critic": critic}
+
+
+# --- one update
+
+
+def ppo_update(bench: Bench, prompts: list[PromptRow], step: int) -> dict[str, float]:
+    """One PPO update, in the order of Huang et al. 2024; returns its metrics."""
+    config, ranks = bench.config, bench.ranks
+    clock = [time.perf_counter()]
+    rollout = sample(bench, prompts, step)
+    clock.append(time.perf_counter())
+    experience = judge(bench, rollout)
+    clock.append(time.perf_counter())
+    kl_coef = bench.progress.facts["kl_coef"]
+    score = final_score(experience, config)
+    rewards = shape_rewards(score, experience.logprobs - experience.reference_logprobs, experience.mask, kl_coef)
+    if config.whiten_rewards:
+        rewards = scale_to_unit_variance(rewards, experience.mask, ranks.sum)
+    advantages, returns = gae(rewards, experience.values, experience.mask, config.gamma, config.gae_lambda)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, experience.mask, ranks.sum)
+    rate = learning_rate_at(step, bench.total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
+    judged = Judged(experience, advantages, returns)
+    learned = clipped_steps(config, bench.roles, ranks, bench.progress, judged, rate, step)
+    clock.append(time.perf_counter())
+    metrics = summarise(bench, experience, score, returns, kl_coef)
+    if config.kl_target is not None:
+        episodes = config.batch_size * config.responses_per_prompt
+        bench.progress.facts["kl_coef"] = next_kl_coef(
+            kl_coef, metrics["reward_kl"], config.kl_target, episodes, config.kl_horizon
+        )
+    names = ("time_rollout", "time_experience", "time_update")
+    return metrics | learned | {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
+
+
+def sample(bench: Bench, prompts: list[PromptRow], step: int) -> Rollout:
+    """This rank's responses, `responses_per_prompt` to each prompt."""
+    config = bench.config
+    numbered = [
+        (i, k) for i in bench.ranks.share(list(range(len(prompts)))) for k in range(config.responses_per_prompt)
+    ]
+    keys = [(config.seed, "ppo", "rollout", step, i, k) for i, k in numbered]
+    return roll_out(bench.roles, "policy", bench.text, [prompts[i] for i, _ in numbered], keys, bench.sampling)
+
+
+def judge(bench: Bench, rollout: Rollout) -> Experience:
+    """What policy, reference, critic and reward say of a rollout, in one pass each."""
+    config, roles, device = bench.config, bench.roles, bench.device
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, config.temperature, config.micro_batch_size)
+    reference, _ = role_logprobs(roles, "reference", rollout, config.temperature, config.micro_batch_size)
+    trunk = "critic" if config.critic == "adapter" else "policy"
+    values = role_values(roles, trunk, "critic", rollout, config.micro_batch_size)
+    score = bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
+    return Experience(rollout, rollout.mask.to(device), logprobs, reference, values, score.to(device), entropy)
+
+
+def final_score(experience: Experience, config: PpoConfig) -> Tensor:
+    """Scores (B,) as they enter the rewards: a missing end is charged first, then the clip."""
+    ended = experience.rollout.ended.to(experience.score.device)
+    score = charge_missing_eos(experience.score, ended, config.missing_eos_penalty, config.missing_eos)
+    return score if config.score_clip is None else score.clamp(-config.score_clip, config.score_clip)
+
+
+def summarise(bench: Bench, experience: Experience, score: Tensor, returns: Tensor, kl_coef: float) -> dict[str, float]:
+    """What is worth knowing of a rollout, over all ranks."""
+    rollout, mask = experience.rollout, experience.mask
+    kl = sequence_kl(experience.logprobs, experience.reference_logprobs, mask)
+    each = {
+        "score": experience.score.tolist(),
+        "charged": score.tolist(),
+        "kl": kl.tolist(),
+        "k3": k3(experience.logprobs, experience.reference_logprobs).masked_fill(~mask, 0).sum(-1).tolist(),
+        "entropy": experience.entropy.masked_fill(~mask, 0).sum(-1).tolist(),
+        "length": [float(n) for n in rollout.lengths],
+        "ended": rollout.ended.double().tolist(),
+        "tokens": [float(n) for n in rollout.sizes],
+    }
+    all_ranks = {name: torch.tensor(bench.ranks.gather(values), dtype=torch.float64) for name, values in each.items()}
+    texts = bench.ranks.gather(rollout.texts)
+    mean = {name: float(values.mean()) for name, values in all_ranks.items()}
+    return {
+        "reward_score": mean["score"],
+        "reward_score_std": float(all_ranks["score"].std(unbiased=False)),
+        "reward_kl": mean["kl"],
+        "reward_total": mean["charged"] - kl_coef * mean["kl"],
+        "kl_k3": mean["k3"],
+        "kl_coef": kl_coef,
+        "entropy": float(all_ranks["entropy"].sum() / all_ranks["length"].sum()),
+        "response_length": mean["length"],
+        "eos_rate": mean["ended"],
+        "truncated_rate": 1 - mean["ended"],
+        "duplicate_rate": 1 - len(set(texts)) / len(texts),
+        "score_length_corr": correlation(all_ranks["score"], all_ranks["length"]),
+        "explained_variance": explained_variance(experience.values, returns, mask),
+        "tokens": float(all_ranks["tokens"].sum()),
+        "samples": float(len(texts)),
+        "memory_gb": peak_memory_gb(bench.device),
+    }
+
+
+# --- held-out prompts
+
+
+def held_out_metrics(bench: Bench, prompts: list[PromptRow], shown: int) -> tuple[dict[str, float], list[dict]]:
+    """Score, KL to the reference and length on held-out prompts, sampled with the same noise every time."""
+    if not prompts:
+        return {}, []
+    config, roles, ranks = bench.config, bench.roles, bench.ranks
+    mine = ranks.share(list(range(len(prompts))))
+    keys = [(config.seed, "ppo", "held-out", i) for i in mine]
+    metrics: dict[str, list[float]] = {name: [] for name in ("score", "kl", "length", "eos_rate")}
+    samples: list[dict] = []
+    if mine:
+        rollout = roll_out(roles, "policy", bench.text, [prompts[i] for i in mine], keys, bench.sampling)
+        experience_kl = rollout_kl(roles, rollout, config.temperature, config.micro_batch_size)
+        score = bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended).tolist()
+        lengths = [float(n) for n in rollout.lengths]
+        columns = (score, experience_kl.tolist(), lengths, rollout.ended.double().tolist())
+        metrics = dict(zip(metrics, columns, strict=True))
+        samples = [
+            {"prompt": p.text, "response": t, "score": s, "where": p.where}
+            for p, t, s in zip(rollout.prompts, rollout.texts, score, strict=True)
+        ]
+    gathered = {name: ranks.gather(values) for name, values in metrics.items()}
+    return {f"eval_{name}": sum(v) / len(v) for name, v in gathered.items()}, ranks.gather(samples)[:shown]
+
+
+def start_and_end(metrics: dict[str, float]) -> Table:
+    """Held-out numbers before the first update and after the last."""
+    names = {"score": "score", "kl": "KL to the reference", "length": "response length", "eos_rate": "ended by itself"}
+    rows = tuple(
+        (label, f"{metrics[f'eval_{name}_before']:.4g}", f"{metrics[f'eval_{name}']:.4g}")
+        for name, label in names.items()
+        if f"eval_{name}_before" in metrics
+    )
+    return Table("ppo on held-out prompts", ("measure", "start", "end"), rows)
+
+
+def next_commands(config: PpoConfig) -> tuple[str, ...]:
+    """What one runs after PPO."""
+    return (
+        f"rlhf evaluate --model {config.output} --against {config.model} --reward {config.reward[0]} --dataset PROMPTS",
+        f"rlhf export --model {config.output} --output DIR",
+    )

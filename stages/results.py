@@ -1,0 +1,56 @@
+"""What a stage hands back and how it talks while it works. No torch, no terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Table:
+    """A small table for a person; every cell is text already."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended: `data` is the one JSON object of --json, the rest is the same for a person."""
+
+    command: str
+    status: str  # "done", "already done", "dry run"
+    output: str | None  # file or folder written
+    data: dict[str, object]
+    tables: tuple[Table, ...] = ()
+    next: tuple[str, ...] = field(default=())  # commands worth running now
+
+
+class Report(Protocol):
+    """What a stage says while it works; the terminal decides how that looks."""
+
+    def note(self, text: str) -> None:
+        """One line worth knowing."""
+
+    def warn(self, text: str) -> None:
+        """One line that asks for attention."""
+
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        """A phase of `total` steps starts, `done` of them behind it."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """The phase stands at `step`; `metrics` are this step's numbers (may be empty)."""
+
+    def end(self) -> None:
+        """The phase is over."""
+
+
+class Silent:
+    """A `Report` that says nothing."""
+
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def begin(self, title: str, total: int, done: int = 0) -> None: ...
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    def end(self) -> None: ...

@@ -1,0 +1,185 @@
+"""Reward model: Bradley-Terry on comparisons, a scalar head on an adapter (Stiennon et al. 2020)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stages.config import RewardConfig
+from stages.errors import DatasetError
+from stages.files.atomic import write_json
+from stages.inputs import Inputs
+from stages.maths.losses import pair_loss
+from stages.models.forward import sequence_scores
+from stages.models.heads import ScalarHead
+from stages.models.roles import Roles, head_of, start_adapter
+from stages.models.tokens import Text, TokenRow
+from stages.results import Report, Result
+from stages.training.batching import batch_at, epoch_at, steps_in
+from stages.training.comparing import TokenComparison, encode_comparison, report_on, report_tables, score_rows
+from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
+from stages.training.optimizer import learning_rate_at
+from stages.training.passes import accumulate
+from stages.training.plan import plan_result
+from stages.training.seeds import derive
+from stages.training.session import context_limit, encode_all, open_base, open_progress, open_text, publish
+
+ROLE = "reward"
+DEMONSTRATIONS = 256  # rows whose mean score becomes 0
+REPORT_FILE = "report.json"
+
+
+def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+    """Train a reward model on comparisons and publish it with a report on held-out ones."""
+    source, out = inputs.source, inputs.run
+    text = open_text(source, config)
+    limit = context_limit(config.max_tokens, source, report)
+    encode = partial(encode_comparison, text=text, max_tokens=limit)
+    rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
+    held = encode_all(inputs.held_out, encode, skip_bad=True, report=report, what="held-out comparisons")
+    demonstrations = encode_demonstrations(inputs, text, rows, limit)
+    cut = sum(row.cut for row in rows)
+    if cut:
+        report.note(f"{cut} of {len(rows)} comparisons were cut to {limit} tokens")
+    total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
+    if dry_run:
+        return plan_result("reward", config, inputs, [row.size for row in rows], total)
+
+    base, ranks = open_base(source, config, text)
+    roles = Roles(base)
+    seed = derive(config.seed, "reward", "adapter")
+    adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)
+    head = start_head(roles, inputs, config.seed)
+    roles.add(ROLE, adapter, head)
+    progress = open_progress(config, {ROLE: roles.parameters(ROLE)})
+
+    def update(step: int) -> dict[str, float]:
+        numbers = batch_at(step, len(rows), config.batch_size, config.seed, "reward")
+        batch = [rows[i] for i in numbers]
+        with roles.use(ROLE):
+            sums = backward(roles, ranks.share(batch), len(batch), config)
+        sums = ranks.sum_floats(sums, base.device)
+        rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
+        stepped = apply_gradients(progress, {ROLE: rate}, config.max_grad_norm, ranks, step + 1)
+        return {
+            "loss": sums["loss"],
+            **{name: sums[name] / sums["pairs"] for name in ("accuracy", "margin", "score_chosen", "score_rejected")},
+            "lr": rate,
+            "epoch": epoch_at(step + 1, len(rows), config.batch_size),
+            "tokens": sum(row.size for row in batch),
+            "samples": len(batch),
+            **stepped,
+        }
+
+    def evaluate(step: int) -> dict[str, float]:
+        if not held:
+            return {}
+        found = report_on(roles, ROLE, held, config.micro_batch_size)
+        return {f"eval_{name}": found[name] for name in ("accuracy", "log_loss", "margin_mean", "score_length_corr")}
+
+    if ranks.first:
+        out.start()
+    report.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
+    train(out, report, ranks, progress, config, title="reward", total=total, update=update, evaluate=evaluate)
+    if not ranks.first:
+        return Result("reward", "done", config.output, {})
+    centre(roles, demonstrations, config.micro_batch_size)
+    found = report_on(roles, ROLE, held, config.micro_batch_size) if held else {}
+    served = score_rows(roles, ROLE, demonstrations, config.micro_batch_size)
+    found |= {"demonstrations_mean": float(served.mean()), "demonstrations_std": float(served.std(unbiased=False))}
+    write_json(out.folder / REPORT_FILE, found)
+    lines = read_metrics(out)
+    numbers = {k: v for k, v in found.items() if isinstance(v, (int, float))}
+    metrics = {
+        "train_loss": lines[-1].get("loss"),
+        **before_and_after(lines),
+        **numbers,
+        "eval_pairs": found.get("pairs"),
+    }
+    publish(
+        out, "reward", config, roles, text,
+        adapter=adapter, head=head, parents=[("model", source)], datasets={"train": inputs.data},
+        metrics=metrics, lines=lines, extra_files=(REPORT_FILE,),
+    )  # fmt: skip
+    tables = report_tables(found) if held else ()
+    data = {"metrics": metrics, "report": found, "steps": total}
+    return Result("reward", "done", config.output, data, tables, next_commands(config.model, config.output))
+
+
+def next_commands(model: str, output: str) -> tuple[str, ...]:
+    """What one runs after a reward model."""
+    return (f"rlhf ppo --model {model} --reward {output} --dataset PROMPTS --output DIR",)
+
+
+def start_head(roles: Roles, inputs: Inputs, seed: int) -> ScalarHead:
+    """The head of the reward checkpoint that training goes on from, else a random one."""
+    manifest = inputs.source.manifest
+    if manifest is not None and manifest.stage == "reward":
+        return head_of(roles.base, manifest.folder).copy(trainable=True)
+    return ScalarHead(roles.base.width).randomise(derive(seed, "reward", "head")).to(roles.base.device)
+
+
+def backward(roles: Roles, rows: list[TokenComparison], denominator: int, config: RewardConfig) -> dict[str, float]:
+    """Add the gradient of sum(comparison losses) / denominator under the active role; returns sums over pairs.
+
+    All pairs of a prompt stay in one forward pass, each weighing 1 / (number of its pairs).
+    """
+
+    def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
+        chosen = [rows[i] for i in micro]
+        scores = sequence_scores(roles, ROLE, [row.ids for c in chosen for row in c.responses])
+        losses, better, worse = comparison_losses(scores, chosen, config)
+        delta = (better - worse).detach()
+        right = (delta > 0).double() + 0.5 * (delta == 0).double()
+        loss = losses.sum() / denominator
+        counts = {"loss": loss.detach(), "accuracy": right.sum(), "margin": delta.sum(), "pairs": len(delta)}
+        counts |= {"score_chosen": better.detach().sum(), "score_rejected": worse.detach().sum()}
+        return loss, {name: float(value) for name, value in counts.items()}
+
+    on_cuda = roles.base.device.type == "cuda"
+    zeros = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
+    return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
+
+
+def comparison_losses(
+    scores: Tensor, comparisons: list[TokenComparison], config: RewardConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted pair losses (pairs,), and the scores of the better and of the worse response of each pair.
+
+    scores (R,): one per response, comparison by comparison.
+    """
+    better, worse, weight, probability, margin = [], [], [], [], []
+    start = 0
+    for comparison in comparisons:
+        for pair in comparison.pairs:
+            better.append(start + pair.better)
+            worse.append(start + pair.worse)
+            weight.append(1 / len(comparison.pairs))
+            probability.append(pair.probability + config.label_smoothing * (1 - 2 * pair.probability))
+            margin.append(pair.margin if config.loss_margin else 0.0)
+        start += len(comparison.responses)
+    winners, losers = scores[better], scores[worse]
+    as_tensor = partial(torch.tensor, device=scores.device, dtype=torch.float32)
+    losses = pair_loss(winners, losers, as_tensor(probability), as_tensor(margin), config.centre_coef)
+    return losses * as_tensor(weight), winners, losers
+
+
+def encode_demonstrations(inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int) -> list[TokenRow]:
+    """The demonstrations whose mean score becomes 0: those given, else the preferred training responses."""
+    if inputs.demonstrations is None:
+        return [row.best for row in rows[:DEMONSTRATIONS]]
+    chosen = []
+    for row in inputs.demonstrations.rows[:DEMONSTRATIONS]:
+        try:
+            chosen.append(text.demonstration(row, "completion", limit))
+        except DatasetError:  # too long to be read whole
+            continue
+    return chosen or [row.best for row in rows[:DEMONSTRATIONS]]
+
+
+def centre(roles: Roles, demonstrations: list[TokenRow], micro_batch_size: int | str) -> None:
+    """Shift the head's bias so that demonstrations score 0 on average (Stiennon 2020; Huang et al. 2024)."""
+    mean = score_rows(roles, ROLE, demonstrations, micro_batch_size).double().mean()
+    roles.heads[ROLE].bias.data -= mean.to(roles.base.device, torch.float32)

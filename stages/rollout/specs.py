@@ -1,0 +1,110 @@
+"""What --reward names, found and checked before torch is imported: reward checkpoints and Python functions."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import ConfigError, RewardError
+from stages.files.identity import file_digest
+from stages.models.source import Source, open_source, same_base
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A --reward flag taken apart: a checkpoint, or a function in a file, and its weight."""
+
+    name: str
+    weight: float
+    checkpoint: Source | None
+    function: Callable[..., object] | None
+    digest: str  # of the checkpoint, or of the function's file
+
+
+def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
+    """Split `source=weight`; the weight is 1 where none is given."""
+    name, equals, weight = flag.rpartition("=")
+    if not equals:
+        return flag, 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        return flag, 1.0  # an '=' that belongs to a path
+    if not math.isfinite(number) or not name:
+        raise ConfigError(f"`{flag}` has no finite weight", where=what, fix="write source=0.5")
+    return name, number
+
+
+def open_rewards(flags: list[str], policy: Source | None, *, what: str = "--reward") -> list[Spec]:
+    """Find and check every reward source before a model loads.
+
+    Raises CheckpointError where a reward checkpoint does not share the policy's base, RewardError where a function
+    cannot be loaded.
+    """
+    specs = []
+    for flag in flags:
+        name, weight = parse_reward(flag, what)
+        if is_function(name):
+            specs.append(Spec(name, weight, None, load_function(name, what), file_digest(python_file(name))))
+            continue
+        source = open_source(name, stages=("reward",), what=what)
+        if source.manifest is None:
+            raise RewardError(
+                f"{name} is a base model, not a reward source",
+                where=what,
+                fix="give a checkpoint of `rlhf reward`, or file.py:function",
+            )
+        if policy is not None:
+            same_base(policy, source, first_flag="--model", second_flag=what)
+        specs.append(Spec(name, weight, source, None, source.digest))
+    return specs
+
+
+def is_function(name: str) -> bool:
+    """True for `file.py` and `file.py:function`."""
+    return name.endswith(".py") or ".py:" in name
+
+
+def python_file(name: str) -> Path:
+    """The file of a function source."""
+    return Path(name.partition(".py")[0] + ".py").expanduser()
+
+
+def load_function(name: str, what: str) -> Callable[..., object]:
+    """Import `path/to/file.py:function` (function `score` where none is named); raises RewardError where that fails."""
+    path, function_name = python_file(name), name.partition(".py")[2].lstrip(":") or "score"
+    if not path.is_file():
+        raise RewardError(f"{path} does not exist", where=what, fix="give path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(f"rlhf_reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RewardError(
+            f"importing it failed: {reason_of(error, path)}", where=f"{what} {name}", fix="mend the file"
+        ) from None
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        found = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
+        raise RewardError(
+            f"{path} has no function `{function_name}`", where=what, fix=f"it has {', '.join(found) or 'no functions'}"
+        )
+    return function
+
+
+def reason_of(error: Exception, path: Path) -> str:
+    """An exception in a line: its type, its words, and the line of the user's file that raised it."""
+    lines = [
+        f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename and Path(f.filename).name == path.name
+    ]
+    place = f" ({path}:{lines[-1]})" if lines else ""
+    return f"{type(error).__name__}: {error}{place}"

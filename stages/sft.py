@@ -1,0 +1,120 @@
+"""Supervised fine-tuning: cross-entropy on the targets of demonstrations (Ouyang et al. 2022, step 1)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stages.config import SftConfig
+from stages.inputs import Inputs
+from stages.maths.losses import token_nll
+from stages.models.forward import read_targets
+from stages.models.roles import Roles, start_adapter
+from stages.models.tokens import TokenRow
+from stages.results import Report, Result
+from stages.rollout.samples import show_samples
+from stages.training.batching import batch_at, epoch_at, steps_in
+from stages.training.held_out import count_targets, held_out_loss, prompt_of
+from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
+from stages.training.optimizer import learning_rate_at
+from stages.training.passes import accumulate
+from stages.training.plan import plan_result
+from stages.training.seeds import derive
+from stages.training.session import (
+    context_limit,
+    encode_all,
+    metrics_table,
+    open_base,
+    open_progress,
+    open_text,
+    publish,
+)
+
+
+def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+    """Train an adapter on demonstrations and publish it as a checkpoint."""
+    source, out = inputs.source, inputs.run
+    text = open_text(source, config)
+    limit = context_limit(config.max_tokens, source, report)
+    encode = partial(text.demonstration, mask=config.mask, max_tokens=limit)
+    rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="demonstrations")
+    held = encode_all(inputs.held_out, encode, skip_bad=True, report=report, what="held-out demonstrations")
+    report_cuts(rows, limit, report)
+    total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
+    if dry_run:
+        return plan_result("sft", config, inputs, [len(row.ids) for row in rows], total)
+
+    base, ranks = open_base(source, config, text)
+    roles = Roles(base)
+    seed = derive(config.seed, "sft", "adapter")
+    adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)
+    roles.add("policy", adapter)
+    progress = open_progress(config, {"policy": roles.parameters("policy")})
+
+    def update(step: int) -> dict[str, float]:
+        numbers = batch_at(step, len(rows), config.batch_size, config.seed, "sft")
+        batch = [rows[i] for i in numbers]
+        with roles.use("policy"):
+            loss = backward(roles, ranks.share(batch), count_targets(batch), config.micro_batch_size)
+        loss = ranks.sum_floats({"loss": loss}, base.device)["loss"]
+        rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
+        stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
+        return {
+            "loss": loss,
+            "lr": rate,
+            "epoch": epoch_at(step + 1, len(rows), config.batch_size),
+            "tokens": sum(len(row.ids) for row in batch),
+            "samples": len(batch),
+            **stepped,
+        }
+
+    def evaluate(step: int) -> dict[str, float]:
+        prompts = [prompt for prompt in map(prompt_of, inputs.held_out) if prompt is not None][: config.samples]
+        show_samples(out, roles, "policy", text, prompts, step, config.seed, ranks)
+        return held_out_loss(roles, "policy", held, config.micro_batch_size)
+
+    if ranks.first:
+        out.start()
+    report.note(f"{len(rows)} demonstrations, {total} steps, {adapter.size:,} trainable parameters")
+    train(out, report, ranks, progress, config, title="sft", total=total, update=update, evaluate=evaluate)
+    if not ranks.first:
+        return Result("sft", "done", config.output, {})
+    lines = read_metrics(out)
+    metrics = {"train_loss": lines[-1].get("loss"), **before_and_after(lines), "held_out_rows": len(held)}
+    publish(
+        out, "sft", config, roles, text,
+        adapter=adapter, parents=[("model", source)], datasets={"train": inputs.data}, metrics=metrics, lines=lines,
+    )  # fmt: skip
+    found = {"metrics": metrics, "steps": total}
+    return Result("sft", "done", config.output, found, (metrics_table("sft", metrics),), next_commands(config.output))
+
+
+def next_commands(output: str) -> tuple[str, ...]:
+    """What one runs after supervised fine-tuning."""
+    return (f"rlhf reward --model {output} --dataset COMPARISONS --output DIR",)
+
+
+def backward(roles: Roles, rows: list[TokenRow], denominator: int, micro_batch_size: int | str) -> float:
+    """Add the gradient of sum(token losses) / denominator under the active role; returns this loss.
+
+    `denominator` is the number of targets of the whole step, over every micro-batch and rank: means of means would
+    weight short rows more.
+    """
+
+    def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
+        chosen = [rows[i] for i in micro]
+        logprobs = read_targets(roles.base, [r.ids for r in chosen], [r.targets for r in chosen]).logprobs
+        loss = token_nll(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator)
+        return loss, {"loss": loss.item()}
+
+    on_cuda = roles.base.device.type == "cuda"
+    return accumulate([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda).get("loss", 0.0)
+
+
+def report_cuts(rows: list[TokenRow], limit: int, report: Report) -> None:
+    """Say how many rows were too long."""
+    cut = sum(row.cut for row in rows)
+    if cut:
+        report.note(f"{cut} of {len(rows)} rows were cut to {limit} tokens")

@@ -1,0 +1,1 @@
+"""What every training stage shares: seeds, devices, ranks, batches, optimiser, the loop, and how a run ends."""

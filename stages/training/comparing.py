@@ -1,0 +1,135 @@
+"""Comparisons as tokens, their scores, and the report on how well scores predict who was preferred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.files.rows import Comparison, Pair
+from stages.maths.statistics import (
+    accuracy_by_length_difference,
+    accuracy_of_pairs,
+    calibration_bins,
+    correlation,
+    log_loss_of_pairs,
+    wilson_interval,
+)
+from stages.models.forward import sequence_scores
+from stages.models.roles import Roles
+from stages.models.tokens import Text, TokenRow
+from stages.results import Table
+from stages.training.passes import collect
+
+LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
+
+
+@dataclass(frozen=True)
+class TokenComparison:
+    """One prompt's responses, tokenised with the prompt, and who was preferred to whom."""
+
+    responses: list[TokenRow]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def size(self) -> int:
+        """Tokens of all its rows."""
+        return sum(len(row.ids) for row in self.responses)
+
+    @property
+    def cut(self) -> bool:
+        return any(row.cut for row in self.responses)
+
+    @property
+    def best(self) -> TokenRow:
+        """The response that its first pair prefers."""
+        return self.responses[self.pairs[0].better]
+
+
+def encode_comparison(row: Comparison, text: Text, max_tokens: int) -> TokenComparison:
+    """Tokenise a comparison."""
+    return TokenComparison(text.comparison(row, max_tokens), row.pairs)
+
+
+def score_rows(roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: int | str) -> Tensor:
+    """Scores (N,) fp32 on the CPU of tokenised rows under a role with a head, without gradient."""
+
+    def forward(micro: list[int]) -> list[Tensor]:
+        return list(sequence_scores(roles, role, [rows[i].ids for i in micro]).cpu())
+
+    with roles.use(role):
+        on_cuda = roles.base.device.type == "cuda"
+        return torch.stack(collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda))
+
+
+def report_on(
+    roles: Roles, role: str, comparisons: list[TokenComparison], micro_batch_size: int | str
+) -> dict[str, object]:
+    """Everything worth knowing of a reward model on comparisons that it was not trained on.
+
+    Source of the list: Stiennon et al. 2020 and Singhal et al. 2023 (accuracy, calibration, length bias).
+    """
+    rows = [row for c in comparisons for row in c.responses]
+    scores = score_rows(roles, role, rows, micro_batch_size)
+    lengths = torch.tensor([float(row.targets.sum()) for row in rows])
+    offsets = torch.tensor([0, *[len(c.responses) for c in comparisons]]).cumsum(0).tolist()
+    better = [start + p.better for start, c in zip(offsets, comparisons, strict=False) for p in c.pairs]
+    worse = [start + p.worse for start, c in zip(offsets, comparisons, strict=False) for p in c.pairs]
+    delta = scores[better] - scores[worse]
+    longer = lengths[better] - lengths[worse]
+    accuracy = accuracy_of_pairs(delta)
+    low, high = wilson_interval(accuracy * len(delta), len(delta))
+    return {
+        "pairs": len(delta),
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "log_loss": log_loss_of_pairs(delta),
+        "margin_mean": float(delta.mean()),
+        "margin_std": float(delta.std(unbiased=False)),
+        "score_chosen_mean": float(scores[better].mean()),
+        "score_chosen_std": float(scores[better].std(unbiased=False)),
+        "score_rejected_mean": float(scores[worse].mean()),
+        "score_rejected_std": float(scores[worse].std(unbiased=False)),
+        "longer_wins_accuracy": accuracy_of_pairs(longer),
+        "score_length_corr": correlation(scores, lengths),
+        "calibration": calibration_bins(delta),
+        "by_length_difference": accuracy_by_length_difference(delta, longer, LENGTH_EDGES),
+    }
+
+
+def report_tables(report: dict) -> tuple[Table, ...]:
+    """A report as tables for a person."""
+    interval = f"{report['accuracy']:.3f}  [{report['accuracy_low']:.3f}, {report['accuracy_high']:.3f}]"
+    summary = (
+        ("held-out pairs", f"{report['pairs']}"),
+        ("accuracy [95 % interval]", interval),
+        ("accuracy of 'longer wins'", f"{report['longer_wins_accuracy']:.3f}"),
+        ("log-loss (chance is 0.693)", f"{report['log_loss']:.4f}"),
+        ("margin, mean and std", f"{report['margin_mean']:.3f}  {report['margin_std']:.3f}"),
+        ("score of preferred, mean and std", f"{report['score_chosen_mean']:.3f}  {report['score_chosen_std']:.3f}"),
+        ("score of rejected, mean and std", f"{report['score_rejected_mean']:.3f}  {report['score_rejected_std']:.3f}"),
+        ("correlation of score and length", f"{report['score_length_corr']:.3f}"),
+    )
+    calibration = tuple(
+        (f"{b['low']:.2f}-{b['high']:.2f}", str(b["count"]), f"{b['predicted']:.3f}", f"{b['observed']:.3f}")
+        for b in report["calibration"]
+        if b["count"]
+    )
+    by_length = tuple(
+        (_range(b["low"], b["high"]), str(b["count"]), f"{b['accuracy']:.3f}")
+        for b in report["by_length_difference"]
+        if b["count"]
+    )
+    return (
+        Table("reward model", ("measure", "value"), summary),
+        Table("calibration", ("predicted", "pairs", "mean predicted", "observed"), calibration),
+        Table("by length", ("tokens that the preferred one is longer", "pairs", "accuracy"), by_length),
+    )
+
+
+def _range(low: float, high: float) -> str:
+    if low <= -1e9:
+        return f"under {high:g}"
+    return f"{low:g} or more" if high >= 1e9 else f"{low:g} to {high:g}"

@@ -1,0 +1,151 @@
+"""The loop that every training stage runs in: resume, step, evaluate, log, save, and end in good order."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from stages.config import TrainingKnobs
+from stages.errors import Interrupted, TrainingStopped
+from stages.files.run import Run
+from stages.results import Report
+from stages.training import signals
+from stages.training.devices import Ranks
+from stages.training.optimizer import AdamW, clip
+
+BAD_STEPS_IN_A_ROW = 5  # non-finite gradients in a row before training stops itself
+
+
+@dataclass
+class Progress:
+    """All that a run is, beside its knobs and inputs: what resume state holds."""
+
+    optimizers: dict[str, AdamW]
+    facts: dict[str, float] = field(default_factory=dict)  # counters and controllers, all JSON numbers
+    bad_steps: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {k: v for name, o in self.optimizers.items() for k, v in o.tensors(name).items()}
+
+    def stored(self) -> dict[str, float]:
+        updates = {f"updates.{name}": o.updates for name, o in self.optimizers.items()}
+        return {**self.facts, **updates, "bad_steps": self.bad_steps}
+
+    def restore(self, tensors: dict[str, Tensor], stored: dict[str, float]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load(name, tensors, int(stored[f"updates.{name}"]))
+        self.bad_steps = int(stored["bad_steps"])
+        self.facts = {k: v for k, v in stored.items() if not k.startswith("updates.") and k != "bad_steps"}
+
+
+def train(
+    run: Run,
+    report: Report,
+    ranks: Ranks,
+    progress: Progress,
+    config: TrainingKnobs,
+    *,
+    title: str,
+    total: int,
+    update: Callable[[int], dict[str, float]],
+    evaluate: Callable[[int], dict[str, float]],
+) -> None:
+    """Run `update(step)` for every step up to `total`, from where a state was saved.
+
+    Evaluates before the first step, every `config.eval_every` steps and after the last. Every step has one line in
+    metrics.jsonl; line 0 is the evaluation before training. Raises Interrupted (state saved) and TrainingStopped.
+    """
+    state = run.resume()
+    done = state.step if state is not None else -1  # -1: not even evaluated
+    if state is not None:
+        progress.restore(state.tensors, state.facts)
+        report.note(f"resuming after step {done} of {total}")
+    report.begin(title, total, max(done, 0))
+    began = time.perf_counter()
+    try:
+        with signals.listening():
+            for step in range(done, total):
+                metrics = _timed(update, step) if step >= 0 else {}
+                if step < 0 or step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
+                    metrics |= evaluate(step + 1)
+                done = step + 1
+                _record(run, report, ranks, done, metrics)
+                if done and (done % config.save_every == 0 or done == total):
+                    _save(run, ranks, progress, done)
+    except signals.StopRequested as stop:
+        if done >= 0:
+            _save(run, ranks, progress, done)
+        raise Interrupted(stop.number, step=max(done, 0), output=str(run.folder)) from None
+    finally:
+        report.end()
+        progress.facts["seconds"] = progress.facts.get("seconds", 0.0) + time.perf_counter() - began
+
+
+def _timed(update: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
+    began = time.perf_counter()
+    metrics = update(step)
+    seconds = time.perf_counter() - began
+    metrics["seconds"] = seconds
+    for what in ("tokens", "samples"):
+        if what in metrics:
+            metrics[f"{what}_per_second"] = metrics[what] / seconds
+    return metrics
+
+
+def _record(run: Run, report: Report, ranks: Ranks, step: int, metrics: dict[str, float]) -> None:
+    if ranks.first:
+        run.log(step, metrics)
+    report.log(step, metrics)
+
+
+def _save(run: Run, ranks: Ranks, progress: Progress, step: int) -> None:
+    if ranks.first:
+        run.save_state(step, progress.tensors(), progress.stored())
+    ranks.wait()
+
+
+def apply_gradients(
+    progress: Progress, learning_rates: dict[str, float], max_norm: float, ranks: Ranks, step: int
+) -> dict[str, float]:
+    """Sum gradients over ranks, clip their joint norm, and step; a non-finite gradient is dropped and counted.
+
+    Raises TrainingStopped after several dropped in a row.
+    """
+    optimizers = list(progress.optimizers.values())
+    for optimizer in optimizers:
+        ranks.sum(optimizer.gradient)
+    norm = clip(optimizers, max_norm)
+    finite = math.isfinite(norm)
+    if finite:
+        progress.bad_steps = 0
+        for name, optimizer in progress.optimizers.items():
+            optimizer.step(learning_rates[name])
+    else:
+        progress.bad_steps += 1
+    for optimizer in optimizers:
+        optimizer.zero()
+    if progress.bad_steps >= BAD_STEPS_IN_A_ROW:
+        raise TrainingStopped(
+            f"the gradient was not finite {progress.bad_steps} times in a row",
+            step=step,
+            advice="lower --learning-rate, or look for broken rows or an unstable base; the last saved state is kept",
+        )
+    return {"grad_norm": norm if finite else float("nan"), "skipped_steps": 0.0 if finite else 1.0}
+
+
+def read_metrics(run: Run) -> list[dict[str, float]]:
+    """Every line of the run's metrics.jsonl."""
+    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def before_and_after(lines: list[dict[str, float]]) -> dict[str, float]:
+    """Evaluation numbers of the last line, and those of line 0 as `<name>_before`."""
+    first, last = lines[0], lines[-1]
+    after = {k: v for k, v in last.items() if k.startswith("eval_")}
+    return {**{f"{k}_before": first[k] for k in after if k in first}, **after}

@@ -1,0 +1,83 @@
+"""What --dry-run says: steps, tokens, trainable parameters and memory by part, from file headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stages.inputs import Inputs
+from stages.models.roles import DEFAULT_RANK
+from stages.models.source import Source
+from stages.results import Result, Table
+from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
+from stages.training.devices import pick_device, pick_dtype
+
+NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "shared")
+FP32 = 4
+LOGITS_AT_ONCE_BYTES = 2**27
+
+
+def tensor_shapes(base: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of every tensor of a base, by name, read from its safetensors headers."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def memory_by_part(config: Any, source: Source, adapters: int, longest: int) -> dict[str, float]:
+    """Estimated bytes of the base, adapters with their gradients and moments, one pass's activations, and logits."""
+    device = pick_device(config.device)
+    width = pick_dtype(config.dtype, device).itemsize
+    shapes = tensor_shapes(source.base)
+    weights = sum(_size(shape) for shape in shapes.values())
+    linear = {name: s for name, s in shapes.items() if len(s) == 2 and not any(part in name for part in NOT_ADAPTED)}
+    trained = sum((config.lora_rank or DEFAULT_RANK) * (a + b) for a, b in linear.values())
+    on_cuda = device.type == "cuda"
+    budget = max(longest, TOKENS_AT_ONCE_CUDA if on_cuda else TOKENS_AT_ONCE_CPU)
+    if isinstance(config.micro_batch_size, int):
+        budget = config.micro_batch_size * longest
+    per_token = sum(a + b for a, b in linear.values()) * width * (0.15 if config.gradient_checkpointing else 1.0)
+    parts = {
+        "frozen base": weights * width,
+        "adapters (weights)": adapters * trained * FP32,
+        "gradients and Adam moments": min(adapters, 2) * trained * FP32 * 3,
+        "activations of one forward pass": budget * per_token,
+        "logits": LOGITS_AT_ONCE_BYTES * 2,
+    }
+    return parts | {"trainable parameters": trained}
+
+
+def plan_result(stage: str, config: Any, inputs: Inputs, sizes: list[int], total: int) -> Result:
+    """The plan of a stage that was resolved and checked but will not train."""
+    adapters = {"sft": 1, "reward": 1}.get(stage, 4)
+    parts = memory_by_part(config, inputs.source, adapters, max(sizes))
+    trained = int(parts.pop("trainable parameters"))
+    memory = {name: size / 1e9 for name, size in parts.items()} | {"total": sum(parts.values()) / 1e9}
+    facts = {
+        "rows": len(sizes),
+        "held_out_rows": len(inputs.held_out),
+        "skipped_rows": inputs.data.skipped,
+        "steps": total,
+        "batch_size": config.batch_size,
+        "tokens_per_epoch": sum(sizes),
+        "longest_row_tokens": max(sizes),
+        "trainable_parameters_per_adapter": trained,
+    }
+    tables = (
+        Table(
+            f"{stage}: the plan", ("what", "how much"), tuple((k.replace("_", " "), f"{v:,}") for k, v in facts.items())
+        ),
+        Table("estimated peak memory", ("part", "GB"), tuple((k, f"{v:.3f}") for k, v in memory.items())),
+    )
+    return Result(stage, "dry run", None, {"plan": facts, "memory_gb": memory}, tables)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,215 @@
+"""What every training stage does around its algorithm: open its inputs, lay out the run, publish the checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from stages.config import as_dict
+from stages.errors import DatasetError, ModelError
+from stages.files.manifest import Manifest, Parent, checkpoint_digest, versions
+from stages.files.rows import Rows
+from stages.files.run import Run, write_config
+from stages.models.base import Base, load_base, stop_ids_of
+from stages.models.heads import ScalarHead
+from stages.models.lora import Adapter
+from stages.models.roles import Roles, adapter_of, head_of, save_adapter
+from stages.models.source import Source
+from stages.models.tokens import Text, load_text
+from stages.results import Report, Result, Table
+from stages.training.devices import Ranks, peak_memory_gb, pick_device, pick_dtype
+from stages.training.loop import Progress
+from stages.training.optimizer import AdamW
+
+Row = TypeVar("Row")
+Out = TypeVar("Out")
+
+
+def open_text(source: Source, config: Any) -> Text:
+    """The tokenizer of a source, with the chat template that the config asks for."""
+    return load_text(
+        source.tokenizer,
+        chat_template=config.chat_template,
+        stop_ids=stop_ids_of(source),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def encode_all(
+    rows: list[Row], encode: Callable[[Row], Out], *, skip_bad: bool, report: Report, what: str
+) -> list[Out]:
+    """Tokenise rows; a row that cannot be used is an error, or dropped and counted with --skip-bad-rows."""
+    out, dropped = [], 0
+    for row in rows:
+        try:
+            out.append(encode(row))
+        except DatasetError:
+            if not skip_bad:
+                raise
+            dropped += 1
+    if dropped:
+        report.warn(f"{dropped} of {len(rows)} {what} do not fit and were dropped")
+    if rows and not out:
+        raise DatasetError(f"none of the {len(rows)} {what} fits", fix="raise the token limits or look at the data")
+    return out
+
+
+def context_limit(wanted: int, source: Source, report: Report) -> int:
+    """Longest row in tokens: what was asked for, or what the base's context allows."""
+    if wanted > source.context:
+        report.note(f"the base attends over {source.context} tokens; max_tokens is {source.context}")
+    return min(wanted, source.context)
+
+
+def open_base(source: Source, config: Any, text: Text) -> tuple[Base, Ranks]:
+    """Load the base on the configured device and find this process's rank.
+
+    Raises ModelError where the tokenizer has tokens that the base has no embedding for.
+    """
+    device = pick_device(config.device)
+    base = load_base(
+        source, device=device, dtype=pick_dtype(config.dtype, device), trust_remote_code=config.trust_remote_code
+    )
+    if len(text.tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"the tokenizer has {len(text.tokenizer)} tokens, the base has embeddings for "
+            f"{base.model.get_input_embeddings().weight.shape[0]}",
+            where="--model",
+            fix="use the tokenizer that belongs to the base",
+        )
+    if getattr(config, "gradient_checkpointing", False):
+        base.checkpoint_activations()
+    return base, Ranks(device)
+
+
+def open_progress(config: Any, trained: dict[str, list[torch.nn.Parameter]]) -> Progress:
+    """One optimiser per named group of parameters."""
+    adam = {"beta1": config.adam_beta1, "beta2": config.adam_beta2, "eps": config.adam_eps}
+    return Progress({n: AdamW(p, **adam, weight_decay=config.weight_decay) for n, p in trained.items()})
+
+
+def already_done(command: str, run: Run, next: tuple[str, ...]) -> Result:
+    """The result of a command whose output stands finished, made by the same knobs from the same inputs."""
+    manifest = run.manifest
+    data = {"metrics": manifest.metrics, "steps": manifest.steps, "seconds": manifest.seconds}
+    return Result(command, "already done", str(run.folder), data, (metrics_table(command, manifest.metrics),), next)
+
+
+def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
+    """Final numbers as a two-column table."""
+    shown = [(k, v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return Table(title, ("measure", "value"), tuple((k, f"{v:.4g}") for k, v in shown))
+
+
+# --- publishing
+
+
+def publish(
+    run: Run,
+    stage: str,
+    config: Any,
+    roles: Roles,
+    text: Text,
+    *,
+    adapter: Adapter,
+    head: ScalarHead | None = None,
+    critic: tuple[Adapter | None, ScalarHead] | None = None,
+    parents: list[tuple[str, Source]],
+    datasets: dict[str, Rows],
+    metrics: dict[str, Any],
+    lines: list[dict[str, float]],
+    extra_files: tuple[str, ...] = (),
+) -> None:
+    """Write the checkpoint, load it back, compare, and only then publish its manifest."""
+    base = roles.base
+    files = save_adapter(run.folder, base, adapter, head)
+    check_reload(base, run.folder, adapter, head)
+    if critic is not None:
+        files += _save_critic(run.folder, base, *critic)
+    files += save_tokenizer(run.folder, text)
+    write_config(run, config)
+    files += ["config.yaml", *extra_files]
+    files += [name for name in ("metrics.jsonl", "samples.jsonl") if (run.folder / name).exists()]
+    steps = [line for line in lines if line["step"] > 0]
+    seconds = sum(line.get("seconds", 0.0) for line in steps)
+    rates = {w: sum(line.get(w, 0) for line in steps) / max(seconds, 1e-9) for w in ("tokens", "samples")}
+    manifest = Manifest(
+        stage=stage,
+        base=base.source.reference,
+        parents=tuple(
+            Parent(role, str(s.folder.resolve()), s.manifest.stage, checkpoint_digest(s.folder))
+            for role, s in parents
+            if s.folder is not None
+        ),
+        tokenizer_digest=base.source.tokenizer_digest,
+        stop_token_ids=text.stop_ids,
+        config=as_dict(config),
+        datasets={role: {"source": d.source, "digest": d.digest, "rows": len(d.rows)} for role, d in datasets.items()},
+        metrics=metrics,
+        throughput={f"{what}_per_second": rate for what, rate in rates.items()}
+        | {"memory_gb": peak_memory_gb(base.device)},
+        versions=versions(),
+        device=torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu",
+        dtype=str(base.dtype).removeprefix("torch."),
+        steps=len(steps),
+        seconds=seconds,
+    )
+    run.finish(manifest, files)
+
+
+def _save_critic(folder: Path, base: Base, adapter: Adapter | None, head: ScalarHead) -> list[str]:
+    """The critic's folder; a critic that shares the policy's trunk has a head alone."""
+    if adapter is not None:
+        return [f"critic/{name}" for name in save_adapter(folder / "critic", base, adapter, head)]
+    from stages.files.tensors import save_tensors
+
+    (folder / "critic").mkdir(exist_ok=True)
+    save_tensors(folder / "critic" / "head.safetensors", head.tensors())
+    return ["critic/head.safetensors"]
+
+
+def save_tokenizer(folder: Path, text: Text) -> list[str]:
+    """Save the tokenizer, each file written whole before it gets its name; returns the names."""
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".tmp-"))
+    try:
+        text.tokenizer.save_pretrained(temporary)
+        names = sorted(p.name for p in temporary.iterdir() if p.is_file())
+        for name in names:
+            os.replace(temporary / name, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return names
+
+
+def probe_sequences(base: Base) -> list[Tensor]:
+    """Two fixed short texts that saved and loaded weights are compared on."""
+    return [torch.arange(3, 3 + n) * 7 % base.vocabulary for n in (9, 5)]
+
+
+@torch.no_grad()
+def check_reload(base: Base, folder: Path, adapter: Adapter, head: ScalarHead | None) -> None:
+    """Load what was just written and score a fixed batch with it: must equal what is in memory."""
+    source = base.source
+    roles = Roles(base)
+    roles.add("in memory", adapter)
+    roles.add("on disk", adapter_of(base, source, trainable=False, folder=folder))
+    sequences = probe_sequences(base)
+    try:
+        with roles.use("in memory"):
+            expected = base.hidden(sequences)
+        with roles.use("on disk"):
+            found = base.hidden(sequences)
+        assert torch.equal(expected, found), f"the adapter written to {folder} is not the one in memory"
+        if head is not None:
+            same = torch.equal(head(expected), head_of(base, folder)(found))
+            assert same, f"the head written to {folder} is not the one in memory"
+    finally:
+        roles.remove("in memory")
+        roles.remove("on disk")
