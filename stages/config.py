@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -79,7 +80,9 @@ class DataKnobs:
 class TrainingKnobs(ModelKnobs, DataKnobs):
     """What every training stage has."""
 
-    output: str = knob(REQUIRED, "folder for the checkpoint; the same command again resumes or says it is done", OUTPUT)
+    output: str = knob(
+        REQUIRED, "folder for the checkpoint; the same command again resumes or says it is done", OUTPUT, inert=True
+    )
     save_every: int = knob(50, "save resume state every N steps", OUTPUT, low=1, inert=True)
     keep_state: bool = knob(False, "keep the resume state after the run has finished", OUTPUT, inert=True)
 
@@ -94,7 +97,9 @@ class TrainingKnobs(ModelKnobs, DataKnobs):
     epochs: float = knob(1.0, "passes over the dataset", TRAINING, above=0)
     max_steps: int | None = knob(None, "stop after N steps, whatever epochs says", TRAINING, low=1, auto="from epochs")
     batch_size: int = knob(64, "rows per optimiser step, over all ranks", TRAINING, low=1)
-    micro_batch_size: int | str = knob(AUTO, "rows per forward pass; never changes the result", TRAINING, low=1)
+    micro_batch_size: int | str = knob(
+        AUTO, "rows per forward pass; changes speed and memory, not the result", TRAINING, low=1, inert=True
+    )
 
     learning_rate: float = knob(2e-4, "peak learning rate", OPTIMISER, above=0)
     lr_schedule: str = knob("linear", "decay after warm-up", OPTIMISER, choices=("linear", "cosine", "constant"))
@@ -163,7 +168,7 @@ class RolloutKnobs:
     )
     max_response_tokens: int = knob(128, "longest response in tokens", ROLLOUT, low=1)
     temperature: float = knob(0.7, "sampling temperature; log-probabilities are tempered alike", ROLLOUT, above=0)
-    rollout_batch_size: int | str = knob(AUTO, "responses sampled side by side", ROLLOUT, low=1)
+    rollout_batch_size: int | str = knob(AUTO, "responses sampled side by side", ROLLOUT, low=1, inert=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,6 +380,10 @@ def resolve(cls: type, recipe: dict[str, tuple[object, str]], flags: dict[str, o
         else:
             values[name] = default_of(f)
             continue
+        if raw == AUTO and about.auto and type(None) in typing.get_args(kind):
+            raw = None
+        if raw is None and typing.get_origin(kind) in (list, dict):
+            raw = default_of(f)
         values[name] = parse(raw, kind, origin[name])
         check_bounds(values[name], about, origin[name])
     config = cls(**values)
@@ -397,7 +406,7 @@ def parse(raw: object, kind: object, where: str) -> object:
     for option in options:
         try:
             return _parse_one(raw, option)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     raise ConfigError(f"{_short(raw)} is not {describe(kind)}", where=where, fix=f"give {describe(kind)}")
 
@@ -421,12 +430,14 @@ def _parse_one(raw: object, kind: object) -> object:
             raise TypeError
         return float(raw)
     if kind is str:
-        if not isinstance(raw, (str, int, float)):
+        if not isinstance(raw, (str, int, float)) or not str(raw).strip():
             raise TypeError
         return str(raw)
     if typing.get_origin(kind) is list:
         items = [raw] if isinstance(raw, str) else raw
-        if not isinstance(items, (list, tuple)) or not all(isinstance(i, (str, int, float)) for i in items):
+        if not isinstance(items, (list, tuple)) or not all(
+            isinstance(i, (str, int, float)) and not isinstance(i, bool) for i in items
+        ):
             raise TypeError
         return [str(i) for i in items]
     if typing.get_origin(kind) is dict:
@@ -462,16 +473,22 @@ def check_bounds(value: object, about: Knob, where: str) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     if about.low is not None and value < about.low:
-        raise ConfigError(f"{value} is too small", where=where, fix=f"the smallest value is {about.low:g}")
+        raise ConfigError(f"{value} is too small", where=where, fix=f"the smallest value is {_plain(about.low)}")
     if about.above is not None and value <= about.above:
-        raise ConfigError(f"{value} is too small", where=where, fix=f"give a number above {about.above:g}")
+        raise ConfigError(f"{value} is too small", where=where, fix=f"give a number above {_plain(about.above)}")
     if about.high is not None and value > about.high:
-        raise ConfigError(f"{value} is too large", where=where, fix=f"the largest value is {about.high:g}")
+        raise ConfigError(f"{value} is too large", where=where, fix=f"the largest value is {_plain(about.high)}")
 
 
 def describe(kind: object) -> str:
     """A type in words, for messages."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text that is not empty",
+        type(None): "null",
+    }
     if typing.get_origin(kind) is list:
         return "a list of texts"
     if typing.get_origin(kind) is dict:
@@ -481,8 +498,11 @@ def describe(kind: object) -> str:
 
 
 def _short(raw: object) -> str:
-    text = repr(raw)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return reprlib.repr(raw)  # bounded, however deep the value nests
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else str(number)
 
 
 def as_dict(config: object) -> dict[str, object]:

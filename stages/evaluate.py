@@ -15,7 +15,7 @@ from stages.maths.statistics import mean_with_error, wilson_interval
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.source import Source
 from stages.models.tokens import PromptRow, Text
-from stages.results import Report, Result, Table
+from stages.results import Report, Result, Table, facts_table
 from stages.rollout.experience import Rollout, roll_out, rollout_kl
 from stages.rollout.generate import Sampling
 from stages.rollout.sources import Rewards
@@ -31,7 +31,8 @@ def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool
     text = open_text(inputs.source, config)
     kind = inputs.data.kind
     if dry_run:
-        return Result("evaluate", "dry run", None, {"plan": {"rows": len(inputs.data.rows), "kind": kind}})
+        plan = {"rows": len(inputs.data.rows), "kind": kind}
+        return Result("evaluate", "dry run", None, {"plan": plan}, (facts_table("evaluate: the plan", plan),))
     base, _ = open_base(inputs.source, config, text)
     roles = Roles(base)
     found: dict[str, object] = {"model": config.model, "dataset": config.dataset}
@@ -43,8 +44,8 @@ def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool
         if kind == "demonstration":
             found["perplexity"], tables = measure_perplexity(config, inputs, roles, text, report)
         if kind == "prompt" or inputs.rewards or inputs.gold:
-            more, more_tables = measure_policy(config, inputs, roles, text, report)
-            found, tables = found | more, tables + more_tables
+            found |= measure_policy(config, inputs, roles, text, report)
+            tables += policy_tables(found)
     if config.output:
         write_json(config.output, found)
     return Result("evaluate", "done", config.output, found, tables)
@@ -76,7 +77,7 @@ def measure_perplexity(
 
 def measure_policy(
     config: EvaluateConfig, inputs: Inputs, roles: Roles, text: Text, report: Report
-) -> tuple[dict, tuple[Table, ...]]:
+) -> dict[str, object]:
     """Score, KL, length of responses to prompts; against another checkpoint, both and the win rate."""
     sampling = sampling_of(config, inputs.source)
     longest = min(config.max_prompt_tokens or 2**30, inputs.source.context - sampling.max_tokens)
@@ -108,7 +109,7 @@ def measure_policy(
             {"score": "reward"}.get(n, n): win_rate(scores["policy"][n], scores["against"][n]) for n in judges
         }
     found["examples"] = examples(prompts, rollouts, scores, config.examples)
-    return found, policy_tables(found)
+    return found
 
 
 def is_prompt(row: object) -> bool:

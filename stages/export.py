@@ -16,7 +16,7 @@ from stages.models.heads import ScalarHead
 from stages.models.lora import merge_and_unwrap
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.tokens import Text
-from stages.results import Report, Result, Table
+from stages.results import Report, Result, Table, facts_table
 from stages.training.devices import DTYPES, pick_device
 from stages.training.session import open_text, probe_sequences
 
@@ -37,7 +37,7 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     kind = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
     facts = {"kind": kind, "dtype": str(wanted).removeprefix("torch.")}
     if dry_run:
-        return Result("export", "dry run", None, {"plan": facts})
+        return Result("export", "dry run", None, {"plan": facts}, (facts_table("export: the plan", facts),))
     loaded = own if wanted == own else torch.float32  # rounding happens once, after the merge
     base = load_base(
         source, device=pick_device(config.device), dtype=loaded, trust_remote_code=config.trust_remote_code

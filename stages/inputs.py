@@ -27,6 +27,7 @@ from stages.files.rows import Rows
 from stages.files.run import Run, open_run
 from stages.files.splits import split_held_out
 from stages.models.source import Source, open_source, same_base
+from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import Spec, open_rewards
 
 POLICIES = ("sft", "ppo")
@@ -47,6 +48,16 @@ class Inputs:
     against: Source | None = None
     reference: Source | None = None
 
+    @property
+    def rows_left_out(self) -> dict[str, int]:
+        """Rows of the dataset that are not trained on, by reason."""
+        return {"held_out_rows": len(self.held_out), "skipped_rows": self.data.skipped if self.data else 0}
+
+    @property
+    def done(self) -> bool:
+        """True where the output stands finished, made by the same knobs from the same inputs."""
+        return self.run is not None and self.run.finished
+
 
 def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
     """Open what a stage's config names; raises a UserError for the first thing that is wrong."""
@@ -58,6 +69,15 @@ def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
         "sample": sample_inputs,
         "export": export_inputs,
     }[stage](config, overwrite)
+
+
+def already_done(stage: str, config: Any, inputs: Inputs) -> Result:
+    """The result of a command whose work was done before."""
+    inputs.run.tidy()
+    manifest = inputs.run.manifest
+    data = {"metrics": manifest.metrics, "steps": manifest.steps, "seconds": manifest.seconds}
+    tables = (metrics_table(stage, manifest.metrics),)
+    return Result(stage, "already done", str(inputs.run.folder), data, tables, next_commands(stage, config))
 
 
 def sft_inputs(config: SftConfig, overwrite: bool) -> Inputs:

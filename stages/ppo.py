@@ -23,18 +23,18 @@ from stages.maths.tensors import scale_to_unit_variance, whiten
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
 from stages.models.tokens import PromptRow, Text
-from stages.results import Report, Result, Table
+from stages.results import Report, Result, Table, metrics_table, next_commands
+from stages.rollout.clipped import Judged, clipped_steps
 from stages.rollout.experience import Experience, Rollout, role_logprobs, role_values, roll_out, rollout_kl
 from stages.rollout.generate import Sampling
 from stages.rollout.sources import Rewards
 from stages.training.batching import batch_at, epoch_at, steps_in
-from stages.training.clipped import Judged, clipped_steps
 from stages.training.devices import Ranks, peak_memory_gb
 from stages.training.loop import Progress, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import plan_result
 from stages.training.seeds import derive
-from stages.training.session import encode_all, metrics_table, open_base, open_progress, open_text, publish
+from stages.training.session import encode_all, open_base, open_progress, open_text, publish
 
 
 def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -48,7 +48,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     total = steps_in(len(prompts), config.batch_size, config.epochs, config.max_steps)
     if dry_run:
         sizes = [len(p.ids) + config.max_response_tokens for p in prompts]
-        return plan_result("ppo", config, inputs, sizes, total)
+        return plan_result("ppo", config, source, sizes, total, inputs.rows_left_out)
 
     base, ranks = open_base(source, config, text)
     roles = open_roles(Roles(base), config, inputs)
@@ -90,7 +90,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     )  # fmt: skip
     data = {"metrics": metrics, "updates": total}
     tables = (start_and_end(metrics), metrics_table("ppo", metrics))[: 1 if held else 2]
-    return Result("ppo", "done", config.output, data, tables, next_commands(config))
+    return Result("ppo", "done", config.output, data, tables, next_commands("ppo", config))
 
 
 @dataclass(frozen=True)
@@ -283,11 +283,3 @@ def start_and_end(metrics: dict[str, float]) -> Table:
         if f"eval_{name}_before" in metrics
     )
     return Table("ppo on held-out prompts", ("measure", "start", "end"), rows)
-
-
-def next_commands(config: PpoConfig) -> tuple[str, ...]:
-    """What one runs after PPO."""
-    return (
-        f"rlhf evaluate --model {config.output} --against {config.model} --reward {config.reward[0]} --dataset PROMPTS",
-        f"rlhf export --model {config.output} --output DIR",
-    )

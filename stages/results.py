@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -54,3 +54,24 @@ class Silent:
     def begin(self, title: str, total: int, done: int = 0) -> None: ...
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
     def end(self) -> None: ...
+
+
+def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
+    """Final numbers as a two-column table."""
+    shown = [(k, v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return Table(title, ("measure", "value"), tuple((k, f"{v:.4g}") for k, v in shown))
+
+
+def facts_table(title: str, facts: dict[str, Any]) -> Table:
+    """Whatever was decided, as a two-column table."""
+    return Table(title, ("what", "value"), tuple((k.replace("_", " "), str(v)) for k, v in facts.items()))
+
+
+def next_commands(stage: str, config: Any) -> tuple[str, ...]:
+    """What one runs after a training stage."""
+    if stage == "sft":
+        return (f"rlhf reward --model {config.output} --dataset COMPARISONS --output DIR",)
+    if stage == "reward":
+        return (f"rlhf ppo --model {config.model} --reward {config.output} --dataset PROMPTS --output DIR",)
+    compare = f"--against {config.model} --reward {config.reward[0]} --dataset PROMPTS"
+    return (f"rlhf evaluate --model {config.output} {compare}", f"rlhf export --model {config.output} --output DIR")

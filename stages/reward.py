@@ -16,7 +16,7 @@ from stages.models.forward import sequence_scores
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, head_of, start_adapter
 from stages.models.tokens import Text, TokenRow
-from stages.results import Report, Result
+from stages.results import Report, Result, next_commands
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import TokenComparison, encode_comparison, report_on, report_tables, score_rows
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
@@ -45,7 +45,7 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
         report.note(f"{cut} of {len(rows)} comparisons were cut to {limit} tokens")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     if dry_run:
-        return plan_result("reward", config, inputs, [row.size for row in rows], total)
+        return plan_result("reward", config, source, [row.size for row in rows], total, inputs.rows_left_out)
 
     base, ranks = open_base(source, config, text)
     roles = Roles(base)
@@ -105,12 +105,7 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     )  # fmt: skip
     tables = report_tables(found) if held else ()
     data = {"metrics": metrics, "report": found, "steps": total}
-    return Result("reward", "done", config.output, data, tables, next_commands(config.model, config.output))
-
-
-def next_commands(model: str, output: str) -> tuple[str, ...]:
-    """What one runs after a reward model."""
-    return (f"rlhf ppo --model {model} --reward {output} --dataset PROMPTS --output DIR",)
+    return Result("reward", "done", config.output, data, tables, next_commands("reward", config))
 
 
 def start_head(roles: Roles, inputs: Inputs, seed: int) -> ScalarHead:

@@ -8,7 +8,7 @@ from stages.config import SampleConfig
 from stages.files.atomic import to_json, write_text
 from stages.inputs import Inputs
 from stages.models.roles import Roles, adapter_of
-from stages.results import Report, Result, Table
+from stages.results import Report, Result, Table, facts_table
 from stages.rollout.generate import Sampling, generate
 from stages.training.session import encode_all, open_base, open_text
 
@@ -25,7 +25,7 @@ def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     repeated = [(i, k) for i in range(len(prompts)) for k in range(config.responses_per_prompt)]
     counts = {"prompts": len(prompts), "responses": len(repeated)}
     if dry_run:
-        return Result("sample", "dry run", None, {"plan": counts})
+        return Result("sample", "dry run", None, {"plan": counts}, (facts_table("sample: the plan", counts),))
     base, _ = open_base(source, config, text)
     roles = Roles(base)
     roles.add("policy", adapter_of(base, source, trainable=False))

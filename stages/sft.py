@@ -13,7 +13,7 @@ from stages.maths.losses import token_nll
 from stages.models.forward import read_targets
 from stages.models.roles import Roles, start_adapter
 from stages.models.tokens import TokenRow
-from stages.results import Report, Result
+from stages.results import Report, Result, metrics_table, next_commands
 from stages.rollout.samples import show_samples
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.held_out import count_targets, held_out_loss, prompt_of
@@ -25,7 +25,6 @@ from stages.training.seeds import derive
 from stages.training.session import (
     context_limit,
     encode_all,
-    metrics_table,
     open_base,
     open_progress,
     open_text,
@@ -44,7 +43,7 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     report_cuts(rows, limit, report)
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     if dry_run:
-        return plan_result("sft", config, inputs, [len(row.ids) for row in rows], total)
+        return plan_result("sft", config, source, [len(row.ids) for row in rows], total, inputs.rows_left_out)
 
     base, ranks = open_base(source, config, text)
     roles = Roles(base)
@@ -88,12 +87,7 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         adapter=adapter, parents=[("model", source)], datasets={"train": inputs.data}, metrics=metrics, lines=lines,
     )  # fmt: skip
     found = {"metrics": metrics, "steps": total}
-    return Result("sft", "done", config.output, found, (metrics_table("sft", metrics),), next_commands(config.output))
-
-
-def next_commands(output: str) -> tuple[str, ...]:
-    """What one runs after supervised fine-tuning."""
-    return (f"rlhf reward --model {output} --dataset COMPARISONS --output DIR",)
+    return Result("sft", "done", config.output, found, (metrics_table("sft", metrics),), next_commands("sft", config))
 
 
 def backward(roles: Roles, rows: list[TokenRow], denominator: int, micro_batch_size: int | str) -> float:

@@ -55,10 +55,15 @@ def attend(
     """Attention of one layer; query (B, heads, N, D), key and value (B, kv heads, N, D) -> (B, N, heads, D), None."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not isinstance(attention_mask, Segments):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling")
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    if not isinstance(attention_mask, Segments):
+        if softcap is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if attention_mask is None:  # plain causal attention, perhaps of one new token
+            shape = (query.shape[2], key.shape[2])
+            attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
+        return _attend_capped(query, key, value, attention_mask, scale, softcap).transpose(1, 2).contiguous(), None
     if query.is_cuda and softcap is None and query.dtype != torch.float32:
         return _attend_varlen(query, key, value, attention_mask, scale, window), None
     outs, start = [], 0
@@ -81,11 +86,16 @@ def _attend_one(
     mask = ones.tril() if window is None else ones.tril() & ~ones.tril(-window)
     if softcap is None:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return _attend_capped(q, k, v, mask, scale, softcap)
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float) -> Tensor:
+    """Attention with logits squeezed into +-softcap (Gemma 2), which no fused kernel of torch does."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     logits = (q @ k.transpose(-1, -2)) * (scale if scale is not None else q.shape[-1] ** -0.5)
     logits = softcap * torch.tanh(logits / softcap)
-    weights = logits.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.inputs import Inputs
 from stages.models.roles import DEFAULT_RANK
 from stages.models.source import Source
 from stages.results import Result, Table
@@ -51,16 +50,17 @@ def memory_by_part(config: Any, source: Source, adapters: int, longest: int) -> 
     return parts | {"trainable parameters": trained}
 
 
-def plan_result(stage: str, config: Any, inputs: Inputs, sizes: list[int], total: int) -> Result:
+def plan_result(
+    stage: str, config: Any, source: Source, sizes: list[int], total: int, left_out: dict[str, int]
+) -> Result:
     """The plan of a stage that was resolved and checked but will not train."""
     adapters = {"sft": 1, "reward": 1}.get(stage, 4)
-    parts = memory_by_part(config, inputs.source, adapters, max(sizes))
+    parts = memory_by_part(config, source, adapters, max(sizes))
     trained = int(parts.pop("trainable parameters"))
     memory = {name: size / 1e9 for name, size in parts.items()} | {"total": sum(parts.values()) / 1e9}
     facts = {
         "rows": len(sizes),
-        "held_out_rows": len(inputs.held_out),
-        "skipped_rows": inputs.data.skipped,
+        **left_out,
         "steps": total,
         "batch_size": config.batch_size,
         "tokens_per_epoch": sum(sizes),

@@ -23,7 +23,7 @@ from stages.models.lora import Adapter
 from stages.models.roles import Roles, adapter_of, head_of, save_adapter
 from stages.models.source import Source
 from stages.models.tokens import Text, load_text
-from stages.results import Report, Result, Table
+from stages.results import Report
 from stages.training.devices import Ranks, peak_memory_gb, pick_device, pick_dtype
 from stages.training.loop import Progress
 from stages.training.optimizer import AdamW
@@ -93,19 +93,6 @@ def open_progress(config: Any, trained: dict[str, list[torch.nn.Parameter]]) -> 
     """One optimiser per named group of parameters."""
     adam = {"beta1": config.adam_beta1, "beta2": config.adam_beta2, "eps": config.adam_eps}
     return Progress({n: AdamW(p, **adam, weight_decay=config.weight_decay) for n, p in trained.items()})
-
-
-def already_done(command: str, run: Run, next: tuple[str, ...]) -> Result:
-    """The result of a command whose output stands finished, made by the same knobs from the same inputs."""
-    manifest = run.manifest
-    data = {"metrics": manifest.metrics, "steps": manifest.steps, "seconds": manifest.seconds}
-    return Result(command, "already done", str(run.folder), data, (metrics_table(command, manifest.metrics),), next)
-
-
-def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
-    """Final numbers as a two-column table."""
-    shown = [(k, v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    return Table(title, ("measure", "value"), tuple((k, f"{v:.4g}") for k, v in shown))
 
 
 # --- publishing

@@ -1,0 +1,223 @@
+"""The app: one command per stage, made from its config class. The only place where an error becomes an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rlhf_cli.console import plain, rank, reporting, say
+from rlhf_cli.options import PanelCommand, given, knob_options, nearest, option, write_panels
+from rlhf_cli.program import App, load
+from stages import __version__
+from stages.config import REQUIRED, STAGES, TrainingKnobs, default_of, knobs, read_recipe, resolve
+from stages.errors import ConfigError, Interrupted, TrainingStopped, UserError
+from stages.results import Report, Result
+
+# A command worth copying for each stage; one without an entry is shown with its required knobs.
+EXAMPLES = {
+    "sft": "rlhf sft --model Qwen/Qwen2.5-0.5B --dataset demonstrations.jsonl --output runs/x/sft",
+    "reward": "rlhf reward --model runs/x/sft --dataset comparisons.jsonl --output runs/x/reward",
+    "ppo": "rlhf ppo --model runs/x/sft --reward runs/x/reward --dataset prompts.jsonl --output runs/x/ppo",
+    "evaluate": "rlhf evaluate --model runs/x/ppo --against runs/x/sft --reward runs/x/reward --dataset prompts.jsonl",
+    "sample": "rlhf sample --model runs/x/ppo --dataset prompts.jsonl --output responses.jsonl",
+    "export": "rlhf export --model runs/x/ppo --output exported",
+}
+RUN_OPTIONS = {
+    "config": ("--config", "YAML recipe with knobs of this stage; flags win over it", str | None, "FILE"),
+    "dry_run": ("--dry-run", "check everything, print the plan, and stop before the work", bool | None, None),
+    "overwrite": ("--overwrite", "throw away what another run left in the output folder", bool | None, None),
+    "json": ("--json", "print the result as one JSON object", bool | None, None),
+    "debug": ("--debug", "show the traceback of a defect", bool | None, None),
+}
+HELP = """Reinforcement learning from human feedback, from a base model to a PPO policy.
+
+\b
+sft -> reward -> ppo -> evaluate -> report, each reading the folder of the one before:
+  rlhf sft --model BASE --dataset demonstrations.jsonl --output runs/x/sft
+"""
+PACKAGES = tuple(str(Path(__file__).resolve().parents[1] / name) + os.sep for name in ("rlhf_cli", "stages"))
+
+
+class Group(TyperGroup):
+    """The commands; a mistake in the command line itself is answered like every other mistake."""
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:
+        """Write the options and the commands of the help page."""
+        write_panels(self.get_params(ctx), formatter, "Options")
+        self.format_commands(ctx, formatter)
+
+    def main(self, *args: object, standalone_mode: bool = True, **kwargs: object) -> object:
+        """Run a command line and exit with its code, or return the code where `standalone_mode` is off."""
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # what Typer's mistakes have in common in all its versions
+                raise
+            code = usage_error(error)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def usage_error(error: Exception) -> int:
+    """Say what is wrong with a command line and what was likely meant; exit code 2."""
+    wrong, ctx = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    what, fix = message[:1].lower() + message[1:], f"see {ctx.command_path if ctx else 'rlhf'} --help"
+    if type(error).__name__ == "NoSuchOption" and ctx:
+        near = nearest(wrong, [flag for p in ctx.command.params for flag in (*p.opts, *p.secondary_opts)])
+        what, fix = f"no such option: {wrong}", f"did you mean {near}?" if near else fix
+    if rank() == 0:
+        say(f"error: {what}\n  -> {fix}")
+    return 2
+
+
+app = App(
+    name="rlhf",
+    cls=Group,
+    help=HELP,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help answers in half the time of rich panels
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def show_version(asked: bool) -> None:
+    """Answer `rlhf --version`, before any other option is looked at."""
+    if asked:
+        print(f"rlhf {__version__}")
+        raise typer.Exit(0)
+
+
+VERSION = typer.Option("--version", callback=show_version, is_eager=True, help="show the version and exit")
+
+
+@app.callback(invoke_without_command=True)
+def root(ctx: typer.Context, version: Annotated[bool, VERSION] = False) -> None:
+    """Answer `rlhf` alone; every other command line goes on to its command."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+def add_stage(name: str, cls: type) -> None:
+    """Make the command of a stage from its config class: its knobs, and how this one run is to go."""
+    extras = [extra for extra in RUN_OPTIONS if extra != "overwrite" or issubclass(cls, TrainingKnobs)]
+    parameters = knob_options(cls) + [option(extra, *RUN_OPTIONS[extra]) for extra in extras]
+
+    def command(**values: object) -> int:
+        return run_stage(name, cls, values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    sentence = inspect.getdoc(cls) or name
+    known = knobs(cls)
+    required = [p.name for p in parameters if p.name in known and default_of(known[p.name][0]) is REQUIRED]
+    plainly = " ".join(["rlhf", name, *(f"--{n.replace('_', '-')} {n.upper()}" for n in required)])
+    text = f"{sentence}\n\n\b\nExample:\n  {EXAMPLES.get(name, plainly)}"
+    app.command(name, cls=PanelCommand, help=text, short_help=sentence)(command)
+
+
+for stage_name, config_class in STAGES.items():
+    add_stage(stage_name, config_class)
+
+
+REPORT = "What came of a run: every stage's held-out numbers, and SFT against PPO side by side."
+
+
+@app.command("report", cls=PanelCommand, help=f"{REPORT}\n\n\b\nExample:\n  rlhf report runs/x", short_help=REPORT)
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="folder with sft, reward, ppo and evaluate.json")],
+    as_json: Annotated[bool, typer.Option("--json", help=RUN_OPTIONS["json"][1])] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=RUN_OPTIONS["debug"][1])] = False,
+) -> int:
+    """Read what the stages wrote about a run."""
+
+    def work() -> Result:
+        with speaking() as said:
+            return load("report").run(runs, said)
+
+    return guarded(work, as_json, debug)
+
+
+def run_stage(name: str, cls: type, values: dict[str, object]) -> int:
+    """Run one stage from its flags: recipe, config, inputs, the stage itself; returns the exit code."""
+
+    def work() -> Result:
+        recipe = read_recipe(str(values["config"]), cls) if values["config"] is not None else {}
+        config = resolve(cls, recipe, given(cls, values))
+        with speaking() as said:
+            # Whatever can be wrong with the inputs is found before torch is imported.
+            inputs = load("inputs").open_inputs(name, config, overwrite=bool(values.get("overwrite")))
+            if getattr(inputs, "done", False):
+                return load("inputs").already_done(name, config, inputs)
+            return load(name).run(config, inputs, said, dry_run=bool(values["dry_run"]))
+
+    return guarded(work, bool(values["json"]), bool(values["debug"]))
+
+
+@contextlib.contextmanager
+def speaking() -> Iterator[Report]:
+    """A stage's way to speak; whatever else is printed meanwhile, by libraries or reward functions, goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr), reporting() as said:
+        yield said
+
+
+def guarded(work: Callable[[], Result], as_json: bool, debug: bool) -> int:
+    """Do a command's work and show its result; every way to end becomes a message and an exit code."""
+    mine = "" if rank() == 0 else f"[rank {rank()}] "
+    try:
+        result = work()
+        return 0 if mine else deliver(result, as_json)
+    except ConfigError as error:
+        if not mine:  # every rank reads the same flags: one of them saying so is enough
+            say(f"error: {UserError.__str__(error)}")
+        return error.exit_code
+    except UserError as error:
+        say(f"{mine}error: {UserError.__str__(error)}")
+        return error.exit_code
+    except (TrainingStopped, Interrupted) as error:
+        if not mine:
+            say(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        if not mine:
+            say("interrupted")
+        return 130
+    except Exception as error:
+        say(mine + defect(error, debug or os.environ.get("RLHF_DEBUG") == "1"))
+        return 1
+
+
+def deliver(result: Result, as_json: bool) -> int:
+    """Print a result; a reader of stdout that has gone away (`| head`) is not a failure, a full disk is."""
+    from rlhf_cli.output import show
+
+    try:
+        show(result, as_json)
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        say(f"error: the work is done, but its result cannot be printed: {error.strerror or error}")
+        return 2
+    return 0
+
+
+def defect(error: Exception, debug: bool) -> str:
+    """An unforeseen exception in words: where it arose, or with `debug` the whole traceback."""
+    what = f"this is a defect of rlhf: {type(error).__name__}: {plain(error)}"
+    if debug:
+        return "".join(traceback.format_exception(error)) + what
+    stack = traceback.extract_tb(error.__traceback__)
+    frames = [f"{frame.filename}:{frame.lineno}" for frame in stack if not frame.filename.startswith("<frozen")]
+    ours = [frame for frame in frames if frame.startswith(PACKAGES)]
+    called = f", called from {ours[-1]}" if ours and ours[-1] != frames[-1] else ""
+    return f"{what}\n  at {frames[-1]}{called}\n  -> run it again with --debug for the whole traceback"

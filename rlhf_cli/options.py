@@ -1,0 +1,111 @@
+"""Config fields become command-line options: same name, help, default and panel as in `stages.config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+
+import typer
+from typer.core import TyperCommand
+
+from stages.config import DATA, DEVICE, LORA, MODEL, OPTIMISER, OUTPUT, REQUIRED, TRAINING, Knob, default_of, knobs
+
+THIS_RUN = "This run"
+PANELS_FIRST = (MODEL, DATA, OUTPUT)
+PANELS_LAST = (TRAINING, OPTIMISER, LORA, DEVICE, THIS_RUN)
+TYPE_NAMES = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+
+
+def knob_options(cls: type) -> list[inspect.Parameter]:
+    """One keyword parameter per knob of a config class, in panel order; the default None means "not given"."""
+    found = knobs(cls)
+    panels = [about.panel for _, about, _ in found.values()]
+    own = [p for p in dict.fromkeys(panels) if p not in PANELS_FIRST + PANELS_LAST]
+    order = {panel: place for place, panel in enumerate((*PANELS_FIRST, *own, *PANELS_LAST))}
+    by_panel = sorted(found, key=lambda name: order[found[name][1].panel])
+    return [_parameter(name, *found[name]) for name in by_panel]
+
+
+def option(
+    name: str, flag: str, help: str, annotation: object, metavar: str | None = None, panel: str = THIS_RUN
+) -> inspect.Parameter:
+    """A keyword parameter that Typer reads as an option without a default."""
+    about = typer.Option(None, flag, help=help, metavar=metavar, rich_help_panel=panel, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=about)
+
+
+def _parameter(name: str, field: dataclasses.Field, about: Knob, kind: object) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    repeatable = " (repeatable)" if typing.get_origin(kind) is list else ""
+    text = f"{about.help}{repeatable}  {shown_default(default_of(field), about)}".rstrip()
+    if kind is bool:
+        return option(name, f"{flag}/--no-{flag[2:]}", text, bool | None, panel=about.panel)
+    # Numbers stay text here, so that flags and recipes are read, bounded and complained about by the same code.
+    annotation = list[str] | None if typing.get_origin(kind) in (list, dict) else str | None
+    return option(name, flag, text, annotation, metavar(about, kind), about.panel)
+
+
+def metavar(about: Knob, kind: object) -> str:
+    """What stands for an option's value in --help: its choices, else its type."""
+    if about.choices:
+        return "|".join(about.choices)
+    if typing.get_origin(kind) is dict:
+        return "NAME=COLUMN,..."
+    if typing.get_origin(kind) is list:
+        return "TEXT"
+    kinds = [k for k in typing.get_args(kind) or (kind,) if k is not type(None)]
+    return "INTEGER|auto" if kinds == [int, str] else TYPE_NAMES[kinds[0]]
+
+
+def shown_default(default: object, about: Knob) -> str:
+    """A knob's default in brackets for --help; empty where nothing is the default."""
+    if default is REQUIRED:
+        return "[required]"
+    if default is None or default in ([], {}):
+        return f"[default: {about.auto}]" if about.auto else ""
+    if isinstance(default, bool):
+        return f"[default: {str(default).lower()}]"
+    return f"[default: {default:g}]" if isinstance(default, float) else f"[default: {default}]"
+
+
+def given(cls: type, values: dict[str, object]) -> dict[str, object]:
+    """The knobs among `values` that were given, as `stages.config.resolve` takes them (repeated pairs as one text)."""
+    kinds = {name: kind for name, (_, _, kind) in knobs(cls).items()}
+    flags = {name: values[name] for name in kinds if values.get(name) not in (None, [])}
+    return {n: ",".join(v) if typing.get_origin(kinds[n]) is dict else v for n, v in flags.items()}  # type: ignore
+
+
+def nearest(wrong: str, flags: list[str]) -> str | None:
+    """The flag that an unknown one most likely meant."""
+    near = difflib.get_close_matches(wrong.replace("_", "-"), flags, n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+class PanelCommand(TyperCommand):
+    """A command whose --help lists its options under their panels' headings, readable at 80 columns."""
+
+    def format_options(self, ctx: typer.Context, formatter: typing.Any) -> None:
+        """Write one section of the help page per panel."""
+        write_panels(self.get_params(ctx), formatter)
+
+
+def write_panels(params: typing.Iterable[typing.Any], formatter: typing.Any, rest: str = THIS_RUN) -> None:
+    """Write a help section per panel, in the order in which panels first appear; `rest` is for what has none."""
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for param in params:
+        panel = getattr(param, "rich_help_panel", None) or rest
+        panels.setdefault(panel, []).append((_label(param), getattr(param, "help", None) or ""))
+    for panel, rows in panels.items():
+        with formatter.section(panel):
+            formatter.write_dl(rows, col_max=34)
+
+
+def _label(param: typing.Any) -> str:
+    if param.param_type_name == "argument":
+        return f"{param.metavar}..."
+    if param.secondary_opts:
+        return f"--[no-]{param.opts[0][2:]}"
+    value = f" {param.metavar}" if param.metavar else ""
+    return ", ".join(sorted(param.opts, key=len)) + value

@@ -1,0 +1,446 @@
+"""The output folder while a stage trains: what it holds already, its lock, its logs and its resume state.
+
+    run.json       stage, knobs and inputs of the run that owns the folder, while it is unfinished
+    run.lock       held by the process that writes
+    state/step-*   what a resumed run goes on from; the last two
+
+A folder with checkpoint.json is finished, whatever else is in it; one with run.json alone is not; every other
+folder with something in it belongs to somebody else and is never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import secrets
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stages import __version__
+from stages.config import as_dict, differing
+from stages.errors import CheckpointError, OutputError
+from stages.files import atomic
+from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, publish, read_manifest
+from stages.files.tensors import load_tensors, save_tensors
+
+if typing.TYPE_CHECKING:
+    from torch import Tensor
+
+RUN, LOCK, STATE = "run.json", "run.lock", "state"
+METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.yaml"
+_STATES_KEPT = 2
+_OURS = (  # what a stage writes into its folder, and so what --overwrite may remove
+    METRICS, SAMPLES, CONFIG, STATE, "critic", "adapter_model.safetensors", "adapter_config.json", "head.safetensors",
+    "tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class State:
+    """What a resumed run goes on from."""
+
+    step: int
+    tensors: dict[str, Tensor]  # on the CPU, as they were saved
+    facts: dict[str, object]
+    sizes: dict[str, int]  # bytes of each log at that moment
+
+
+@dataclass
+class Run:
+    """A stage's output folder. Only a `writer` (rank 0) changes anything on disk; elsewhere those calls do nothing."""
+
+    folder: Path
+    stage: str
+    config: object  # the stage's config dataclass
+    inputs: dict[str, str]  # digests of what goes in, by name
+    overwrite: bool = False
+    writer: bool = True
+    manifest: Manifest | None = None  # of the checkpoint that is there already
+    resuming: bool = False  # an unfinished run of the same command is there
+    warnings: list[str] = field(default_factory=list)
+    _lock: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True where the same command has been run to its end; `manifest` says what came out."""
+        return self.manifest is not None
+
+    # --- beginning and ending
+
+    def start(self) -> None:
+        """Take the folder: make it, lock it, write run.json, and clear what a killed or overwritten run left.
+
+        Raises OutputError where another process got there first, or the system refuses to write.
+        """
+        if not self.writer:
+            return
+        if self.finished:
+            raise OutputError("finished already", where=str(self.folder), fix="--overwrite starts it again")
+        atomic.make_folder(self.folder)
+        self._take_lock()
+        try:
+            _judge(self)  # again, now that nobody else can change it
+            if self.finished:
+                raise OutputError(
+                    "another process has just finished this run", where=str(self.folder), fix="run the command again"
+                )
+            self._clear_leftovers()
+            if not self.resuming:
+                self._begin_anew()
+            elif not self._own_states():  # killed before its first state, perhaps while clearing: the same as new
+                self._clear_old()
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin_anew(self) -> None:
+        """Mark the folder as this run's first, so that a kill while clearing never leaves it without an owner."""
+        old = _record(self.folder, MANIFEST) or {}
+        record = {
+            "format_version": FORMAT_VERSION,
+            "id": secrets.token_hex(8),
+            "stage": self.stage,
+            "config": as_dict(self.config),
+            "inputs": self.inputs,
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "rlhf": __version__,
+        }
+        atomic.write_json(self.folder / RUN, record)
+        self._clear_old(old.get("files", {}))
+
+    def _clear_old(self, listed: typing.Collection[str] = ()) -> None:
+        """Remove what a stage wrote, `listed` or known by name; what else a person put here stays."""
+        atomic.remove(self.folder / MANIFEST)
+        atomic.sync(self.folder)  # from here on it is no checkpoint, even after a power cut
+        for name in sorted(os.listdir(self.folder)):
+            ours = name in listed or any(fnmatch.fnmatchcase(name, pattern) for pattern in _OURS)
+            if ours and name not in (RUN, LOCK):
+                atomic.remove(self.folder / name)
+
+    def finish(self, manifest: Manifest, files: list[str]) -> Manifest | None:
+        """Publish the checkpoint (`config` and `inputs` are the run's own), then remove what only a run needs.
+
+        Returns the manifest as stored; raises what `manifest.publish` raises.
+        """
+        if not self.writer:
+            return None
+        asked = dataclasses.replace(manifest, config=as_dict(self.config), inputs=dict(self.inputs))
+        self.manifest = publish(self.folder, asked, files)
+        self._remove_scaffold()
+        self.release()
+        return self.manifest
+
+    def tidy(self) -> None:
+        """Remove what a kill just after publishing left in a finished folder, if that is possible."""
+        names = os.listdir(self.folder) if self.writer and self.finished else []
+        scaffold = {RUN, LOCK} | (set() if self._keeps_state() else {STATE})
+        if not any(name in scaffold or atomic.is_leftover(name) for name in names):
+            return
+        with contextlib.suppress(OutputError):
+            self._take_lock()
+            self._remove_scaffold()
+        self.release()
+
+    def _remove_scaffold(self) -> None:
+        """Only once the manifest stands. A failure here harms nobody: the checkpoint is complete."""
+        if not (self.folder / MANIFEST).is_file():
+            return
+        with contextlib.suppress(OutputError):
+            if not self._keeps_state():
+                atomic.remove(self.folder / STATE)
+            atomic.remove(self.folder / RUN)
+            self._clear_leftovers()
+
+    def _keeps_state(self) -> bool:
+        return bool(getattr(self.config, "keep_state", False))
+
+    def _take_lock(self) -> None:
+        self._lock = atomic.lock(self.folder / LOCK)
+        if self._lock is None:
+            self.warnings.append(f"{self.folder}: this file system has no locks; never run the command twice at once")
+
+    def release(self) -> None:
+        """Let go of the folder, finished or not."""
+        if self._lock is not None:
+            handle, self._lock = self._lock, None
+            atomic.unlock(handle, self.folder / LOCK)
+
+    def _clear_leftovers(self) -> None:
+        for where in (self.folder, self.folder / STATE, self.folder / "critic"):
+            atomic.clear_leftovers(where)
+
+    # --- logs
+
+    def log(self, step: int, metrics: dict[str, object]) -> None:
+        """Append one line to metrics.jsonl. Raises OutputError."""
+        if self.writer:
+            atomic.append_text(self.folder / METRICS, atomic.to_json({"step": step} | metrics) + "\n")
+
+    def samples(self, rows: list[dict[str, object]]) -> None:
+        """Append a line per row to samples.jsonl. Raises OutputError."""
+        if self.writer and rows:
+            atomic.append_text(self.folder / SAMPLES, "".join(atomic.to_json(row) + "\n" for row in rows))
+
+    # --- resume state
+
+    def save_state(self, step: int, tensors: dict[str, Tensor], facts: dict[str, object]) -> None:
+        """Save what a resumed run needs to go on after `step`; the two newest states are kept.
+
+        `facts` is JSON with text keys; its numbers come back exactly, infinities included. Raises OutputError.
+        """
+        if not self.writer:
+            return
+        sizes = {}
+        for path in (self.folder / METRICS, self.folder / SAMPLES):
+            if path.exists():
+                atomic.sync(path)
+            sizes[path.name] = path.stat().st_size if path.exists() else 0
+        with atomic.folder(self.folder / STATE / f"step-{step:06d}") as place:
+            save_tensors(place / "state.safetensors", tensors)
+            digest = atomic.sha256_of(place / "state.safetensors")
+            content = {"run": self._id(), "step": step, "sizes": sizes, "tensors": digest, "facts": facts}
+            content = json.loads(json.dumps(content))  # as it will be read, or the digest would not agree
+            text = json.dumps({"sha256": _digest(content), "content": content}, indent=2)
+            atomic.write_text(place / "state.json", text + "\n")
+        for old in self._states()[_STATES_KEPT:]:
+            atomic.remove(old)
+
+    def latest_state(self) -> State | None:
+        """The newest sound state of this run, or None; a damaged one is passed over with a line in `warnings`."""
+        for place in self._own_states():
+            try:
+                return _read_state(place)
+            except CheckpointError as error:
+                self.warnings.append(f"{place} is damaged and was passed over ({error.what})")
+        return None
+
+    def resume(self) -> State | None:
+        """The state to go on from (None: from the start), with the logs cut back to it so that a step stands once."""
+        state = self.latest_state()
+        if not self.writer:
+            return state
+        for name in (METRICS, SAMPLES):
+            self._cut(self.folder / name, state.sizes[name] if state else 0)
+        for place in self._states():
+            if state is None or _step_of(place) > state.step:
+                atomic.remove(place)
+        return state
+
+    def _cut(self, log: Path, size: int) -> None:
+        found = log.stat().st_size if log.exists() else 0
+        if found < size:
+            self.warnings.append(f"{log} is shorter than it was; its earlier lines are gone")
+        elif size == 0:
+            atomic.remove(log)
+        elif found > size:
+            atomic.truncate(log, size)
+
+    def _id(self) -> object:
+        return (_record(self.folder, RUN) or {}).get("id")
+
+    def _states(self) -> list[Path]:
+        """Folders of states, the newest first."""
+        return sorted((p for p in (self.folder / STATE).glob("step-*") if _step_of(p) >= 0), key=_step_of, reverse=True)
+
+    def _own_states(self) -> list[Path]:
+        """Those that this run wrote, or that are too damaged to say; not those of a run that was overwritten."""
+        mine = self._id()
+        return [place for place in self._states() if _owner(place) in (mine, None)] if mine else []
+
+
+def _step_of(place: Path) -> int:
+    match = re.fullmatch(r"step-(\d+)", place.name)
+    return int(match[1]) if match else -1
+
+
+def _owner(place: Path) -> object:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return json.loads((place / "state.json").read_text("utf-8"))["content"]["run"]
+    return None
+
+
+def _read_state(place: Path) -> State:
+    """Read a state and check every byte of it. Raises CheckpointError."""
+    try:
+        stored = json.loads((place / "state.json").read_text("utf-8"))
+        content = stored["content"]
+        if stored["sha256"] != _digest(content):
+            raise CheckpointError("state.json is not what was saved", where=str(place))
+        if atomic.sha256_of(place / "state.safetensors") != content["tensors"]:
+            raise CheckpointError("state.safetensors is not what was saved", where=str(place))
+        tensors = load_tensors(place / "state.safetensors")
+        return State(content["step"], tensors, content["facts"], content["sizes"])
+    except OSError as error:
+        raise CheckpointError(f"{error.strerror or error}", where=str(place)) from error
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise CheckpointError("state.json is not what was saved", where=str(place)) from None
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# --- what a folder holds already ------------------------------------------------------------------------------------
+
+
+def open_run(
+    output: str | Path,
+    stage: str,
+    config: object,
+    inputs: dict[str, str],
+    *,
+    overwrite: bool = False,
+    writer: bool = True,
+) -> Run:
+    """See what an output folder holds, and say whether this command starts, goes on, or has been done.
+
+    `config` is the stage's dataclass; `inputs` are digests of what goes in. A knob that is the place of an input
+    (`model`, `dataset`, ...) is judged by the digest under the knob's own name, if there is one, so a moved file is
+    no other file. Writes nothing: `Run.start` does. Raises OutputError where the folder belongs to something else, to
+    another stage or to a run with other choices, is in use, or cannot be written; CheckpointError where it is
+    finished but damaged.
+    """
+    run = Run(Path(output), stage, config, dict(inputs), overwrite=overwrite, writer=writer)
+    _judge(run)
+    if writer and not run.finished:
+        atomic.check_lock(run.folder / LOCK)
+    return run
+
+
+def write_config(run: Run, config: object) -> None:
+    """Write config.yaml: every knob as resolved, readable as a recipe."""
+    if run.writer:
+        import yaml
+
+        text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=120)
+        atomic.write_text(run.folder / CONFIG, text)
+
+
+def _judge(run: Run) -> None:
+    """Set a run's `manifest` and `resuming` by what its folder holds. Raises as `open_run` does."""
+    run.manifest, run.resuming = None, False
+    if not _entries(run.folder):
+        if run.writer:
+            _check_writable(run.folder)
+        return
+    finished, begun = _record(run.folder, MANIFEST), _record(run.folder, RUN)
+    found = finished or begun
+    if found is None:
+        raise OutputError(
+            "belongs to something else: it is not empty and holds no run of this tool",
+            where=str(run.folder),
+            fix="choose another --output; nothing in this folder will be touched",
+        )
+    if run.overwrite:
+        _spare_inputs(run)
+        if run.writer:
+            _check_writable(run.folder)
+        return
+    _compare(run, found)
+    if finished:
+        run.manifest = read_manifest(run.folder)
+    else:
+        run.resuming = True
+
+
+def _entries(folder: Path) -> list[str]:
+    """Names in an output folder that mean something; none if it is not there."""
+    if not os.path.lexists(folder):
+        return []
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot be used as a folder: {error.strerror or error}", where=str(folder), fix="choose another --output"
+        ) from error
+    return [name for name in names if name != LOCK and not atomic.is_leftover(name)]
+
+
+def _record(folder: Path, name: str) -> dict[str, typing.Any] | None:
+    """The content of a run.json or checkpoint.json of this tool; None where there is none, or somebody else's."""
+    try:
+        value = json.loads((folder / name).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    ours = isinstance(value, dict) and type(value.get("format_version")) is int and isinstance(value.get("stage"), str)
+    ours = ours and all(isinstance(value.get(key, {}), dict) for key in ("config", "inputs", "files"))
+    return value if ours else None
+
+
+def _compare(run: Run, found: dict[str, typing.Any]) -> None:
+    """Raise OutputError unless a folder's run is of the same stage, with the same choices and inputs."""
+    another = "choose another --output, or start again with --overwrite"
+    if found["format_version"] > FORMAT_VERSION:
+        raise OutputError("written by a newer rlhf", where=str(run.folder), fix=f"upgrade rlhf, or {another}")
+    if found["stage"] != run.stage:
+        raise OutputError(
+            f"holds a run of `{found['stage']}`, not of `{run.stage}`", where=str(run.folder), fix=another
+        )
+    lines = differences(run.config, run.inputs, found.get("config", {}), found.get("inputs", {}))
+    if lines:
+        raise OutputError(
+            "made with other choices:\n" + "\n".join(f"    {line}" for line in lines),
+            where=str(run.folder),
+            fix=f"repeat the old choices to go on, {another}",
+        )
+
+
+def differences(
+    config: object, inputs: dict[str, str], old_config: dict[str, object], old_inputs: dict[str, object]
+) -> list[str]:
+    """One line per knob or input in which two runs differ, old value first; empty where they are the same run.
+
+    `output` is the folder itself. A knob that names a place is passed over where both runs know its content.
+    """
+    mine = json.loads(atomic.to_json(as_dict(config)))
+    lines = []
+    for name in differing(config, old_config):
+        old, new = old_config.get(name), mine.get(name)
+        place = name in inputs and name in old_inputs and isinstance(old, str) and isinstance(new, str)
+        if name != "output" and old != new and not place:
+            lines.append(f"{name}: {_short(old)} -> {_short(new)}")
+    for name in sorted(inputs.keys() | old_inputs.keys()):
+        old, new = old_inputs.get(name), inputs.get(name)
+        if old != new:
+            lines.append(f"content of {name}: {_short(old)} -> {_short(new)}")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else atomic.to_json(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _spare_inputs(run: Run) -> None:
+    """Raise OutputError where --overwrite would remove what this very command reads."""
+    folder = Path(os.path.realpath(run.folder))
+    for name, value in as_dict(run.config).items():
+        texts = value if isinstance(value, list) else [value]
+        for text in (text for text in texts if isinstance(text, str) and name != "output"):
+            for place in (text, text.rpartition("=")[0], text.rpartition(":")[0]):
+                if place and os.path.lexists(place) and Path(os.path.realpath(place)).is_relative_to(folder):
+                    raise OutputError(
+                        f"`{name}` lies in the folder that --overwrite would clear",
+                        where=str(run.folder),
+                        fix="choose another --output",
+                    )
+
+
+def _check_writable(folder: Path) -> None:
+    place = Path(os.path.abspath(folder))
+    while not os.path.lexists(place):
+        place = place.parent
+    with atomic.explained(folder):
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))

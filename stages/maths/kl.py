@@ -1,0 +1,41 @@
+"""Estimators of the KL from the policy to the reference, and the controller of its weight.
+
+With q = log(policy / reference) of a token sampled from the policy: k1 = q and k3 = exp(-q) - 1 + q have the KL as
+their mean, k2 = q^2 / 2 has the KL's gradient as the mean of its own. None is masked: off-mask entries mean nothing.
+Source: Schulman 2020, "Approximating KL Divergence".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """q per token (B, T): unbiased, may be negative; the one that belongs in the reward."""
+    return logprobs - reference_logprobs
+
+
+def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """q^2 / 2 per token (B, T): biased; the one whose gradient is right where the KL is a loss term."""
+    return 0.5 * (logprobs - reference_logprobs).square()
+
+
+def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """exp(-q) - 1 + q per token (B, T): unbiased and never negative; for reports."""
+    log_ratio = logprobs - reference_logprobs
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def sequence_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Sum of k1 over each response's masked tokens, (B,) nats."""
+    return k1(logprobs, reference_logprobs).masked_fill(~mask, 0).sum(dim=1)
+
+
+def next_kl_coef(kl_coef: float, observed_kl: float, target: float, episodes: int, horizon: int) -> float:
+    """The KL weight after `episodes` responses whose mean sequence KL was `observed_kl` nats where `target` is wanted.
+
+    Source: `AdaptiveKLController` of lm-human-preferences (Ziegler 2019): the error is held within +-0.2.
+    """
+    error = min(max(observed_kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)

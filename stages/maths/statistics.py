@@ -1,0 +1,123 @@
+"""Numbers for reports: intervals, correlations, and what the scores of a reward model say about its comparisons.
+
+Everything is computed in float64 and comes back as Python floats. `delta` (N,) is always the score of the response
+that won a comparison minus the score of the one that lost. What has no answer, such as a mean of nothing, is nan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval for a proportion of `successes` in `n` trials; (0, 1) for no trials. z 1.96 covers 95 %.
+
+    Source: Wilson 1927. Unlike p +- z sqrt(p (1 - p) / n) it stays within 0 and 1 and has a width at p = 1.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def mean_with_error(x: Tensor) -> tuple[float, float]:
+    """Mean of `x` and its standard error (sample deviation / sqrt(n)); error 0 for one number, nan for none."""
+    x = _numbers(x)
+    if x.numel() == 0:
+        return math.nan, math.nan
+    error = x.std().item() / math.sqrt(x.numel()) if x.numel() > 1 else 0.0
+    return x.mean().item(), error
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's correlation of `x` and `y`; 0 where one of them does not vary."""
+    x, y = _numbers(x), _numbers(y)
+    if _is_constant(x) or _is_constant(y):
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    return (x @ y / (x.norm() * y.norm())).item()
+
+
+def log_loss_of_pairs(delta: Tensor) -> float:
+    """Mean of -log sigmoid(delta), in nats; ln 2 is what knowing nothing costs."""
+    return -logsigmoid(_numbers(delta)).mean().item()
+
+
+def accuracy_of_pairs(delta: Tensor) -> float:
+    """Share of comparisons ranked as they were judged; a tie counts half."""
+    return _wins(delta).mean().item()
+
+
+def calibration_bins(
+    delta: Tensor, edges: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+) -> list[dict[str, float | int]]:
+    """How often the predicted winner won, per bin of how sure the prediction was.
+
+    The prediction is folded to its winner: its confidence is sigmoid(|delta|). Bins are [low, high), the last one
+    closed. A dict each: `low`, `high`, `count`, `predicted` (mean confidence), `observed` (share of wins, a tie
+    counts half); the last two nan in an empty bin.
+    """
+    confidence = _numbers(delta).abs().sigmoid()
+    wins = _wins(delta)
+    return [
+        {
+            "low": low,
+            "high": high,
+            "count": int(inside.sum()),
+            "predicted": confidence[inside].mean().item(),
+            "observed": wins[inside].mean().item(),
+        }
+        for low, high, inside in _bins(confidence, edges)
+    ]
+
+
+def accuracy_by_length_difference(
+    delta: Tensor, length_difference: Tensor, edges: Sequence[float]
+) -> list[dict[str, float | int]]:
+    """`accuracy_of_pairs` per bin of `length_difference` (N,), winner's length minus loser's.
+
+    Bins are [low, high), the last one closed; what lies outside `edges` is left out, so they may be infinite.
+    A dict each: `low`, `high`, `count`, `accuracy` (nan in an empty bin).
+    """
+    delta = _numbers(delta)
+    return [
+        {"low": low, "high": high, "count": int(inside.sum()), "accuracy": accuracy_of_pairs(delta[inside])}
+        for low, high, inside in _bins(_numbers(length_difference), edges)
+    ]
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over the masked tokens of (B, T); nan where the returns do not vary."""
+    values, returns = _numbers(values[mask]), _numbers(returns[mask])
+    if _is_constant(returns):
+        return math.nan
+    return 1 - ((returns - values).var() / returns.var()).item()
+
+
+def _numbers(x: Tensor) -> Tensor:
+    # On the CPU: not every accelerator has float64.
+    return x.detach().cpu().double().flatten()
+
+
+def _wins(delta: Tensor) -> Tensor:
+    delta = _numbers(delta)
+    return (delta > 0).double() + 0.5 * (delta == 0)
+
+
+def _is_constant(x: Tensor) -> bool:
+    # A variance of equal numbers need not be exactly 0 once their mean is rounded.
+    return x.numel() == 0 or bool(x.min() == x.max())
+
+
+def _bins(x: Tensor, edges: Sequence[float]) -> Iterator[tuple[float, float, Tensor]]:
+    for low, high in pairwise(edges):
+        below = x <= high if high == edges[-1] else x < high
+        yield low, high, (x >= low) & below

@@ -1,0 +1,45 @@
+"""Shared fixtures: models are built once per test run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they give
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """`model_folder("gpt2", chat=True, ...)`: the folder of a tiny random model, made on first use."""
+    from tests.tiny import build_model
+
+    made: dict[tuple, Path] = {}
+
+    def get(architecture: str = "llama", **options: object) -> Path:
+        key = (architecture, *sorted(options.items()))
+        if key not in made:
+            made[key] = build_model(tmp_path_factory.mktemp("model"), architecture, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def open_tiny(model_folder):
+    """`open_tiny("gpt2")`: a loaded `Base` of a tiny random model, fresh on every call."""
+    import torch
+
+    from stages.models.base import load_base
+    from stages.models.source import open_source
+
+    torch.set_num_threads(1)
+
+    def get(architecture: str = "llama", **options: object):
+        source = open_source(str(model_folder(architecture, **options)), stages=(), what="--model")
+        return load_base(source, device=torch.device("cpu"), dtype=torch.float32)
+
+    return get

@@ -1,0 +1,159 @@
+"""rlhf_cli/options.py: config fields as options of the command line, and their help page."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from typer.testing import CliRunner
+
+from rlhf_cli.main import RUN_OPTIONS, app
+from rlhf_cli.options import given, knob_options, metavar, nearest, shown_default
+from stages.config import REQUIRED, STAGES, Knob, PpoConfig, SampleConfig, SftConfig, knob, knobs, resolve
+
+RUNNER = CliRunner(env={"COLUMNS": "80"})
+
+
+def help_of(*command):
+    ended = RUNNER.invoke(app, [*command, "--help"])
+    assert ended.exit_code == 0
+    return ended.stdout
+
+
+def headings(page):
+    return [line.rstrip(":") for line in page.splitlines() if line.endswith(":") and not line.startswith(" ")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_knob_is_a_flag_with_its_help(stage):
+    page = help_of(stage)
+    words = " ".join(page.split())
+    for name, (_, about, kind) in knobs(STAGES[stage]).items():
+        flag = name.replace("_", "-")
+        assert (f"--[no-]{flag} " if kind is bool else f"--{flag} ") in page
+        assert " ".join(about.help.split()) in words
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_knob_is_shadowed_by_an_option_of_the_run(stage):
+    assert not set(knobs(STAGES[stage])) & set(RUN_OPTIONS)
+
+
+def test_panels_come_in_the_order_a_newcomer_reads_them():
+    assert headings(help_of("ppo")) == [
+        *("Model", "Data", "Output", "Rollout", "Reward", "PPO"),
+        *("Training", "Optimiser", "LoRA", "Device", "This run"),
+    ]
+    assert headings(help_of("export")) == ["Model", "Output", "Training", "Device", "This run"]
+
+
+def test_a_help_page_has_one_sentence_and_an_example():
+    page = help_of("sft")
+    assert "the base learns to answer like the demonstrations." in " ".join(page.split())
+    assert "\n    rlhf sft --model " in page
+
+
+def test_help_fits_into_80_columns_but_for_the_example():
+    assert [line for line in help_of("ppo").splitlines() if len(line) > 80 and "rlhf ppo" not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "text"),
+    [
+        ("sft", "--model TEXT"),
+        ("sft", "[required]"),
+        ("sft", "--batch-size INTEGER"),
+        ("sft", "[default: 64]"),
+        ("sft", "--learning-rate NUMBER"),
+        ("sft", "[default: 0.0002]"),
+        ("ppo", "[default: 1e-05]"),
+        ("sft", "--micro-batch-size INTEGER|auto"),
+        ("sft", "--lr-schedule linear|cosine|constant"),
+        ("sft", "--map NAME=COLUMN,..."),
+        ("sft", "names of the linear layers to adapt (repeatable)"),
+        ("sft", "[default: from epochs]"),
+        ("sft", "[default: all but the output layer]"),
+        ("sft", "--[no-]keep-state"),
+        ("sft", "finished [default: false]"),
+        ("sft", "--overwrite"),
+        ("evaluate", "also write the report to this .json file"),
+    ],
+)
+def test_what_a_help_page_shows(stage, text):
+    assert text in " ".join(help_of(stage).split())
+
+
+def test_overwrite_is_for_the_stages_that_train():
+    takes = {stage for stage in STAGES if "--overwrite" in help_of(stage)}
+    assert {"sft", "reward", "ppo"} <= takes and not takes & {"evaluate", "sample", "export"}
+
+
+def test_every_stage_can_be_tried_dry():
+    assert all("--dry-run" in help_of(stage) for stage in STAGES)
+
+
+def test_an_option_has_no_default_of_its_own():
+    for parameter in knob_options(PpoConfig):
+        assert parameter.default.default is None
+
+
+@pytest.mark.parametrize(
+    ("default", "about", "text"),
+    [
+        (REQUIRED, {}, "[required]"),
+        (None, {}, ""),
+        (None, {"auto": "from epochs"}, "[default: from epochs]"),
+        ([], {"auto": "all"}, "[default: all]"),
+        ({}, {}, ""),
+        (False, {}, "[default: false]"),
+        (True, {}, "[default: true]"),
+        (0, {}, "[default: 0]"),
+        (0.0, {}, "[default: 0]"),
+        (1e-8, {}, "[default: 1e-08]"),
+        ("auto", {}, "[default: auto]"),
+    ],
+)
+def test_how_a_default_is_shown(default, about, text):
+    assert shown_default(default, Knob(help="h", panel="P", **about)) == text
+
+
+def test_choices_stand_for_the_value():
+    assert metavar(Knob(help="h", panel="P", choices=("a", "b")), str) == "a|b"
+    assert metavar(Knob(help="h", panel="P"), int | None) == "INTEGER"
+
+
+def test_flags_not_given_are_left_out_and_the_rest_is_text_for_resolve():
+    values = {"model": "m", "dataset": "d", "output": "o", "seed": "3", "map": [], "keep_state": False, "debug": True}
+    flags = given(SftConfig, values | {"limit_rows": None, "lora_targets": ["a", "b"]})
+    assert flags == {
+        **{"model": "m", "dataset": "d", "output": "o", "seed": "3"},
+        **{"keep_state": False, "lora_targets": ["a", "b"]},
+    }
+    assert resolve(SftConfig, {}, flags).seed == 3
+
+
+def test_repeated_maps_add_up():
+    flags = given(SampleConfig, {"map": ["prompt=question,x=y", "answer=gold"]})
+    assert flags == {"map": "prompt=question,x=y,answer=gold"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("--batch_size", "--batch-size"), ("--bacth-size", "--batch-size"), ("--sed", "--seed"), ("--zzz", None)],
+)
+def test_the_nearest_flag(wrong, meant):
+    assert nearest(wrong, ["--batch-size", "--seed", "--micro-batch-size"]) == meant
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Another:
+    """A stage made up for this test."""
+
+    model: str = knob(REQUIRED, "the model", "Model")
+    beta: float = knob(0.1, "a strength", "Own panel", above=0)
+
+
+def test_panels_that_the_table_does_not_know_come_between():
+    assert [p.name for p in knob_options(Another)] == ["model", "beta"]
+    names = [p.name for p in knob_options(SftConfig)]
+    assert names.index("output") < names.index("batch_size") < names.index("lora_rank") < names.index("device")

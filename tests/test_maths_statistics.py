@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stages.maths.statistics import (
+    accuracy_by_length_difference,
+    accuracy_of_pairs,
+    calibration_bins,
+    correlation,
+    explained_variance,
+    log_loss_of_pairs,
+    mean_with_error,
+    wilson_interval,
+)
+
+
+def logit(p):
+    return math.log(p / (1 - p))
+
+
+def test_wilson_interval_of_8_in_10():
+    # (.8 + 3.8416/20 -+ 1.96 sqrt(.016 + 3.8416/400)) / 1.38416
+    assert wilson_interval(8, 10) == pytest.approx((0.490157, 0.943319), abs=1e-6)
+
+
+def test_wilson_interval_at_the_ends():
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.38416 / 1.38416))
+    assert wilson_interval(10, 10) == pytest.approx((1 / 1.38416, 1.0))
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    for n in range(1, 50):
+        assert 0.0 <= wilson_interval(0, n)[0] <= wilson_interval(n, n)[1] <= 1.0
+
+
+def test_wilson_bounds_are_z_deviations_from_what_was_seen():
+    for bound in wilson_interval(30.5, 41, z=2.5):
+        assert abs(30.5 / 41 - bound) == pytest.approx(2.5 * math.sqrt(bound * (1 - bound) / 41))
+
+
+def test_mean_with_error():
+    # squared deviations of 1..4 sum to 5: sqrt(5 / 3) / sqrt(4)
+    assert mean_with_error(torch.tensor([1.0, 2.0, 3.0, 4.0])) == pytest.approx((2.5, math.sqrt(5 / 12)))
+    assert mean_with_error(torch.tensor([1.0, 3.0])) == pytest.approx((2.0, 1.0))
+    assert mean_with_error(torch.tensor([7.0])) == (7.0, 0.0)
+    assert all(math.isnan(number) for number in mean_with_error(torch.tensor([])))
+
+
+def test_mean_with_error_is_computed_in_float64():
+    x = torch.full((1000,), 16777216.0)
+    x[0] += 2
+    assert mean_with_error(x) == pytest.approx((16777216.002, 0.002), abs=1e-6)
+
+
+def test_correlation():
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert correlation(x, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
+    assert correlation(x, torch.tensor([1, 3, 2, 4]) * 100 + 7) == pytest.approx(0.8)
+    assert correlation(x, -3 * x) == pytest.approx(-1.0)
+    assert correlation(x.reshape(2, 2), 2 * x.reshape(2, 2)) == pytest.approx(1.0)
+
+
+def test_correlation_with_what_does_not_vary_is_0():
+    x = torch.tensor([1.0, 2.0, 3.0])
+    tenths = torch.full((3,), 0.1, dtype=torch.float64)  # their mean is not 0.1, so their variance is not 0
+    assert tenths.mean().item() != 0.1
+    assert correlation(x, tenths) == correlation(tenths, x) == 0.0
+    assert correlation(x, torch.full((3,), 5)) == correlation(torch.full((3,), 5), x) == 0.0
+    assert correlation(torch.tensor([5.0]), torch.tensor([6.0])) == 0.0
+    assert correlation(torch.tensor([]), torch.tensor([])) == 0.0
+
+
+def test_log_loss_of_pairs():
+    assert log_loss_of_pairs(torch.zeros(3)) == pytest.approx(math.log(2))
+    delta = torch.tensor([math.log(3), -math.log(3)], dtype=torch.float64)
+    assert log_loss_of_pairs(delta) == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
+    assert log_loss_of_pairs(delta[:1]) == pytest.approx(-math.log(0.75))
+    assert math.isnan(log_loss_of_pairs(torch.tensor([])))
+
+
+def test_accuracy_of_pairs_counts_a_tie_half():
+    assert accuracy_of_pairs(torch.tensor([0.1, 2.0, 0.0, -1.0])) == 0.625
+    assert accuracy_of_pairs(torch.tensor([1.0, -1.0, -1.0])) == 1 / 3
+    assert math.isnan(accuracy_of_pairs(torch.tensor([])))
+
+
+def test_calibration_bins():
+    # predicted .55 right, .55 wrong, a tie; .65 right; .95 right twice and wrong once, and one certainty, right
+    deltas = [logit(0.55), -logit(0.55), 0.0, logit(0.65), logit(0.95), logit(0.95), -logit(0.95), 1000.0]
+    bins = calibration_bins(torch.tensor(deltas, dtype=torch.float64))
+    assert [(b["low"], b["high"], b["count"]) for b in bins] == [
+        (0.5, 0.6, 3),
+        (0.6, 0.7, 1),
+        (0.7, 0.8, 0),
+        (0.8, 0.9, 0),
+        (0.9, 1.0, 4),
+    ]
+    filled = [bins[0], bins[1], bins[4]]
+    assert [b["predicted"] for b in filled] == pytest.approx([1.6 / 3, 0.65, 3.85 / 4])
+    assert [b["observed"] for b in filled] == pytest.approx([0.5, 1.0, 0.75])
+    assert math.isnan(bins[2]["predicted"])
+    assert math.isnan(bins[2]["observed"])
+
+
+def test_calibration_bins_follow_their_edges():
+    bins = calibration_bins(torch.tensor([math.log(3), -math.log(3), 3.0]).double(), edges=(0.5, 0.75, 1.0))
+    assert [b["count"] for b in bins] == [0, 3]  # sigmoid(ln 3) = .75 belongs to the upper bin
+    assert bins[1]["observed"] == pytest.approx(2 / 3)
+
+
+def test_accuracy_by_length_difference():
+    delta = torch.tensor([1.0, -1.0, 0.0, 2.0, -2.0, 5.0, 5.0])
+    difference = torch.tensor([-5, -1, 0, 9, 10, 20, -11])  # the last two lie outside
+    bins = accuracy_by_length_difference(delta, difference, (-10, 0, 5, 10))
+    assert [(b["low"], b["high"], b["count"]) for b in bins] == [(-10, 0, 2), (0, 5, 1), (5, 10, 2)]
+    assert [b["accuracy"] for b in bins] == [0.5, 0.5, 0.5]
+    wide = accuracy_by_length_difference(delta, difference, (-math.inf, 0, 10, math.inf))
+    assert [(b["count"], b["accuracy"]) for b in wide] == [(3, 2 / 3), (2, 0.75), (2, 0.5)]
+
+
+def test_explained_variance():
+    returns = torch.tensor([[1.0, 2.0, 1e6], [3.0, 4.0, -1e6]])
+    mask = torch.tensor([[True, True, False]] * 2)
+    assert explained_variance(returns + 7, returns, mask) == pytest.approx(1.0)  # a constant error explains it all
+    assert explained_variance(returns / 2, returns, mask) == pytest.approx(0.75)
+    assert explained_variance(-returns, returns, mask) == pytest.approx(-3.0)
+    assert explained_variance(torch.zeros(2, 3), returns, mask) == pytest.approx(0.0)
+
+
+def test_explained_variance_of_what_does_not_vary_is_nan():
+    mask = torch.tensor([[True, True, True]])
+    constant = torch.full((1, 3), 0.1, dtype=torch.float64)
+    assert math.isnan(explained_variance(torch.tensor([[1.0, 2.0, 3.0]]), constant, mask))
+    assert math.isnan(explained_variance(constant, constant, ~mask))
