@@ -53,7 +53,9 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     model = base.model.to(wanted) if head is None else as_classifier(base, head, wanted)
     model.generation_config.eos_token_id = list(text.stop_ids) if model.can_generate() else None
     set_special_tokens(model, text)
-    with atomic.folder(config.output) as folder:
+    output = Path(config.output).expanduser().absolute()
+    atomic.clear_leftovers(output.parent, of=output.name)
+    with atomic.folder(output) as folder:
         model.save_pretrained(folder, safe_serialization=True)
         text.tokenizer.save_pretrained(folder)
         difference = compare(folder, head, sequences, expected, base.device, wanted)

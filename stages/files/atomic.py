@@ -239,6 +239,29 @@ def folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def filling(where: str | Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; its files then move into `where` one by one, each whole.
+
+    For libraries that write by themselves, into a folder that holds other things too. Raises OutputError.
+    """
+    where = Path(os.path.realpath(where))
+    make_folder(where)
+    temp = _sibling(where / "files", TEMP)
+    try:
+        with explained(where):
+            os.mkdir(temp)
+        with _explained_inside(temp, where):
+            yield temp
+        _sync_tree(temp)
+        with explained(where):
+            for name in sorted(os.listdir(temp)):
+                os.replace(temp / name, where / name)
+        sync(where)
+    finally:
+        _discard(temp)
+
+
+@contextlib.contextmanager
 def _explained_inside(temp: Path, path: str | Path) -> Iterator[None]:
     """Explain what goes wrong with writing into `temp`; a caller's trouble with reading elsewhere stays its own."""
     try:

@@ -38,8 +38,8 @@ RUN, LOCK, STATE = "run.json", "run.lock", "state"
 METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.yaml"
 _STATES_KEPT = 2
 _OURS = (  # what a stage writes into its folder, and so what --overwrite may remove
-    METRICS, SAMPLES, CONFIG, STATE, "critic", "adapter_model.safetensors", "adapter_config.json", "head.safetensors",
-    "tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    METRICS, SAMPLES, CONFIG, STATE, "critic", "report.json", "adapter_model.safetensors", "adapter_config.json",
+    "head.safetensors", "tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from stages.config import as_dict
 from stages.errors import DatasetError, ModelError
+from stages.files import atomic
 from stages.files.manifest import Manifest, Parent, checkpoint_digest, versions
 from stages.files.rows import Rows
 from stages.files.run import Run, write_config
@@ -157,21 +155,15 @@ def _save_critic(folder: Path, base: Base, adapter: Adapter | None, head: Scalar
         return [f"critic/{name}" for name in save_adapter(folder / "critic", base, adapter, head)]
     from stages.files.tensors import save_tensors
 
-    (folder / "critic").mkdir(exist_ok=True)
     save_tensors(folder / "critic" / "head.safetensors", head.tensors())
     return ["critic/head.safetensors"]
 
 
 def save_tokenizer(folder: Path, text: Text) -> list[str]:
     """Save the tokenizer, each file written whole before it gets its name; returns the names."""
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".tmp-"))
-    try:
+    with atomic.filling(folder) as temporary:
         text.tokenizer.save_pretrained(temporary)
-        names = sorted(p.name for p in temporary.iterdir() if p.is_file())
-        for name in names:
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        names = sorted(p.name for p in Path(temporary).iterdir() if p.is_file())
     return names
 
 
