@@ -34,7 +34,12 @@ EXAMPLES = {
 RUN_OPTIONS = {
     "config": ("--config", "YAML recipe with knobs of this stage; flags win over it", str | None, "FILE"),
     "dry_run": ("--dry-run", "check everything, print the plan, and stop before the work", bool | None, None),
-    "overwrite": ("--overwrite", "throw away what another run left in the output folder", bool | None, None),
+    "overwrite": (
+        "--overwrite",
+        "replace a run of other knobs or inputs; the same run goes on, or is done",
+        bool | None,
+        None,
+    ),
     "json": ("--json", "print the result as one JSON object", bool | None, None),
     "debug": ("--debug", "show the traceback of a defect", bool | None, None),
 }
@@ -157,9 +162,15 @@ def run_stage(name: str, cls: type, values: dict[str, object]) -> int:
         with speaking() as said:
             # Whatever can be wrong with the inputs is found before torch is imported.
             inputs = load("inputs").open_inputs(name, config, overwrite=bool(values.get("overwrite")))
+            for line in getattr(inputs, "warnings", ()):
+                said.warn(line)
             if getattr(inputs, "done", False):
                 return load("inputs").already_done(name, config, inputs)
-            return load(name).run(config, inputs, said, dry_run=bool(values["dry_run"]))
+            try:
+                return load(name).run(config, inputs, said, dry_run=bool(values["dry_run"]))
+            finally:
+                if getattr(inputs, "run", None) is not None:
+                    inputs.run.release()
 
     return guarded(work, bool(values["json"]), bool(values["debug"]))
 

@@ -182,10 +182,10 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
     )
     missing_eos_penalty: float = knob(1.0, "charge for a response that never ends; 0 turns it off", REWARD, low=0)
     missing_eos: str = knob(
-        "floor",
-        "how it is charged: floor is min(score - penalty, -penalty), subtract, or replace by -penalty",
+        "subtract",  # where no response ends, the other two leave nothing of the score to learn from
+        "how it is charged: subtract it, replace the score by -penalty, or floor: min(score - penalty, -penalty)",
         REWARD,
-        choices=("floor", "subtract", "replace"),
+        choices=("subtract", "floor", "replace"),
     )
     score_clip: float | None = knob(None, "clip scores to +- this", REWARD, above=0, auto="off")
     whiten_rewards: bool = knob(False, "scale rewards to unit variance; shortens responses, see README", REWARD)

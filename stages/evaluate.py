@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool
             found |= measure_policy(config, inputs, roles, text, report)
             tables += policy_tables(found)
     if config.output:
-        write_json(config.output, found)
+        write_json(Path(config.output).expanduser(), found)
     return Result("evaluate", "done", config.output, found, tables)
 
 
@@ -121,8 +122,9 @@ def sampling_of(config: EvaluateConfig, source: Source) -> Sampling:
     """How to sample: as asked, else as the policy was trained, else temperature 1 and 128 tokens."""
     trained = source.manifest.config if source.manifest is not None else {}
     temperature = config.temperature or trained.get("temperature") or 1.0
-    tokens = config.max_response_tokens or trained.get("max_response_tokens") or DEFAULT_RESPONSE_TOKENS
-    return Sampling(temperature, min(tokens, source.context // 2), rows_at_once=config.rollout_batch_size)
+    default = min(DEFAULT_RESPONSE_TOKENS, source.context // 2)
+    tokens = config.max_response_tokens or trained.get("max_response_tokens") or default
+    return Sampling(temperature, tokens, rows_at_once=config.rollout_batch_size)
 
 
 def judge_rollout(judge: Rewards, rollout: Rollout) -> Tensor:

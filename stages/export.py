@@ -51,7 +51,8 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     report.note(f"merging the adapter of {source.name} into {source.base_name}")
     merge_and_unwrap(base.model, base.layers, roles.adapters["merged"])
     model = base.model.to(wanted) if head is None else as_classifier(base, head, wanted)
-    model.generation_config.eos_token_id = list(text.stop_ids) if model.can_generate() else None
+    if head is None:
+        model.generation_config.eos_token_id = list(text.stop_ids)
     set_special_tokens(model, text)
     output = Path(config.output).expanduser().absolute()
     atomic.clear_leftovers(output.parent, of=output.name)

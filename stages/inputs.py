@@ -31,6 +31,8 @@ from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import Spec, open_rewards
 
 POLICIES = ("sft", "ppo")
+RESPONSE_KEYS = ("prompt", "response", "index", "ended", "tokens")  # of a line that `rlhf sample` writes
+REPORT_KEYS = ("model", "dataset")  # of what `rlhf evaluate` writes
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Inputs:
     demonstrations: Rows | None = None
     against: Source | None = None
     reference: Source | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def rows_left_out(self) -> dict[str, int]:
@@ -99,7 +102,7 @@ def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
 
 def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
     source = _policy(config, "--model")
-    rewards = open_rewards(config.reward, source)
+    rewards = open_rewards(config.reward, source, trust_remote_code=config.trust_remote_code)
     _response_fits(config.max_response_tokens, source)
     more = {f"reward {spec.name}": spec.digest for spec in rewards}
     return _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, rewards=rewards)
@@ -109,10 +112,13 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     source = open_source(
         config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=config.trust_remote_code
     )
-    against = _other(config.against, "--against", source)
-    reference = _other(config.reference, "--reference", source) or parent_of(source)
-    rewards = open_rewards(config.reward, source)
-    gold = open_rewards(config.gold, source, what="--gold")
+    trusted = config.trust_remote_code
+    against = _other(config.against, "--against", source, trusted)
+    reference = _other(config.reference, "--reference", source, trusted)
+    rewards = open_rewards(config.reward, source, trust_remote_code=trusted)
+    gold = open_rewards(config.gold, source, what="--gold", trust_remote_code=trusted)
+    if config.max_response_tokens is not None:
+        _response_fits(config.max_response_tokens, source)
     read = files.read_prompts
     kind = files.detect_kind(config.dataset, map=config.map)
     if source.manifest is not None and source.manifest.stage == "reward":
@@ -128,9 +134,15 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     elif kind != "prompt":
         read = files.read_prompts if rewards or gold else _refuse_comparisons(config)
     if config.output:
-        _writable_file(config.output, ".json")
+        _writable_file(config, ".json", REPORT_KEYS)
     data = _reader(read, config)(config.dataset)
-    return Inputs(source, data, rewards=rewards, gold=gold, against=against, reference=reference)
+    warnings = _left_out(data)
+    if reference is None and (data.kind == "prompt" or rewards or gold):
+        try:
+            reference = parent_of(source, trusted)
+        except UserError as error:
+            warnings += (f"KL is not measured: {error.what}; name another --reference",)
+    return Inputs(source, data, rewards=rewards, gold=gold, against=against, reference=reference, warnings=warnings)
 
 
 def _refuse_comparisons(config: EvaluateConfig) -> Any:
@@ -144,8 +156,9 @@ def _refuse_comparisons(config: EvaluateConfig) -> Any:
 def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
     source = _policy(config, "--model")
     _response_fits(config.max_response_tokens, source)
-    _writable_file(config.output, ".jsonl")
-    return Inputs(source, _reader(files.read_prompts, config)(config.dataset))
+    _writable_file(config, ".jsonl", RESPONSE_KEYS)
+    data = _reader(files.read_prompts, config)(config.dataset)
+    return Inputs(source, data, warnings=_left_out(data))
 
 
 def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
@@ -171,25 +184,23 @@ def _policy(config: Any, what: str) -> Source:
     return open_source(config.model, stages=POLICIES, what=what, trust_remote_code=config.trust_remote_code)
 
 
-def _other(name: str | None, what: str, source: Source) -> Source | None:
+def _other(name: str | None, what: str, source: Source, trusted: bool) -> Source | None:
     if name is None:
         return None
-    other = open_source(name, stages=POLICIES, what=what)
+    other = open_source(name, stages=POLICIES, what=what, trust_remote_code=trusted)
     same_base(source, other, first_flag="--model", second_flag=what)
     return other
 
 
-def parent_of(source: Source) -> Source | None:
-    """The checkpoint that a policy was trained from, where it can still be found; else its base."""
+def parent_of(source: Source, trusted: bool = False) -> Source:
+    """The checkpoint that a policy was trained from, else its base; raises UserError where it is gone."""
     if source.manifest is None:
         return source
     parent = next((p for p in source.manifest.parents if p.role == "model"), None)
     if parent is None:
-        return open_source(str(source.base), stages=(), what="base")
-    try:
-        return open_source(str(locate(source.folder, parent)), stages=(*POLICIES, "reward"), what="parent")
-    except UserError:
-        return None
+        return open_source(str(source.base), stages=(), what="base", trust_remote_code=trusted)
+    place = str(locate(source.folder, parent))
+    return open_source(place, stages=(*POLICIES, "reward"), what="reference", trust_remote_code=trusted)
 
 
 def _reader(read: Any, config: Any, **more: Any) -> Any:
@@ -211,16 +222,24 @@ def _training(
     """Rows split into training and held-out, and the output folder, for a stage that trains."""
     _rank_fits(config, source)
     data = read(config.dataset)
+    warnings = _left_out(data)
     inputs = {"dataset": data.digest, "model": source.digest, **(more_inputs or {})}
     if config.eval_dataset:
         held = read(config.eval_dataset)
+        warnings += _left_out(held)
         inputs["eval_dataset"] = held.digest
         train, held_out = list(data.rows), list(held.rows)[: config.eval_limit]
     else:
         train, held_out = split_held_out(data.rows, config.eval_fraction, config.eval_limit, config.seed)
     writer = os.environ.get("RANK", "0") == "0"
     run = open_run(config.output, stage, config, inputs, overwrite=overwrite, writer=writer)
-    return Inputs(source, data, train, held_out, run, **more)
+    return Inputs(source, data, train, held_out, run, warnings=warnings, **more)
+
+
+def _left_out(data: Rows) -> tuple[str, ...]:
+    if not data.skipped:
+        return ()
+    return (f"{data.skipped} rows of {data.source} cannot be used and were dropped; {data.problems[0]}",)
 
 
 def _rank_fits(config: TrainingKnobs, source: Source) -> None:
@@ -249,16 +268,30 @@ def _response_fits(max_response_tokens: int, source: Source) -> None:
         )
 
 
-def _writable_file(name: str, suffix: str) -> None:
-    path = Path(name).expanduser()
+def _writable_file(config: Any, suffix: str, keys: tuple[str, ...]) -> None:
+    """Raise OutputError unless --output is a new file, or one that this command wrote before and does not read now."""
+    name, path = config.output, Path(config.output).expanduser()
+    another = f"give another file name ending in {suffix}"
     if path.is_dir():
-        raise OutputError(f"{name} is a folder", where="--output", fix=f"give a file name ending in {suffix}")
+        raise OutputError(f"{name} is a folder", where="--output", fix=another)
     if path.suffix != suffix:
-        raise OutputError(
-            f"{name} does not end in {suffix}", where="--output", fix=f"give a file name ending in {suffix}"
-        )
-    for parent in path.absolute().parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise OutputError(f"{parent} is a file", where="--output", fix="give a path inside a folder")
-            return
+        raise OutputError(f"{name} does not end in {suffix}", where="--output", fix=another)
+    if path.exists() and not _wrote(path, keys):
+        raise OutputError(f"{name} belongs to something else, and stays as it is", where="--output", fix=another)
+    if path.exists() and os.path.samefile(path, Path(config.dataset).expanduser()):
+        raise OutputError(f"{name} is the dataset that is read", where="--output", fix=another)
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise OutputError(f"{place} is a file", where="--output", fix="give a path inside a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"nothing can be written into {place}", where="--output", fix="choose another place")
+
+
+def _wrote(path: Path, keys: tuple[str, ...]) -> bool:
+    """True where a file is empty, or begins with a JSON object of these keys."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text if path.suffix == ".json" else text.partition("\n")[0]) if text.strip() else {}
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and (not text.strip() or set(keys) <= value.keys())

@@ -5,15 +5,17 @@ One update: sample responses, judge them, shape rewards, estimate advantages, an
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stages.config import PpoConfig
-from stages.files.manifest import checkpoint_digest
+from stages.errors import ConfigError
 from stages.inputs import Inputs
 from stages.maths.advantages import gae
 from stages.maths.kl import k3, next_kl_coef, sequence_kl
@@ -28,13 +30,14 @@ from stages.rollout.clipped import Judged, clipped_steps
 from stages.rollout.experience import Experience, Rollout, role_logprobs, role_values, roll_out, rollout_kl
 from stages.rollout.generate import Sampling
 from stages.rollout.sources import Rewards
-from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.devices import Ranks, peak_memory_gb
 from stages.training.loop import Progress, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import plan_result
-from stages.training.seeds import derive
+from stages.training.seeds import derive, permutation
 from stages.training.session import encode_all, open_base, open_progress, open_text, publish
+
+TRY_TOKENS = 8
 
 
 def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -45,12 +48,18 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     encode = partial(text.prompt, max_tokens=longest)
     prompts = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
     held = encode_all(inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out prompts")
-    total = steps_in(len(prompts), config.batch_size, config.epochs, config.max_steps)
+    total = config.max_steps or max(1, math.ceil(round(config.epochs * len(prompts) / config.batch_size, 6)))
     if dry_run:
         sizes = [len(p.ids) + config.max_response_tokens for p in prompts]
         return plan_result("ppo", config, source, sizes, total, inputs.rows_left_out)
 
     base, ranks = open_base(source, config, text)
+    if config.batch_size < ranks.size:
+        raise ConfigError(
+            f"{config.batch_size} prompts per update are too few for {ranks.size} ranks",
+            where="batch_size",
+            fix=f"give at least {ranks.size}, or start fewer ranks",
+        )
     roles = open_roles(Roles(base), config, inputs)
     rewards = Rewards(inputs.rewards, roles, config.micro_batch_size)
     progress = open_progress(config, trained_parameters(roles, config))
@@ -59,14 +68,14 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     bench = Bench(config, roles, text, rewards, ranks, progress, sampling, total)
 
     def update(step: int) -> dict[str, float]:
-        chosen = [prompts[i] for i in batch_at(step, len(prompts), config.batch_size, config.seed, "ppo")]
+        chosen = [prompts[i] for i in prompts_at(step, len(prompts), config.batch_size, config.seed)]
         before = {name: tensor.clone() for name, tensor in progress.tensors().items()}, progress.stored()
         try:
             metrics = ppo_update(bench, chosen, step)
         except BaseException:  # a signal in the middle: the state to save is the one before this update
             progress.restore(*before)
             raise
-        return metrics | {"epoch": epoch_at(step + 1, len(prompts), config.batch_size)}
+        return metrics | {"epoch": (step + 1) * config.batch_size / len(prompts)}
 
     def evaluate(step: int) -> dict[str, float]:
         metrics, samples = held_out_metrics(bench, held, config.samples)
@@ -74,9 +83,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
             out.samples([{"step": step, **sample} for sample in samples])
         return metrics
 
-    if ranks.first:
-        out.start()
     report.note(f"{len(prompts)} prompts, {total} updates, {roles.adapters['policy'].size:,} parameters in the policy")
+    try_functions(bench, prompts[:2])
     train(out, report, ranks, progress, config, title="ppo", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("ppo", "done", config.output, {})
@@ -111,6 +119,15 @@ class Bench:
         return self.roles.base.device
 
 
+def try_functions(bench: Bench, prompts: list[PromptRow]) -> None:
+    """Score a few short responses, so that a reward function that cannot work is found before anything is written."""
+    if any(spec.function for spec in bench.rewards.specs):
+        keys = [(bench.config.seed, "ppo", "try", i) for i in range(len(prompts))]
+        sampling = replace(bench.sampling, max_tokens=min(TRY_TOKENS, bench.sampling.max_tokens))
+        rollout = roll_out(bench.roles, "policy", bench.text, prompts, keys, sampling)
+        bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
+
+
 # --- roles
 
 
@@ -120,11 +137,13 @@ def open_roles(roles: Roles, config: PpoConfig, inputs: Inputs) -> Roles:
     seed = derive(config.seed, "ppo", "adapter")
     roles.add("policy", start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed))
     roles.add("reference", frozen_copy(adapter_of(base, source, trainable=False)))
+    earlier = earlier_critic(config, inputs)
     if config.critic == "shared":
-        roles.heads["critic"] = ScalarHead(base.width).to(base.device)
+        head = ScalarHead(base.width).to(base.device) if earlier is None else head_of(base, earlier)
+        roles.heads["critic"] = head.copy(trainable=True)
         return roles
     reward = next((spec.checkpoint for spec in inputs.rewards if spec.checkpoint), None)
-    folder = critic_folder(inputs, reward.folder if reward else None)
+    folder = earlier or (reward.folder if reward else None)
     if folder is None:
         roles.add("critic", roles.adapters["policy"].copy(trainable=True), ScalarHead(base.width).to(base.device))
         return roles
@@ -133,14 +152,13 @@ def open_roles(roles: Roles, config: PpoConfig, inputs: Inputs) -> Roles:
     return roles
 
 
-def critic_folder(inputs: Inputs, reward_folder):
-    """Where the critic starts: a PPO checkpoint's critic for the same reward, else the reward model; None: neither."""
+def earlier_critic(config: PpoConfig, inputs: Inputs) -> Path | None:
+    """The critic of the PPO checkpoint that training goes on from, where it judged by the same rewards."""
     manifest = inputs.source.manifest
-    if manifest is None or manifest.stage != "ppo" or not (manifest.folder / "critic" / "adapter_config.json").exists():
-        return reward_folder
-    earlier = {parent.digest for parent in manifest.parents if parent.role == "reward"}
-    same = reward_folder is None and not earlier or reward_folder and checkpoint_digest(reward_folder) in earlier
-    return manifest.folder / "critic" if same else reward_folder
+    if manifest is None or manifest.stage != "ppo" or manifest.config.get("critic") != config.critic:
+        return None
+    judged_by = {digest for name, digest in manifest.inputs.items() if name.startswith("reward ")}
+    return manifest.folder / "critic" if judged_by == {spec.digest for spec in inputs.rewards} else None
 
 
 def trained_parameters(roles: Roles, config: PpoConfig) -> dict[str, list]:
@@ -150,6 +168,13 @@ def trained_parameters(roles: Roles, config: PpoConfig) -> dict[str, list]:
 
 
 # --- one update
+
+
+def prompts_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
+    """Row numbers of an update's prompts: always a whole batch, read on across the ends of shuffled epochs."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: permutation(n, seed, "ppo", "order", epoch) for epoch in {place // n for place in places}}
+    return [orders[place // n][place % n] for place in places]
 
 
 def ppo_update(bench: Bench, prompts: list[PromptRow], step: int) -> dict[str, float]:

@@ -38,7 +38,9 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(encode_comparison, text=text, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
-    held = encode_all(inputs.held_out, encode, skip_bad=True, report=report, what="held-out comparisons")
+    held = encode_all(
+        inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out comparisons"
+    )
     demonstrations = encode_demonstrations(inputs, text, rows, limit)
     cut = sum(row.cut for row in rows)
     if cut:
@@ -79,8 +81,6 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
         found = report_on(roles, ROLE, held, config.micro_batch_size)
         return {f"eval_{name}": found[name] for name in ("accuracy", "log_loss", "margin_mean", "score_length_corr")}
 
-    if ranks.first:
-        out.start()
     report.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
     train(out, report, ranks, progress, config, title="reward", total=total, update=update, evaluate=evaluate)
     if not ranks.first:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from stages.config import SampleConfig
 from stages.files.atomic import to_json, write_text
-from stages.inputs import Inputs
+from stages.inputs import RESPONSE_KEYS, Inputs
 from stages.models.roles import Roles, adapter_of
 from stages.results import Report, Result, Table, facts_table
 from stages.rollout.generate import Sampling, generate
@@ -45,15 +46,12 @@ def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool =
             "index": k,
             "ended": int(response[-1]) in text.stop_ids,
             "tokens": len(response),
-            **{name: value for name, value in prompts[i].columns.items() if name not in ROW_KEYS},
+            **{name: value for name, value in prompts[i].columns.items() if name not in RESPONSE_KEYS},
         }
         for (i, k), response in zip(repeated, responses, strict=True)
     ]
-    write_text(config.output, "".join(to_json(row) + "\n" for row in rows))
+    write_text(Path(config.output).expanduser(), "".join(to_json(row) + "\n" for row in rows))
     ended = sum(row["ended"] for row in rows) / len(rows)
     data = {**counts, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
     shown = tuple((str(row["prompt"]), row["response"]) for row in rows[:SHOWN])
     return Result("sample", "done", config.output, data, (Table("samples", ("prompt", "response"), shown),))
-
-
-ROW_KEYS = ("prompt", "response", "index", "ended", "tokens")

@@ -39,7 +39,9 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(text.demonstration, mask=config.mask, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="demonstrations")
-    held = encode_all(inputs.held_out, encode, skip_bad=True, report=report, what="held-out demonstrations")
+    held = encode_all(
+        inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out demonstrations"
+    )
     report_cuts(rows, limit, report)
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     if dry_run:
@@ -70,12 +72,11 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         }
 
     def evaluate(step: int) -> dict[str, float]:
+        found = held_out_loss(roles, "policy", held, config.micro_batch_size)
         prompts = [prompt for prompt in map(prompt_of, inputs.held_out) if prompt is not None][: config.samples]
         show_samples(out, roles, "policy", text, prompts, step, config.seed, ranks)
-        return held_out_loss(roles, "policy", held, config.micro_batch_size)
+        return found
 
-    if ranks.first:
-        out.start()
     report.note(f"{len(rows)} demonstrations, {total} steps, {adapter.size:,} trainable parameters")
     train(out, report, ranks, progress, config, title="sft", total=total, update=update, evaluate=evaluate)
     if not ranks.first:

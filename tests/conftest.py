@@ -43,3 +43,23 @@ def open_tiny(model_folder):
         return load_base(source, device=torch.device("cpu"), dtype=torch.float32)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, model_folder):
+    """`chain("gpt2", chat=True)`: every stage run once on a tiny model, made on first use; look, do not touch."""
+    import torch
+
+    from tests.commands import run_chain
+
+    torch.set_num_threads(1)
+    made: dict[tuple, object] = {}
+
+    def get(architecture: str = "llama", *, chat: bool = False):
+        key = (architecture, chat)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("chain")
+            made[key] = run_chain(folder, model_folder(architecture, chat=chat), chat=chat)
+        return made[key]
+
+    return get

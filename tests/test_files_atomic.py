@@ -257,6 +257,25 @@ def test_a_failed_second_rename_puts_the_old_folder_back_at_once(tmp_path, monke
     assert names(tmp_path / "x") == ["old"]
 
 
+def test_files_of_a_library_move_in_whole_beside_what_is_there(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a").write_text("old")
+    (tmp_path / "x" / "other").write_text("other")
+    with atomic.filling(tmp_path / "x") as place:
+        (place / "a").write_text("new")
+        (place / "b").write_text("b")
+        assert (tmp_path / "x" / "a").read_text() == "old"
+        assert atomic.is_leftover(place.name) and place.parent == tmp_path / "x"
+    with pytest.raises(ZeroDivisionError), atomic.filling(tmp_path / "x") as place:
+        (place / "b").write_text("never")
+        raise ZeroDivisionError
+    assert {name: (tmp_path / "x" / name).read_text() for name in names(tmp_path / "x")} == {
+        "a": "new",
+        "b": "b",
+        "other": "other",
+    }
+
+
 def test_leftovers_of_one_name_and_of_all(tmp_path):
     for name in (".rlhf-tmp-0123abcd-x", ".rlhf-old-0123abcd-x", ".rlhf-tmp-0123abcd-y"):
         (tmp_path / name / "in").mkdir(parents=True)

@@ -249,9 +249,22 @@ def test_overwriting_removes_our_files_and_spares_a_persons(tmp_path):
     assert weight_in(tmp_path) == 41.0  # 2, 7, 18, 41
 
 
-def test_overwriting_the_same_choices_starts_from_nothing(tmp_path):
+def test_overwriting_the_same_choices_goes_on_or_is_done(tmp_path):
     train(tmp_path, steps=3)
     run = started(tmp_path, overwrite=True)
+    assert run.resuming and run.resume().step == 3
+    run.release()
+    train(tmp_path, overwrite=True)
+    assert_finished(tmp_path)
+    before = (tmp_path / "checkpoint.json").stat().st_mtime_ns
+    assert opened(tmp_path, overwrite=True).finished
+    train(tmp_path, overwrite=True)
+    assert (tmp_path / "checkpoint.json").stat().st_mtime_ns == before
+
+
+def test_overwriting_other_choices_starts_from_nothing(tmp_path):
+    train(tmp_path, steps=3)
+    run = started(tmp_path, changed(seed=1), overwrite=True)
     assert run.resume() is None and run.warnings == []
     assert names(tmp_path) == ["run.json", "run.lock"]
     run.release()
@@ -266,7 +279,7 @@ def test_overwriting_never_removes_what_the_command_reads(tmp_path):
         {"chat_template": f"{tmp_path}/config.yaml:f"},
     ):
         with pytest.raises(OutputError, match=f"`{next(iter(knobs))}` lies in the folder"):
-            opened(tmp_path, changed(**knobs), overwrite=True)
+            opened(tmp_path, changed(**knobs), INPUTS | {"dataset": "3" * 64}, overwrite=True)
     assert_finished(tmp_path)
 
 

@@ -84,7 +84,7 @@ class Run:
         if not self.writer:
             return
         if self.finished:
-            raise OutputError("finished already", where=str(self.folder), fix="--overwrite starts it again")
+            raise OutputError("finished already", where=str(self.folder), fix="there is nothing left to do")
         atomic.make_folder(self.folder)
         self._take_lock()
         try:
@@ -305,11 +305,13 @@ def open_run(
 
     `config` is the stage's dataclass; `inputs` are digests of what goes in. A knob that is the place of an input
     (`model`, `dataset`, ...) is judged by the digest under the knob's own name, if there is one, so a moved file is
-    no other file. Writes nothing: `Run.start` does. Raises OutputError where the folder belongs to something else, to
-    another stage or to a run with other choices, is in use, or cannot be written; CheckpointError where it is
-    finished but damaged.
+    no other file. With `overwrite` a run of other choices, and a damaged one, begins anew; the same run goes on or is
+    done all the same, since training again would give the same. Writes nothing: `Run.start` does.
+
+    Raises OutputError where the folder belongs to something else, to another stage or to a run with other choices, is
+    in use, or cannot be written; CheckpointError where it is finished but damaged.
     """
-    run = Run(Path(output), stage, config, dict(inputs), overwrite=overwrite, writer=writer)
+    run = Run(Path(output).expanduser(), stage, config, dict(inputs), overwrite=overwrite, writer=writer)
     _judge(run)
     if writer and not run.finished:
         atomic.check_lock(run.folder / LOCK)
@@ -340,16 +342,18 @@ def _judge(run: Run) -> None:
             where=str(run.folder),
             fix="choose another --output; nothing in this folder will be touched",
         )
-    if run.overwrite:
+    try:
+        _compare(run, found)
+        if finished:
+            run.manifest = read_manifest(run.folder)
+        else:
+            run.resuming = True
+    except (OutputError, CheckpointError):
+        if not run.overwrite:
+            raise
         _spare_inputs(run)
         if run.writer:
             _check_writable(run.folder)
-        return
-    _compare(run, found)
-    if finished:
-        run.manifest = read_manifest(run.folder)
-    else:
-        run.resuming = True
 
 
 def _entries(folder: Path) -> list[str]:

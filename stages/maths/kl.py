@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stages.maths.tensors import sequence_sum
+
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """q per token (B, T): unbiased, may be negative; the one that belongs in the reward."""
@@ -29,7 +31,7 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 def sequence_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Sum of k1 over each response's masked tokens, (B,) nats."""
-    return k1(logprobs, reference_logprobs).masked_fill(~mask, 0).sum(dim=1)
+    return sequence_sum(k1(logprobs, reference_logprobs), mask)
 
 
 def next_kl_coef(kl_coef: float, observed_kl: float, target: float, episodes: int, horizon: int) -> float:

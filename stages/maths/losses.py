@@ -1,8 +1,8 @@
-"""Losses of PPO, supervised fine-tuning and reward modelling.
+"""Losses of PPO and its relatives, supervised fine-tuning and reward modelling.
 
 A token loss (any but `pair_loss`) is a masked sum over `denominator`: the number of tokens of the whole optimiser
 step, over all its micro-batches and ranks, so that how a batch is cut up cannot change its gradient. None means the
-mask's own count.
+mask's own count. Where tokens are not all to count alike, `weights` (B, T) from `token_weights` replace it.
 Nothing under the padding reaches a loss or a gradient.
 """
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stages.maths.tensors import at_least_fp32, masked_sum
+from stages.maths.kl import k1, k2, k3
+from stages.maths.tensors import at_least_fp32, masked_sum, sequence_sum
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class PolicyLoss:
     """The policy's loss, with gradient, and what to report about it, without."""
 
     loss: Tensor  # scalar
-    ratio: Tensor  # (B, T) new over old probability; 0 off-mask
-    clipped_count: Tensor  # scalar, masked tokens whose loss the clip raised
-    approx_kl_sum: Tensor  # scalar, masked sum of (logprobs - old_logprobs)^2 / 2
+    ratio: Tensor  # (B, T) new over old probability, 0 off-mask; (B,) where the ratio is a whole response's
+    clipped_count: Tensor  # scalar, masked tokens (responses) whose loss the clip raised
+    capped_count: Tensor  # scalar, masked tokens (responses) whose loss the dual clip lowered
+    approx_kl_sum: Tensor  # scalar, masked sum of (logprobs - old_logprobs)^2 / 2 of tokens
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,42 @@ class ValueLoss:
     clipped_count: Tensor  # scalar, masked tokens whose loss the clip raised
 
 
+def token_weights(mask: Tensor, how: str, *, tokens: float, sequences: float, max_length: float) -> Tensor:
+    """The weight of each token (B, T) in a loss that is a plain sum, 0 off-mask.
+
+    `tokens`, `sequences` count the whole optimiser step, over all its micro-batches and ranks, so that its parts add
+    up; `max_length` is a constant of the run. `how` is "token", 1 / tokens: every token counts alike (PPO, DAPO);
+    "sequence", 1 / (sequences L) for a response of L tokens: every response counts alike, each of its tokens less the
+    longer it is (GRPO); or "constant", 1 / (sequences max_length): every token counts alike, and no other response's
+    length changes by how much (Dr. GRPO). Raises ValueError for another `how`.
+    """
+    if how == "token":
+        weight = 1 / torch.as_tensor(tokens)
+    elif how == "sequence":
+        weight = 1 / (sequences * mask.sum(dim=1, keepdim=True).clamp(min=1))
+    elif how == "constant":
+        weight = 1 / torch.as_tensor(sequences * max_length)
+    else:
+        raise ValueError(f"token losses cannot be weighted by {how!r}")
+    return torch.where(mask, weight, 0)
+
+
+def aggregate(
+    losses: Tensor, mask: Tensor, denominator: float | Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Masked sum of `losses` (B, T), over `denominator` or with `weights`; a scalar. Weights have no gradient.
+
+    For any loss per token that has no function of its own here, such as minus the entropy.
+    Raises ValueError where both are given: weights say already what to divide by.
+    """
+    if weights is None:
+        count = mask.sum().clamp(min=1) if denominator is None else denominator
+        return masked_sum(losses, mask) / count
+    if denominator is not None:
+        raise ValueError("weights take the place of a denominator")
+    return masked_sum(losses.masked_fill(~mask, 0) * weights.detach(), mask)
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -42,22 +80,85 @@ def policy_loss(
     mask: Tensor,
     clip_range: float,
     denominator: float | Tensor | None = None,
+    *,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped surrogate max(-A ratio, -A clip(ratio, 1 +- clip_range)); all tensors (B, T).
+    """PPO's clipped surrogate max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_high)); all tensors (B, T).
 
+    `clip_high` None is `clip_range`. With `dual_clip` c the loss of a negative advantage is -cA at most, so that a
+    ratio gone astray cannot rule a batch; ValueError unless c > 1.
     The log-ratio is held within +-20, where exp is still finite in fp32.
-    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
+    Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; the upper range apart from the
+    lower: Yu et al. 2025, "DAPO"; dual clip: Ye et al. 2020, "Mastering Complex Control in MOBA Games", eq. 5.
     """
     change = (logprobs - old_logprobs).masked_fill(~mask, 0)
-    ratio = change.clamp(-20, 20).exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    surrogate = _surrogate(change, advantages, mask, clip_range, clip_high, dual_clip)
     return PolicyLoss(
-        loss=_per_token(torch.maximum(unclipped, clipped), mask, denominator),
-        ratio=ratio.detach().masked_fill(~mask, 0),
-        clipped_count=((clipped > unclipped) & mask).sum(),
+        loss=aggregate(surrogate.losses, mask, denominator, weights),
+        ratio=surrogate.ratio.detach().masked_fill(~mask, 0),
+        clipped_count=surrogate.clipped_count,
+        capped_count=surrogate.capped_count,
         approx_kl_sum=0.5 * masked_sum(change.detach().square(), mask),
     )
+
+
+def sequence_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    denominator: float | Tensor | None = None,
+    *,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+) -> PolicyLoss:
+    """`policy_loss` with the ratio of whole responses: log-probabilities (B, T) summed over the mask, advantage (B,).
+
+    `denominator` is the number of responses of the optimiser step; None means the rows with any token at all. Ratio
+    (B,) and counts are of responses, approx_kl_sum is of tokens as in `policy_loss`.
+    Source: Ahmadian et al. 2024, "Back to Basics" (RLOO), clipped as in TRL.
+    """
+    change = (logprobs - old_logprobs).masked_fill(~mask, 0)
+    rows = mask.any(dim=1)
+    surrogate = _surrogate(sequence_sum(change, mask), advantage, rows, clip_range, clip_high, dual_clip)
+    return PolicyLoss(
+        loss=aggregate(surrogate.losses, rows, denominator),
+        ratio=surrogate.ratio.detach().masked_fill(~rows, 0),
+        clipped_count=surrogate.clipped_count,
+        capped_count=surrogate.capped_count,
+        approx_kl_sum=0.5 * masked_sum(change.detach().square(), mask),
+    )
+
+
+def kl_loss(
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    mask: Tensor,
+    how: str,
+    denominator: float | Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The KL to the reference as a loss term: an estimator of it per token (B, T), aggregated; a scalar.
+
+    Its mean gradient over tokens sampled from the policy depends on `how`: "k2" has that of KL(policy || reference),
+    the one meant; "k3" that of KL(reference || policy), GRPO's; "k1" has none at all, only noise. Each token answers
+    for its own KL, not for what it makes of later ones; that is what the KL in the reward does. For k3 the log-ratio
+    is held within +-20, where exp is still finite in fp32. Raises ValueError for another `how`.
+
+    Source: Schulman 2020, "Approximating KL Divergence"; Tang and Munos 2025, "On a few pitfalls in KL divergence
+    gradient estimation for RL".
+    """
+    estimators = {"k1": k1, "k2": k2, "k3": k3}
+    if how not in estimators:
+        raise ValueError(f"the KL cannot be estimated by {how!r}")
+    log_ratio = k1(logprobs, reference_logprobs).masked_fill(~mask, 0)
+    if how == "k3":
+        log_ratio = log_ratio.clamp(-20, 20)
+    return aggregate(estimators[how](log_ratio, torch.zeros_like(log_ratio)), mask, denominator, weights)
 
 
 def value_loss(
@@ -77,14 +178,14 @@ def value_loss(
     unclipped = (values - returns).square()
     clipped = (held - returns).square()
     return ValueLoss(
-        loss=0.5 * _per_token(torch.maximum(unclipped, clipped), mask, denominator),
+        loss=0.5 * aggregate(torch.maximum(unclipped, clipped), mask, denominator),
         clipped_count=((clipped > unclipped) & mask).sum(),
     )
 
 
 def token_nll(logprobs: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
     """Negative log-likelihood per token, the loss of supervised fine-tuning; `logprobs` (B, T)."""
-    return _per_token(-logprobs, mask, denominator)
+    return aggregate(-logprobs, mask, denominator)
 
 
 def pair_loss(
@@ -107,6 +208,35 @@ def pair_loss(
     return losses + centre_coef * (better + worse).square()
 
 
-def _per_token(losses: Tensor, mask: Tensor, denominator: float | Tensor | None) -> Tensor:
-    count = mask.sum().clamp(min=1) if denominator is None else denominator
-    return masked_sum(losses, mask) / count
+@dataclass(frozen=True)
+class _Surrogate:
+    losses: Tensor  # (...) one per ratio
+    ratio: Tensor  # (...) exp of the change
+    clipped_count: Tensor  # scalar
+    capped_count: Tensor  # scalar
+
+
+def _surrogate(
+    change: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    clip_high: float | None,
+    dual_clip: float | None,
+) -> _Surrogate:
+    """The clipped surrogate of changes in log-probability, of tokens or of responses; all tensors of one shape."""
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"a dual clip of {dual_clip} would cap the loss of an unchanged policy")
+    ratio = change.clamp(-20, 20).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + (clip_range if clip_high is None else clip_high))
+    losses = torch.maximum(unclipped, clipped)
+    highest = torch.full_like(losses, torch.inf)
+    if dual_clip is not None:
+        highest = torch.where(advantages < 0, -dual_clip * advantages, highest)
+    return _Surrogate(
+        losses=torch.minimum(losses, highest),
+        ratio=ratio,
+        clipped_count=((clipped > unclipped) & mask).sum(),
+        capped_count=((losses > highest) & mask).sum(),
+    )

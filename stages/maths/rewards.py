@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from stages.maths.tensors import last_index
+from stages.maths.tensors import Reduce, at_least_fp32, identity, last_index, masked_moments
 
 
 def charge_missing_eos(score: Tensor, ended: Tensor, penalty: float, how: str) -> Tensor:
@@ -39,3 +42,53 @@ def shape_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Te
     at_last = positions == last_index(mask)[:, None]
     penalty = (-kl_coef * kl).masked_fill(~mask, 0)
     return penalty + torch.where(at_last, score[:, None], 0)
+
+
+def clip_score(score: Tensor, limit: float) -> Tensor:
+    """`score` (B,) held within +-`limit`."""
+    return score.clamp(-limit, limit)
+
+
+def length_penalty(lengths: Tensor, limit: float, coef: float) -> Tensor:
+    """What to subtract from the scores: `coef` per token of `lengths` (B,) beyond `limit`, 0 up to it; (B,) in fp32.
+
+    Source: the soft overlong punishment of Yu et al. 2025, "DAPO", eq. 13, where coef is 1 / (longest - limit).
+    """
+    return coef * (at_least_fp32(lengths) - limit).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class RunningMoments:
+    """Moments of every score seen so far; three floats, which is all that has to be stored.
+
+    Source of `updated`: Chan, Golub, LeVeque 1979, "Updating Formulae and a Pairwise Algorithm".
+    """
+
+    count: float = 0.0
+    mean: float = 0.0
+    m2: float = 0.0  # sum of squared deviations from the mean
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the population; 0 before the first score."""
+        return math.sqrt(self.m2 / self.count) if self.count else 0.0
+
+    def updated(self, score: Tensor, reduce: Reduce = identity) -> RunningMoments:
+        """These moments with the scores (B,) of one more batch, of all ranks.
+
+        Infinite scores and nan are left out: one of them would spoil everything that follows.
+        """
+        score = at_least_fp32(score)
+        mean, variance, count = (moment.item() for moment in masked_moments(score, score.isfinite(), reduce))
+        if count == 0:
+            return self
+        total, step = self.count + count, mean - self.mean
+        m2 = self.m2 + variance * count + step * step * self.count * count / total
+        return RunningMoments(total, self.mean + step * count / total, m2)
+
+    def normalise(self, score: Tensor) -> Tensor:
+        """`score` (B,) shifted to mean 0 and scaled to variance 1; only shifted while nothing has varied yet.
+
+        Source: the reward normalisation of Zheng et al. 2023, "Secrets of RLHF I" (PPO-max).
+        """
+        return (score - self.mean) / (self.deviation or 1.0)

@@ -29,6 +29,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
+def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of each row of `x` (B, T) where `mask`: (B,). Of log-probabilities, that of the whole response."""
+    return x.masked_fill(~mask, 0).sum(dim=1)
+
+
 def masked_moments(x: Tensor, mask: Tensor, reduce: Reduce = identity) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, population variance and count of `x` where `mask`, over all ranks; three scalars.
 

@@ -38,7 +38,7 @@ class Base:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._logit_scale = getattr(config, "logit_scale", None)
         self._logit_divisor = getattr(config, "logits_scaling", None)
-        self.packs = False
+        self.packs = self.checkpoints = False
         self.packs = self._probe()
 
     @property
@@ -50,21 +50,41 @@ class Base:
         return self.output.weight.dtype
 
     def checkpoint_activations(self) -> None:
-        """Recompute activations in the backward pass. Needs train mode, so every dropout is set to 0 first."""
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
-        self.model.train()
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        """Recompute activations in the backward pass, which transformers does in train mode: every dropout becomes 0.
+
+        Raises ModelError where the base cannot, or where train mode changes what it computes.
+        """
+        config = self.model.config
+        for part in (config, config.get_text_config(), *self.model.modules()):
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+            for name, value in list(vars(part).items()):
+                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                    setattr(part, name, 0.0)
+        sequences = [self._probe_text(text) for text in PROBE]
+        before = self.hidden(sequences)
+        try:  # the first name came with a later transformers than the oldest we run on
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        except ValueError:
+            raise self._refusal("cannot recompute its activations", "leave --gradient-checkpointing out") from None
         self.model.enable_input_require_grads()
+        self.checkpoints = True
+        if not _close(self.hidden(sequences), before, self._tolerance):
+            raise self._refusal("computes something else in train mode", "leave --gradient-checkpointing out")
 
     # --- running it
 
     def hidden(self, sequences: list[Tensor]) -> Tensor:
         """Final hidden states of ragged sequences (L_i,), laid end to end: (sum L_i, H)."""
-        return self._hidden_packed(sequences) if self.packs else self._hidden_padded(sequences)
+        run = self._hidden_packed if self.packs else self._hidden_padded
+        if not (self.checkpoints and torch.is_grad_enabled()):
+            return run(sequences)
+        self.model.train()  # only here: in train mode a checkpointing layer ignores its cache, and sampling needs it
+        try:
+            return run(sequences)
+        finally:
+            self.model.eval()
 
     def _hidden_packed(self, sequences: list[Tensor]) -> Tensor:
         lengths = [len(s) for s in sequences]
@@ -97,32 +117,39 @@ class Base:
     @torch.no_grad()
     def _probe(self) -> bool:
         """True where packed rows give the same states; raises ModelError where the readout is not understood."""
-        sequences = [torch.tensor([i % self.vocabulary for i in text]) for text in PROBE]
+        sequences = [self._probe_text(text) for text in PROBE]
         plain = torch.cat([self._alone(s) for s in sequences])
         padded = self._hidden_padded(sequences)
         whole = self.model(input_ids=sequences[0].to(self.device)[None], use_cache=False).logits[0]
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
-        if not _close(self.logits(plain[: len(sequences[0])]), whole, tolerance):
-            raise ModelError(
-                f"the output layer of `{self.source.config['model_type']}` does more than this tool knows of",
-                where="--model",
-                fix="use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)",
-            )
-        if not _close(padded, plain, tolerance):
-            raise ModelError(
-                f"`{self.source.config['model_type']}` does not keep padded sequences apart",
-                where="--model",
-                fix="use another base",
-            )
+        another = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
+        if not _close(self.logits(plain[: len(sequences[0])]), whole, self._tolerance):
+            raise self._refusal("has an output layer that does more than this tool knows of", another)
+        if not _close(padded, plain, self._tolerance):
+            raise self._refusal("does not keep padded sequences apart", another)
         try:
-            return _close(self._hidden_packed(sequences), plain, tolerance)
+            return _close(self._hidden_packed(sequences), plain, self._tolerance)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return False  # an architecture with an attention of its own: padding is always right
+
+    @property
+    def _tolerance(self) -> float:
+        return tolerance_of(self.dtype)
+
+    def _probe_text(self, text: tuple[int, ...]) -> Tensor:
+        return torch.tensor([i % self.vocabulary for i in text])
+
+    def _refusal(self, why: str, fix: str) -> ModelError:
+        return ModelError(f"`{self.source.config['model_type']}` {why}", where="--model", fix=fix)
 
     def _alone(self, sequence: Tensor) -> Tensor:
         positions = torch.arange(len(sequence), device=self.device)[None]
         ids = sequence.to(self.device)[None]
         return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far two ways of computing the same states may be apart, relative to the largest."""
+    return 1e-3 if dtype == torch.float32 else 0.1
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -151,9 +178,23 @@ def load_base(source: Source, *, device: torch.device, dtype: torch.dtype, trust
         raise ModelError(
             f"the base cannot be loaded: {reason}", where=str(source.base), fix="check the folder's files"
         ) from None
-    with suppress(ValueError, AttributeError):  # an architecture without exchangeable attention runs padded
+    model = model.to(device).eval()
+    _exchange_attention(model)
+    return Base(model, source)
+
+
+@torch.no_grad()
+def _exchange_attention(model: nn.Module) -> None:
+    """Give a model our attention; it keeps its own where it has none to exchange, or where ours changes its logits.
+
+    The latter is an attention with a part that ours knows nothing of, such as the sinks of GPT-OSS.
+    """
+    ids = torch.tensor([PROBE[0]], device=model.device) % model.get_output_embeddings().weight.shape[0]
+    own, expected = model.config._attn_implementation, model(input_ids=ids, use_cache=False).logits
+    with suppress(ValueError, AttributeError), _quiet():
         model.set_attn_implementation(attention.NAME)
-    return Base(model.to(device), source)
+    if not _close(model(input_ids=ids, use_cache=False).logits, expected, tolerance_of(model.dtype)):
+        model.set_attn_implementation(own)
 
 
 @contextmanager

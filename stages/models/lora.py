@@ -126,11 +126,8 @@ def random_a(rank: int, width: int, device: torch.device, seed: int) -> Tensor:
     return ((torch.rand(rank, width, generator=generator) * 2 - 1) * bound).to(device)
 
 
-def linear_layers(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
-    """Paths of the layers to adapt: all linear layers but the output layer, or those whose name ends in a target.
-
-    Raises ModelError where nothing matches.
-    """
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Paths of all linear layers but the output layer; raises ModelError where there is none."""
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -139,16 +136,6 @@ def linear_layers(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
         for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not output
     }
-    if targets:
-        names = sorted({path.rsplit(".", 1)[-1] for path in linear})
-        for target in targets:
-            if not any(_matches(path, target) for path in linear):
-                raise ModelError(
-                    f"no linear layer is called `{target}`",
-                    where="lora_targets",
-                    fix=f"this model has {', '.join(names)}",
-                )
-        linear = {path: m for path, m in linear.items() if any(_matches(path, target) for target in targets)}
     if not linear:
         raise ModelError("the model has no linear layers that LoRA could adapt", where="model", fix="use another base")
     return linear
@@ -161,7 +148,7 @@ def _matches(path: str, target: str) -> bool:
 def wrap(model: nn.Module, switch: Switch) -> dict[str, LoraLinear]:
     """Replace every linear layer of the base (not the output layer) by a `LoraLinear`; returns them by path."""
     layers: dict[str, LoraLinear] = {}
-    for path, module in linear_layers(model, []).items():
+    for path, module in linear_layers(model).items():
         parent_path, _, leaf = path.rpartition(".")
         layers[path] = LoraLinear(module, switch)
         setattr(model.get_submodule(parent_path), leaf, layers[path])
@@ -176,15 +163,27 @@ def shape_of(base: nn.Module) -> tuple[int, int]:
 
 
 def fresh(layers: dict[str, LoraLinear], rank: int, alpha: float, targets: list[str], seed: int) -> Adapter:
-    """A new trainable adapter that changes nothing yet (B = 0)."""
+    """A new trainable adapter that changes nothing yet (B = 0), on every layer or on those that `targets` names.
+
+    Raises ModelError for a target that is no layer's name.
+    """
     adapter = Adapter(rank, alpha)
-    chosen = {p: layer for p, layer in layers.items() if not targets or any(_matches(p, t) for t in targets)}
-    for index, (path, layer) in enumerate(chosen.items()):
+    for index, (path, layer) in enumerate(_targeted(layers, targets).items()):
         width, out = shape_of(layer.base)
         device = layer.base.weight.device
         a = random_a(rank, width, device, seed + index)
         adapter.deltas[path] = Delta(nn.Parameter(a), nn.Parameter(torch.zeros(out, rank, device=device)), alpha / rank)
     return adapter
+
+
+def _targeted(layers: dict[str, LoraLinear], targets: list[str]) -> dict[str, LoraLinear]:
+    for target in targets:
+        if not any(_matches(path, target) for path in layers):
+            names = sorted({path.rsplit(".", 1)[-1] for path in layers})
+            raise ModelError(
+                f"no linear layer is called `{target}`", where="lora_targets", fix=f"this model has {', '.join(names)}"
+            )
+    return {p: layer for p, layer in layers.items() if not targets or any(_matches(p, t) for t in targets)}
 
 
 def from_tensors(

@@ -141,7 +141,8 @@ class Text:
             ids, spans = self.encode(row.prompt + row.completion, rendered=False)
             begin = 0 if mask == "all" else len(row.prompt)
             targets = [end > begin and end > start for start, end in spans]
-            ids, targets = [*ids, self.eos_id], [*targets, True]
+            if ids[-1:] != [self.eos_id]:  # a completion may bring its own
+                ids, targets = [*ids, self.eos_id], [*targets, True]
         cut = len(ids) > max_tokens
         ids, targets = ids[:max_tokens], targets[:max_tokens]
         if mask == "all":
@@ -219,7 +220,7 @@ class Text:
         if isinstance(response, str):
             ids, spans = self.encode(row.prompt + response, rendered=False)
             begin = sum(1 for _, end in spans if end <= len(row.prompt))
-            ids = [*ids, self.eos_id]
+            ids = ids if ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
         else:
             self.need_template(row.where)
             whole = Demonstration(row.where, "", "", (*row.prompt, *response))

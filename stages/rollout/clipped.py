@@ -58,8 +58,11 @@ def clipped_steps(
         order = permutation(len(judged.experience.rollout.responses), config.seed, "ppo", step, epoch, ranks.rank)
         for part in range(config.minibatches):
             rows = order[part * len(order) // config.minibatches : (part + 1) * len(order) // config.minibatches]
-            tokens = {"tokens": float(judged.experience.mask[rows].sum())}
-            minibatch = Minibatch(judged, rows, ranks.sum_floats(tokens, device)["tokens"])
+            own = {"tokens": float(judged.experience.mask[rows].sum())}
+            tokens = ranks.sum_floats(own, device)["tokens"]
+            if tokens == 0:  # more minibatches than any rank has responses
+                continue
+            minibatch = Minibatch(judged, rows, tokens)
             found = backward(config, roles, ranks, minibatch)
             moved_too_far = config.target_approx_kl and found["approx_kl"] > 1.5 * config.target_approx_kl
             if moved_too_far or found["ratio_mean"] > config.ratio_limit:

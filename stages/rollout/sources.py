@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.tokens import PromptRow
 from stages.rollout.specs import Spec, python_file, reason_of
 from stages.training.passes import collect
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Rewards:
@@ -78,7 +80,7 @@ def call_function(function: Callable[..., object], name: str, prompts: list[Prom
             fix="return a list with one number each",
         )
     for prompt, text, number in zip(prompts, texts, result, strict=True):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, Real) or not abs(number) <= LARGEST:
             raise RewardError(
                 f"it returned {number!r} for the response {text[:80]!r} to {str(prompt.text)[:80]!r} ({prompt.where})",
                 where=f"--reward {name}",

@@ -41,7 +41,9 @@ def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
     return name, number
 
 
-def open_rewards(flags: list[str], policy: Source | None, *, what: str = "--reward") -> list[Spec]:
+def open_rewards(
+    flags: list[str], policy: Source | None, *, what: str = "--reward", trust_remote_code: bool = False
+) -> list[Spec]:
     """Find and check every reward source before a model loads.
 
     Raises CheckpointError where a reward checkpoint does not share the policy's base, RewardError where a function
@@ -53,7 +55,7 @@ def open_rewards(flags: list[str], policy: Source | None, *, what: str = "--rewa
         if is_function(name):
             specs.append(Spec(name, weight, None, load_function(name, what), file_digest(python_file(name))))
             continue
-        source = open_source(name, stages=("reward",), what=what)
+        source = open_source(name, stages=("reward",), what=what, trust_remote_code=trust_remote_code)
         if source.manifest is None:
             raise RewardError(
                 f"{name} is a base model, not a reward source",
@@ -73,16 +75,17 @@ def is_function(name: str) -> bool:
 
 def python_file(name: str) -> Path:
     """The file of a function source."""
-    return Path(name.partition(".py")[0] + ".py").expanduser()
+    return Path(name if name.endswith(".py") else name[: name.rindex(".py:") + 3]).expanduser()
 
 
 def load_function(name: str, what: str) -> Callable[..., object]:
     """Import `path/to/file.py:function` (function `score` where none is named); raises RewardError where that fails."""
-    path, function_name = python_file(name), name.partition(".py")[2].lstrip(":") or "score"
+    path, function_name = python_file(name), "score" if name.endswith(".py") else name.rpartition(".py:")[2] or "score"
     if not path.is_file():
         raise RewardError(f"{path} does not exist", where=what, fix="give path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(f"rlhf_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)

@@ -16,7 +16,7 @@ def steps_in(n: int, batch_size: int, epochs: float, max_steps: int | None) -> i
         return max_steps
     whole, part = divmod(epochs, 1.0)
     per_epoch = math.ceil(n / batch_size)
-    return max(1, int(whole) * per_epoch + math.ceil(part * per_epoch))
+    return max(1, int(whole) * per_epoch + math.ceil(round(part * per_epoch, 6)))  # 1.1 epochs of 10 are 11, not 12
 
 
 def batch_at(step: int, n: int, batch_size: int, seed: int, stage: str) -> list[int]:

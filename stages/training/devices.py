@@ -92,8 +92,7 @@ class Ranks:
             return items
         parts: list[list] = [[] for _ in range(self.size)]
         torch.distributed.all_gather_object(parts, items)
-        total = sum(len(p) for p in parts)
-        return [parts[i % self.size][i // self.size] for i in range(total)]
+        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """True on every rank where it is true on one."""

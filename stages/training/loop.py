@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from stages.config import TrainingKnobs
-from stages.errors import Interrupted, TrainingStopped
+from stages.errors import Interrupted, TrainingStopped, UserError
 from stages.files.run import Run
 from stages.results import Report
 from stages.training import signals
 from stages.training.devices import Ranks
 from stages.training.optimizer import AdamW, clip
 
+AHEAD = "ahead"  # in a state: the numbers of the update behind its weights, one step ahead of the logs
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients in a row before training stops itself
 
 
@@ -58,32 +59,43 @@ def train(
     """Run `update(step)` for every step up to `total`, from where a state was saved.
 
     Evaluates before the first step, every `config.eval_every` steps and after the last. Every step has one line in
-    metrics.jsonl; line 0 is the evaluation before training. Raises Interrupted (state saved) and TrainingStopped.
+    metrics.jsonl; line 0 is the evaluation before training. `evaluate` writes its samples last of all, so that one
+    that was interrupted leaves none. Raises Interrupted (state saved) and TrainingStopped.
     """
+    run.start()
+    ranks.wait()  # nobody looks for a state before the first rank has taken the folder
     state = run.resume()
+    for warning in run.warnings:
+        report.warn(warning)
     done = state.step if state is not None else -1  # -1: not even evaluated
+    ahead: dict[str, float] | None = None  # of an update that was made, while its evaluation was interrupted
     if state is not None:
+        ahead = state.facts.pop(AHEAD, None)
         progress.restore(state.tensors, state.facts)
         report.note(f"resuming after step {done} of {total}")
     report.begin(title, total, max(done, 0))
-    began = time.perf_counter()
     try:
         with signals.listening():
             for step in range(done, total):
-                metrics = _timed(update, step) if step >= 0 else {}
+                metrics = ahead or (_timed(update, step) if step >= 0 else {})
+                ahead = dict(metrics)
                 if step < 0 or step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
                     metrics |= evaluate(step + 1)
-                done = step + 1
+                done, ahead = step + 1, None
                 _record(run, report, ranks, done, metrics)
                 if done and (done % config.save_every == 0 or done == total):
-                    _save(run, ranks, progress, done)
+                    _save(run, ranks, progress, done, ahead)
     except signals.StopRequested as stop:
         if done >= 0:
-            _save(run, ranks, progress, done)
+            _save(run, ranks, progress, done, ahead)
         raise Interrupted(stop.number, step=max(done, 0), output=str(run.folder)) from None
+    except UserError:  # a reward function that failed, perhaps only this once; other ranks may be waiting elsewhere
+        if done >= 0 and ranks.size == 1:
+            _save(run, ranks, progress, done, ahead)
+            report.note(f"state of step {done} saved in {run.folder}")
+        raise
     finally:
         report.end()
-        progress.facts["seconds"] = progress.facts.get("seconds", 0.0) + time.perf_counter() - began
 
 
 def _timed(update: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
@@ -103,9 +115,9 @@ def _record(run: Run, report: Report, ranks: Ranks, step: int, metrics: dict[str
     report.log(step, metrics)
 
 
-def _save(run: Run, ranks: Ranks, progress: Progress, step: int) -> None:
+def _save(run: Run, ranks: Ranks, progress: Progress, step: int, ahead: dict[str, float] | None) -> None:
     if ranks.first:
-        run.save_state(step, progress.tensors(), progress.stored())
+        run.save_state(step, progress.tensors(), progress.stored() | ({AHEAD: ahead} if ahead else {}))
     ranks.wait()
 
 

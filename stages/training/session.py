@@ -44,18 +44,24 @@ def encode_all(
     rows: list[Row], encode: Callable[[Row], Out], *, skip_bad: bool, report: Report, what: str
 ) -> list[Out]:
     """Tokenise rows; a row that cannot be used is an error, or dropped and counted with --skip-bad-rows."""
-    out, dropped = [], 0
+    out: list[Out] = []
+    problems: list[DatasetError] = []
     for row in rows:
         try:
             out.append(encode(row))
-        except DatasetError:
+        except DatasetError as error:
+            problem = DatasetError(error.what, where=error.where or row.where, fix=error.fix)
             if not skip_bad:
-                raise
-            dropped += 1
-    if dropped:
-        report.warn(f"{dropped} of {len(rows)} {what} do not fit and were dropped")
+                raise problem from None
+            problems.append(problem)
     if rows and not out:
-        raise DatasetError(f"none of the {len(rows)} {what} fits", fix="raise the token limits or look at the data")
+        first = problems[0]
+        raise DatasetError(
+            f"none of the {len(rows)} {what} can be used; {first.what}", where=first.where, fix=first.fix
+        )
+    if problems:
+        first = f"{problems[0].where}: {problems[0].what}"
+        report.warn(f"{len(problems)} of {len(rows)} {what} cannot be used and were dropped; {first}")
     return out
 
 

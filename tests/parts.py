@@ -1,0 +1,154 @@
+"""Small parts that tests of models, rollouts and training are put together from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.config import PpoConfig, RewardConfig, SftConfig
+from stages.files.manifest import Manifest, checkpoint_digest, publish
+from stages.models.base import Base
+from stages.models.heads import ScalarHead
+from stages.models.lora import Adapter
+from stages.models.roles import Roles, new_adapter, save_adapter
+from stages.models.tokens import PromptRow, Text, load_text
+from stages.rollout.clipped import Judged, Minibatch
+from stages.rollout.experience import Experience, role_logprobs, role_values, roll_out
+from stages.rollout.generate import Sampling
+
+PACKING = ("llama", "gpt2", "gpt_neox", "gemma2", "gemma3", "mistral")
+PLACES = {"model": "m", "dataset": "d", "output": "o"}
+
+
+def sft_config(**knobs: object) -> SftConfig:
+    return SftConfig(**{**PLACES, **knobs})
+
+
+def reward_config(**knobs: object) -> RewardConfig:
+    return RewardConfig(**{**PLACES, **knobs})
+
+
+def ppo_config(**knobs: object) -> PpoConfig:
+    return PpoConfig(**{**PLACES, "reward": ["r.py"], **knobs})
+
+
+def sequences_of(lengths: list[int], seed: int = 0, vocabulary: int = 300) -> list[Tensor]:
+    """Random token rows of these lengths, special tokens left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(7, vocabulary, (n,), generator=generator) for n in lengths]
+
+
+def targets_from(sequences: list[Tensor], starts: list[int]) -> list[Tensor]:
+    """Masks that are True from position `start` on."""
+    return [torch.arange(len(s)) >= start for s, start in zip(sequences, starts, strict=True)]
+
+
+def random_adapter(base: Base, seed: int, *, rank: int = 4, alpha: float = 8.0, targets: tuple[str, ...] = ()):
+    """A trainable adapter whose B is not zero, so that it changes what the base says."""
+    adapter = new_adapter(base, rank, alpha, list(targets), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for delta in adapter.deltas.values():
+        delta.b.data.copy_(torch.randn(delta.b.shape, generator=generator) * 0.1)
+    return adapter
+
+
+def random_head(width: int, seed: int, bias: float = 0.3) -> ScalarHead:
+    head = ScalarHead(width).randomise(seed)
+    head.bias.data.fill_(bias)
+    return head
+
+
+def roles_on(base: Base) -> Roles:
+    """Policy and reference with the same adapter, a critic and a reward model with adapters and heads of their own."""
+    roles = Roles(base)
+    policy = random_adapter(base, 1)
+    roles.add("policy", policy)
+    roles.add("reference", policy.copy(trainable=False))
+    roles.add("critic", random_adapter(base, 2), random_head(base.width, 3))
+    reward, head = random_adapter(base, 4).copy(trainable=False), random_head(base.width, 5)
+    roles.add("reward", reward, head.requires_grad_(False))
+    return roles
+
+
+@contextmanager
+def unpacked(base: Base) -> Iterator[None]:
+    """Run the base with right-padding in this block."""
+    before, base.packs = base.packs, False
+    try:
+        yield
+    finally:
+        base.packs = before
+
+
+def whole_model(folder: Path):
+    """The base as transformers alone loads and runs it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def gradient(parameters) -> Tensor:
+    """All gradients end to end, zero where there is none; they are forgotten afterwards."""
+    parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten().clone() for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return torch.cat(parts)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """How far `a` is from `b`, relative to the size of `b`."""
+    return float((a - b).norm() / b.norm())
+
+
+def prompt_rows(sequences: list[Tensor], end_id: int = 2) -> list[PromptRow]:
+    return [PromptRow(ids, f"prompt {i}", end_id, {}, f"p.jsonl:{i + 1}") for i, ids in enumerate(sequences)]
+
+
+def open_tiny_text(folder: Path, *, chat_template: str | None = None, stop_ids: tuple[int, ...] = (2,)) -> Text:
+    return load_text(folder, chat_template=chat_template, stop_ids=stop_ids, trust_remote_code=False)
+
+
+def experience_of(
+    roles: Roles, text: Text, prompts: list[PromptRow], *, seed: int = 0, tokens: int = 12, temperature: float = 0.7
+) -> Experience:
+    """Experience sampled by the policy; scores are the responses' lengths."""
+    keys = [(seed, i) for i in range(len(prompts))]
+    rollout = roll_out(roles, "policy", text, prompts, keys, Sampling(temperature, tokens))
+    logprobs, spread = role_logprobs(roles, "policy", rollout, temperature, "auto")
+    reference, _ = role_logprobs(roles, "reference", rollout, temperature, "auto")
+    values = role_values(roles, "critic", "critic", rollout, "auto")
+    score = torch.tensor([float(n) for n in rollout.lengths])
+    return Experience(rollout, rollout.mask, logprobs, reference, values, score, spread)
+
+
+def judged_at_random(experience: Experience, seed: int = 0) -> Judged:
+    """Experience with advantages and returns drawn at random, zero off-mask."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(2, *experience.mask.shape, generator=generator) * experience.mask
+    return Judged(experience, draws[0], draws[1] + experience.values)
+
+
+def all_rows(judged: Judged) -> Minibatch:
+    """The whole batch as one minibatch."""
+    mask = judged.experience.mask
+    return Minibatch(judged, list(range(len(mask))), float(mask.sum()))
+
+
+def publish_checkpoint(
+    folder: Path, base: Base, stage: str, adapter: Adapter, *, head: ScalarHead | None = None, stops: tuple = (2,)
+) -> Path:
+    """A finished checkpoint of a stage, as if trained."""
+    source = base.source
+    files = save_adapter(folder, base, adapter, head)
+    manifest = Manifest(
+        stage=stage, base=source.reference, parents=(), tokenizer_digest=source.tokenizer_digest,
+        stop_token_ids=stops, config={}, datasets={}, metrics={}, throughput={}, versions={}, device="cpu",
+        dtype="float32", steps=1, seconds=1.0,
+    )  # fmt: skip
+    publish(folder, manifest, files)
+    assert checkpoint_digest(folder)
+    return folder

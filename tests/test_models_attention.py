@@ -1,0 +1,136 @@
+"""Attention over packed rows, against attention written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from stages.models import attention
+from stages.models.attention import Segments, attend, make_mask, packed
+from tests.parts import PACKING, sequences_of
+
+
+class Layer(nn.Module):
+    is_causal = True
+
+    def __init__(self, groups: int = 1):
+        super().__init__()
+        self.num_key_value_groups = groups
+
+
+def by_hand(q, k, v, *, scale, window=None, softcap=None):
+    """(heads, L, D) each -> (L, heads, D): one query, one key at a time."""
+    groups = q.shape[0] // k.shape[0]
+    out = torch.zeros(q.shape[1], q.shape[0], v.shape[2])
+    for head in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            first = 0 if window is None else max(0, i - window + 1)
+            scores = []
+            for j in range(first, i + 1):
+                score = scale * torch.dot(q[head, i], k[head // groups, j])
+                scores.append(score if softcap is None else softcap * torch.tanh(score / softcap))
+            weights = torch.stack(scores).softmax(0)
+            out[i, head] = weights @ v[head // groups, first : i + 1]
+    return out
+
+
+def qkv(length, heads=4, kv_heads=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, n, length, 8) for n in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator) * 1.5 for shape in shapes]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_segments_attend_causally_to_themselves_alone(kv_heads, window, softcap):
+    lengths = [5, 1, 7]
+    q, k, v = qkv(13, kv_heads=kv_heads)
+    segments = Segments((5, 1, 7), torch.tensor([0, 5, 6, 13], dtype=torch.int32))
+    found, weights = attend(
+        Layer(4 // kv_heads), q, k, v, segments, scaling=0.4, sliding_window=window, softcap=softcap
+    )
+    assert weights is None and found.shape == (1, 13, 4, 8)
+    parts = zip(q[0].split(lengths, 1), k[0].split(lengths, 1), v[0].split(lengths, 1), strict=True)
+    expected = torch.cat([by_hand(a, b, c, scale=0.4, window=window, softcap=softcap) for a, b, c in parts])
+    assert (found[0] - expected).abs().max() < 1e-5
+
+
+def test_the_scale_is_that_of_the_head_size_where_none_is_given():
+    q, k, v = qkv(6)
+    found, _ = attend(Layer(), q, k, v, Segments((6,), torch.tensor([0, 6])))
+    assert (found[0] - by_hand(q[0], k[0], v[0], scale=1 / math.sqrt(8))).abs().max() < 1e-5
+    capped, _ = attend(Layer(), q, k, v, Segments((6,), torch.tensor([0, 6])), softcap=2.0)
+    assert (capped[0] - by_hand(q[0], k[0], v[0], scale=1 / math.sqrt(8), softcap=2.0)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_capped_attention_without_a_mask_is_causal_from_the_last_key_on(kv_heads):
+    """One new token, or a whole prompt, before a cache: query i of N stands at key i + (keys - N)."""
+    q, k, v = qkv(6, kv_heads=kv_heads)
+    whole = by_hand(q[0], k[0], v[0], scale=0.3, softcap=2.0)
+    found, _ = attend(Layer(4 // kv_heads), q, k, v, None, scaling=0.3, softcap=2.0)
+    assert (found[0] - whole).abs().max() < 1e-5
+    last, _ = attend(Layer(4 // kv_heads), q[:, :, -2:], k, v, None, scaling=0.3, softcap=2.0)
+    assert (last[0] - whole[-2:]).abs().max() < 1e-5
+
+
+def test_capped_attention_keeps_to_the_mask_it_is_given():
+    q, k, v = qkv(6)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    mask[:, :2] = False  # two keys of padding on the left
+    found, _ = attend(Layer(), q, k, v, mask[None, None], scaling=0.3, softcap=2.0)
+    expected = by_hand(q[0, :, 2:], k[0, :, 2:], v[0, :, 2:], scale=0.3, softcap=2.0)
+    assert (found[0, 2:] - expected).abs().max() < 1e-5
+    assert torch.isfinite(found).all()
+
+
+def test_plain_attention_is_transformers_own():
+    q, k, v = qkv(6, kv_heads=2)
+    found, _ = attend(Layer(2), q, k, v, None, scaling=0.3)
+    assert (found[0] - by_hand(q[0], k[0], v[0], scale=0.3)).abs().max() < 1e-5
+
+
+def test_a_packed_block_says_where_segments_lie_and_ends_even_after_an_error():
+    with packed([2, 3], torch.device("cpu")):
+        mask = make_mask()
+        assert mask.lengths == (2, 3)
+        assert mask.offsets.tolist() == [0, 2, 5] and mask.offsets.dtype == torch.int32
+    with pytest.raises(KeyError), packed([2], torch.device("cpu")):
+        raise KeyError
+    assert attention._Current.segments is None
+
+
+@pytest.mark.parametrize("architecture", PACKING)
+def test_perturbing_one_segment_leaves_its_neighbours_alone(open_tiny, architecture):
+    """Check 28: changing segment A changes nothing that is read from segments B and C."""
+    base = open_tiny(architecture)
+    assert base.packs
+    a, b, c = sequences_of([9, 4, 12])
+    other = sequences_of([9], seed=7)[0]
+    with torch.no_grad():
+        first, second = base.logits(base.hidden([a, b, c])), base.logits(base.hidden([other, b, c]))
+        middle = base.logits(base.hidden([b, other, c]))
+    assert (first[9:] - second[9:]).abs().max() <= 1e-6
+    assert (first[:9] - second[:9]).abs().max() > 0.1
+    assert (middle[:4] - first[9:13]).abs().max() <= 1e-6
+    assert (middle[13:] - first[13:]).abs().max() <= 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", PACKING)
+def test_packed_rows_on_cuda_give_the_states_of_single_sequences(model_folder, architecture):
+    from stages.models.base import load_base
+    from stages.models.source import open_source
+
+    source = open_source(str(model_folder(architecture)), stages=(), what="--model")
+    base = load_base(source, device=torch.device("cuda"), dtype=torch.bfloat16)
+    exact = load_base(source, device=torch.device("cuda"), dtype=torch.float32)
+    assert base.packs
+    sequences = sequences_of([9, 4, 12])
+    with torch.no_grad():
+        alone = torch.cat([exact.hidden([s]) for s in sequences])
+        assert (base.hidden(sequences).float() - alone).abs().max() < 0.1 * alone.abs().max()
