@@ -182,10 +182,11 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
     )
     missing_eos_penalty: float = knob(1.0, "charge for a response that never ends; 0 turns it off", REWARD, low=0)
     missing_eos: str = knob(
-        "subtract",  # where no response ends, the other two leave nothing of the score to learn from
-        "how it is charged: subtract it, replace the score by -penalty, or floor: min(score - penalty, -penalty)",
+        AUTO,
+        "how it is charged: subtract it; replace the score by -penalty; floor, min(score - penalty, -penalty); "
+        "auto is floor where most responses end before training, else subtract",
         REWARD,
-        choices=("subtract", "floor", "replace"),
+        choices=(AUTO, "floor", "subtract", "replace"),
     )
     score_clip: float | None = knob(None, "clip scores to +- this", REWARD, above=0, auto="off")
     whiten_rewards: bool = knob(False, "scale rewards to unit variance; shortens responses, see README", REWARD)

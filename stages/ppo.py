@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.config import PpoConfig
+from stages.config import AUTO, PpoConfig
 from stages.errors import ConfigError
 from stages.inputs import Inputs
 from stages.maths.advantages import gae
@@ -186,7 +186,7 @@ def ppo_update(bench: Bench, prompts: list[PromptRow], step: int) -> dict[str, f
     experience = judge(bench, rollout)
     clock.append(time.perf_counter())
     kl_coef = bench.progress.facts["kl_coef"]
-    score = final_score(experience, config)
+    score = final_score(bench, experience)
     rewards = shape_rewards(score, experience.logprobs - experience.reference_logprobs, experience.mask, kl_coef)
     if config.whiten_rewards:
         rewards = scale_to_unit_variance(rewards, experience.mask, ranks.sum)
@@ -228,11 +228,26 @@ def judge(bench: Bench, rollout: Rollout) -> Experience:
     return Experience(rollout, rollout.mask.to(device), logprobs, reference, values, score.to(device), entropy)
 
 
-def final_score(experience: Experience, config: PpoConfig) -> Tensor:
+def final_score(bench: Bench, experience: Experience) -> Tensor:
     """Scores (B,) as they enter the rewards: a missing end is charged first, then the clip."""
+    config = bench.config
     ended = experience.rollout.ended.to(experience.score.device)
-    score = charge_missing_eos(experience.score, ended, config.missing_eos_penalty, config.missing_eos)
+    how = charge_of(bench, ended) if config.missing_eos == AUTO else config.missing_eos
+    score = charge_missing_eos(experience.score, ended, config.missing_eos_penalty, how)
     return score if config.score_clip is None else score.clamp(-config.score_clip, config.score_clip)
+
+
+def charge_of(bench: Bench, ended: Tensor) -> str:
+    """What `missing_eos` auto means for this run, decided by its first rollout.
+
+    A floor keeps a policy that ends its responses from giving that up for a higher score. Where responses do not end
+    anyway, because the text goes on beyond max_response_tokens, a floor would leave nothing of the score to learn from.
+    """
+    facts = bench.progress.facts
+    if "responses_end" not in facts:
+        counts = bench.ranks.sum_floats({"ended": float(ended.sum()), "all": float(len(ended))}, bench.device)
+        facts["responses_end"] = float(counts["ended"] >= 0.5 * counts["all"])
+    return "floor" if facts["responses_end"] else "subtract"
 
 
 def summarise(bench: Bench, experience: Experience, score: Tensor, returns: Tensor, kl_coef: float) -> dict[str, float]:

@@ -1,16 +1,11 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 
 import pytest
 import torch
 
-from stages.maths.advantages import gae
 from stages.maths.kl import k1, k2, k3, next_kl_coef, sequence_kl
-from stages.maths.losses import policy_loss
-from stages.maths.rewards import shape_rewards
-from stages.maths.tensors import token_logprobs
 
 
 def six_token_policies():
@@ -91,106 +86,3 @@ def test_sequence_kl_sums_the_masked_tokens():
 def test_kl_controller(observed, factor):
     """Check 33: target 6, 64 responses, horizon 10 000; twice the target is clipped to +0.2: x 1.00128."""
     assert abs(next_kl_coef(0.15, observed, 6.0, 64, 10_000) - 0.15 * factor) < 1e-9
-
-
-# A tabular language model: V = 3, token 0 ends a response, at most 3 tokens. Its 15 responses can be enumerated.
-
-PREFIXES = [(), (1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)]
-RESPONSES = [
-    response
-    for length in (1, 2, 3)
-    for response in product(range(3), repeat=length)
-    if 0 not in response[:-1] and (response[-1] == 0 or length == 3)
-]
-LENGTHS = torch.tensor([len(response) for response in RESPONSES])
-MASK = torch.arange(3) < LENGTHS[:, None]
-TOKENS = torch.tensor([list(response) + [2] * (3 - len(response)) for response in RESPONSES])
-STATES = torch.tensor(  # (15, 3) index of the prefix before each token
-    [[PREFIXES.index(r[:t]) if t < len(r) else 0 for t in range(3)] for r in RESPONSES]
-)
-
-
-def tabular(seed):
-    return torch.randn(7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def response_logprobs(table):
-    return token_logprobs(table[STATES], TOKENS)
-
-
-def probability_of_responses(table):
-    """(15,) as products of softmax entries, without any of the functions under test."""
-    rows = table.softmax(dim=1)
-    chances = [torch.stack([rows[PREFIXES.index(r[:t]), r[t]] for t in range(len(r))]).prod() for r in RESPONSES]
-    return torch.stack(chances)
-
-
-def state_values(rewards, probability):
-    """(15, 3) the exact value of every state: the expected sum of what is still to come."""
-    to_come = rewards.flip(1).cumsum(1).flip(1)
-    values = torch.zeros(15, 3, dtype=torch.float64)
-    for state in range(7):
-        here = STATES.eq(state) & MASK
-        weight = probability[:, None].expand(15, 3)[here]
-        values[here] = (weight * to_come[here]).sum() / weight.sum()
-    return values
-
-
-def expected_policy_gradient(table, reference_table, score, kl_coef, gae_lambda, estimate=k1):
-    """Gradient of the PPO loss at ratio 1, in expectation over all responses, from score to loss."""
-    logprobs = response_logprobs(table)
-    old = logprobs.detach()
-    probability = probability_of_responses(table.detach())
-    rewards = shape_rewards(score, estimate(old, response_logprobs(reference_table)), MASK, kl_coef)
-    values = state_values(rewards, probability)
-    advantages, _ = gae(rewards, values, MASK, 1.0, gae_lambda)
-    loss = policy_loss(logprobs, old, probability[:, None] * advantages, MASK, 0.2, denominator=1).loss
-    return gradient(loss, table)
-
-
-def test_the_tabular_model_is_whole():
-    probability = probability_of_responses(tabular(1))
-    assert len(RESPONSES) == 15
-    assert abs(probability.sum().item() - 1) < 1e-12
-    found = response_logprobs(tabular(1)).masked_fill(~MASK, 0).sum(1).exp()
-    torch.testing.assert_close(found, probability)
-
-
-def test_mean_sequence_kl_is_the_kl_of_whole_responses():
-    """Check 34: on responses of unequal length."""
-    p, q = probability_of_responses(tabular(1)), probability_of_responses(tabular(2))
-    found = sequence_kl(response_logprobs(tabular(1)), response_logprobs(tabular(2)), MASK)
-    assert abs((p * found).sum().item() - (p * (p / q).log()).sum().item()) < 1e-12
-
-
-@pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
-def test_expected_ppo_gradient_is_that_of_score_minus_kl(gae_lambda):
-    """Checks 4 and 35: with exact values every lambda gives the gradient of E[score] - kl_coef KL, exactly."""
-    table, reference = tabular(1).requires_grad_(), tabular(2)
-    score = torch.randn(15, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    p, q = probability_of_responses(table), probability_of_responses(reference)
-    objective = (p * score).sum() - 0.7 * (p * (p / q).log()).sum()
-    wanted = -gradient(objective, table)
-    found = expected_policy_gradient(table, reference, score, 0.7, gae_lambda)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
-    assert wanted.abs().max() > 1e-2
-
-
-def test_the_optimum_of_ppo_is_the_reference_tilted_by_the_score():
-    """Checks 36 and 37, without the walk there: k1 in the reward rests at pi* ~ ref exp(score / kl_coef), k3 does not.
-
-    The table of pi* comes from summing the tilted weights of the responses behind each state and token.
-    """
-    reference, kl_coef = tabular(2), 0.5
-    score = torch.randn(15, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    tilted = probability_of_responses(reference) * (score / kl_coef).exp()
-    weights = torch.zeros(7, 3, dtype=torch.float64)
-    for row, response in enumerate(RESPONSES):
-        for t, token in enumerate(response):
-            weights[PREFIXES.index(response[:t]), token] += tilted[row]
-    optimum = weights.log().requires_grad_()
-    torch.testing.assert_close(probability_of_responses(optimum.detach()), tilted / tilted.sum())
-    rests = expected_policy_gradient(optimum, reference, score, kl_coef, 0.95)
-    moves = expected_policy_gradient(optimum, reference, score, kl_coef, 0.95, estimate=k3)
-    assert rests.abs().max() < 1e-12
-    assert moves.abs().max() > 1e-2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from stages.maths.losses import pair_loss, policy_loss, token_nll, value_loss
+from stages.maths.losses import kl_loss, pair_loss, policy_loss, token_nll, value_loss
 from stages.maths.statistics import accuracy_of_pairs, correlation
 from stages.maths.tensors import token_logprobs
 
@@ -33,6 +33,10 @@ TOKEN_LOSSES = {
     "policy": lambda x, y, z, mask, n=None: policy_loss(x, y, z, mask, 0.2, n).loss,
     "value": lambda x, y, z, mask, n=None: value_loss(x, y, z, mask, 0.2, n).loss,
     "nll": lambda x, y, z, mask, n=None: token_nll(x, mask, n),
+    "dual clip": lambda x, y, z, mask, n=None: policy_loss(x, y, z, mask, 0.2, n, clip_high=0.3, dual_clip=1.5).loss,
+    "k1": lambda x, y, z, mask, n=None: kl_loss(x, y, mask, "k1", n),
+    "k2": lambda x, y, z, mask, n=None: kl_loss(x, y, mask, "k2", n),
+    "k3": lambda x, y, z, mask, n=None: kl_loss(x, y, mask, "k3", n),
 }
 
 
@@ -188,7 +192,7 @@ def test_a_mean_of_means_is_another_gradient(name):
 
 def test_an_empty_mask_gives_zero_and_not_nan():
     x, nothing = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool)
-    assert [loss(x, x, x, nothing).item() for loss in TOKEN_LOSSES.values()] == [0, 0, 0]
+    assert [loss(x, x, x, nothing).item() for loss in TOKEN_LOSSES.values()] == [0] * len(TOKEN_LOSSES)
 
 
 def test_pair_loss_by_hand():

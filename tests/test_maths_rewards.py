@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import FrozenInstanceError, asdict
+
 import pytest
 import torch
 
 from stages.maths.advantages import gae
-from stages.maths.rewards import charge_missing_eos, shape_rewards
+from stages.maths.rewards import RunningMoments, charge_missing_eos, clip_score, length_penalty, shape_rewards
+from tests.test_maths_tensors import in_shards
 
 
 def double(*numbers):
@@ -77,3 +82,93 @@ def test_score_at_the_last_token_or_in_a_slot_behind_it(gae_lambda):
     assert ours[0, 1].item() == score - 1.0  # V_{e+1} = 0, and the score is all that comes
     expected = (1 - gae_lambda) * (value_behind - score)
     assert abs((theirs - ours)[0, 1].item() - expected) < 1e-12
+
+
+def test_clipped_scores_stay_within_the_limit():
+    score = double(-30.0, -10.0, 0.5, 10.5)
+    assert clip_score(score, 10.0).tolist() == [-10.0, -10.0, 0.5, 10.0]
+    assert score.tolist() == [-30.0, -10.0, 0.5, 10.5]
+
+
+def test_length_is_charged_beyond_the_limit_only():
+    lengths = torch.tensor([1, 100, 101, 120])
+    assert length_penalty(lengths, limit=100, coef=0.25).tolist() == [0.0, 0.0, 0.25, 5.0]
+    assert length_penalty(lengths, limit=100, coef=0.0).tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert length_penalty(lengths, limit=0.5, coef=1).tolist() == [0.5, 99.5, 100.5, 119.5]
+
+
+def batches(*sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [3 * torch.randn(n, generator=generator, dtype=torch.float64) + 50 + n for n in sizes]
+
+
+def seen(*scores):
+    moments = RunningMoments()
+    for score in scores:
+        moments = moments.updated(score)
+    return moments
+
+
+def test_running_moments_by_hand():
+    moments = seen(double(1.0, 3.0), double(8.0))
+    # 1, 3, 8: mean 4, squared deviations 9 + 1 + 16
+    assert (moments.count, moments.mean, moments.m2) == (3.0, 4.0, 26.0)
+    assert moments.deviation == pytest.approx(math.sqrt(26 / 3))
+    assert moments.normalise(double(4.0, 8.0)).tolist() == pytest.approx([0.0, 4 / math.sqrt(26 / 3)])
+
+
+def test_running_moments_are_those_of_all_scores_at_once():
+    parts = batches(5, 1, 17, 2)
+    together = torch.cat(parts)
+    for moments in (seen(*parts), seen(*reversed(parts)), seen(together)):
+        assert moments.count == 25
+        assert moments.mean == pytest.approx(together.mean().item(), rel=1e-12)
+        assert moments.deviation == pytest.approx(together.std(correction=0).item(), rel=1e-12)
+    normal = seen(*parts).normalise(together)
+    assert abs(normal.mean().item()) < 1e-12
+    assert normal.std(correction=0).item() == pytest.approx(1.0, rel=1e-12)
+
+
+def test_running_moments_of_ranks_are_those_of_one():
+    first, second = batches(6, 3)
+    shards = [(first[:1], second[:2]), (first[1:], second[2:]), (first[:0], second[:0])]
+
+    def work(shard, reduce):
+        return RunningMoments().updated(shard[0], reduce).updated(shard[1], reduce)
+
+    whole = seen(first, second)
+    for moments in in_shards(work, shards):
+        assert list(asdict(moments).values()) == pytest.approx(list(asdict(whole).values()), rel=1e-12)
+
+
+def test_running_moments_survive_being_written_down():
+    """Check 53: three floats through JSON go on as if nothing had happened, to the last bit."""
+    first, second = (score.float() for score in batches(7, 4))
+    moments = seen(first)
+    back = RunningMoments(**json.loads(json.dumps(asdict(moments))))
+    assert back == moments
+    assert back.updated(second) == moments.updated(second)
+    assert all(type(number) is float for number in asdict(moments).values())
+
+
+def test_updated_moments_are_new_ones():
+    moments = seen(double(1.0, 3.0))
+    moments.updated(double(100.0))
+    assert moments == RunningMoments(2.0, 2.0, 2.0)
+    with pytest.raises(FrozenInstanceError):
+        moments.mean = 0.0
+
+
+def test_what_has_not_varied_is_shifted_but_not_scaled():
+    assert RunningMoments().normalise(double(3.0, -1.0)).tolist() == [3.0, -1.0]
+    assert seen(double(5.0)).normalise(double(5.0, 8.0)).tolist() == [0.0, 3.0]
+    tenths = double(0.1, 0.1, 0.1)  # their mean is not 0.1, so their deviation is not 0
+    assert seen(tenths).deviation > 0
+    assert seen(tenths, tenths, tenths).normalise(tenths).abs().max() < 1e-6
+    small = double(1e-4, 3e-4)
+    assert seen(small).normalise(small).tolist() == pytest.approx([-1.0, 1.0])
+
+
+def test_scores_that_are_not_numbers_are_left_out():
+    moments = seen(double(1.0, math.nan, 3.0, math.inf), double(-math.inf, math.nan), torch.zeros(0))
+    assert moments == RunningMoments(2.0, 2.0, 2.0)

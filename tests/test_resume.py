@@ -1,4 +1,4 @@
-"""Interrupting, killing, repeating and replacing runs: what comes out is what an uninterrupted run gives, to the bit."""
+"""Interrupting, killing, repeating and replacing runs: what comes out is an uninterrupted run's result, to the bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from tests.commands import (
 STAGES = ("sft", "reward", "ppo")
 RUN = (
     "--batch-size", 8, "--max-steps", 5, "--lora-rank", 4, "--samples", 2, "--eval-fraction", 0.2, "--eval-limit", 6,
-    "--eval-every", 2, "--save-every", 2, "--micro-batch-size", 3, "--learning-rate", "1e-2", "--warmup-ratio", 0.2, "--limit-rows", 40,
+    "--eval-every", 2, "--save-every", 2, "--micro-batch-size", 3, "--learning-rate", "1e-2", "--warmup-ratio", 0.2,
+    "--limit-rows", 40,
 )  # fmt: skip
 MORE = {
     "sft": (),
@@ -139,7 +140,7 @@ def interrupt_and_go_on(monkeypatch, found, stage: str, folder: Path, at: int) -
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.7, 0.98])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.98])
 def test_an_interrupted_run_goes_on_to_the_same_bits(chain, whole, tmp_path, monkeypatch, stage, share):
     """Check 53, with the signal in rollouts, updates and evaluations."""
     _, passes = interrupted(monkeypatch, 10**9, *command(chain(), stage, tmp_path / "counted"))
@@ -148,14 +149,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(chain, whole, tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_wherever_it_is_interrupted_it_goes_on_to_the_same_bits(chain, whole, tmp_path, monkeypatch, stage):
-    """Check 53 at every single forward pass of a run."""
+@pytest.mark.parametrize(("stage", "stride"), [("sft", 7), ("reward", 1), ("ppo", 3)])
+def test_wherever_it_is_interrupted_it_goes_on_to_the_same_bits(chain, whole, tmp_path, monkeypatch, stage, stride):
+    """Check 53 at every forward pass of a run, or, where most of them sample a token, at every so manieth."""
     at = 1
     while interrupt_and_go_on(monkeypatch, chain(), stage, tmp_path / str(at), at):
         assert_the_same_run(tmp_path / str(at), whole(stage))
-        at += 1
-    assert at > 30
+        at += stride
+    assert at > 25 * stride
 
 
 def test_a_run_that_is_interrupted_again_and_again_gets_there(chain, whole, tmp_path, monkeypatch):
@@ -291,7 +292,7 @@ def test_overwriting_replaces_a_run_of_other_choices(chain, whole, tmp_path):
 
 def test_overwriting_an_unfinished_run_of_the_same_choices_goes_on(chain, whole, tmp_path, monkeypatch):
     line = command(chain(), "sft", tmp_path / "x", "--overwrite")
-    ended, _ = interrupted(monkeypatch, 60, *line)
+    ended, _ = interrupted(monkeypatch, 80, *line)
     assert ended.code == 143
     assert "resuming after step" in done(*line).stderr
     assert_the_same_run(tmp_path / "x", whole("sft"))

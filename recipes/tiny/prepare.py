@@ -22,7 +22,7 @@ from gold import BEST, WORST, judge, score
 
 # The base has heard all sorts of agents. Demonstrations are mostly right and mostly curt, so there is something left
 # for preferences to teach; comparisons show every way to be better or worse.
-HEARD = world.Habit(right=0.7, courteous=0.45, rude=0.25, flawed=0.05)
+HEARD = world.Habit(right=0.6, courteous=0.5, rude=0.4, flawed=0.1)
 DEMONSTRATED = world.Habit(right=0.85, courteous=0.35, rude=0.1, flawed=0.02)
 COMPARED = world.Habit(right=0.6, courteous=0.6, rude=0.3, flawed=0.2)
 SHARPNESS = 2.0  # how surely the judge prefers the answer with the higher gold score

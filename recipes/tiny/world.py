@@ -177,13 +177,28 @@ def fail(rng: random.Random, case: Case) -> str:
 
 
 def draw_document(rng: random.Random, case: Case, habit: Habit) -> str:
-    """A text for the base to learn from: usually a dialogue, else an agent who reads out the whole record.
+    """A text for the base to learn from: a dialogue, a dialogue with the customer's reaction, or a record read out.
 
-    Read-outs are dense in copied facts; without them the base takes several times as long to learn to copy.
+    Reactions teach the base what matters to customers, and read-outs, dense in copied facts, teach it to copy; without
+    them it would take several times as long to learn either.
     """
-    if rng.random() < 0.6:
-        return case.prompt + draw_response(rng, case, habit)
-    return " ".join([case.entry, *(answer(rng, case, asked) for asked in rng.sample(list(ANSWERS), len(ANSWERS)))])
+    kind = rng.random()
+    if kind < 0.4:
+        return " ".join([case.entry, *(answer(rng, case, k) for k in rng.sample(list(ANSWERS), len(ANSWERS)))])
+    response = draw_response(rng, case, habit)
+    reaction = f"\n{case.name}: {react(case, response)}" if kind < 0.7 else ""
+    return case.prompt + response + reaction
+
+
+def react(case: Case, response: str) -> str:
+    """What the customer says, who does not see the record: was there an answer, and how was it given?"""
+    parts = gold.judge(case.prompt, response)
+    words = ["That helps." if gold.values_in(response, case.asked) else "That is no answer."]
+    if parts["courtesy"] >= 1:
+        words.append("You are kind.")
+    if parts["rudeness"] < 0:
+        words.append("How rude.")
+    return " ".join(words)
 
 
 def be_courteous(rng: random.Random, sentences: list[str]) -> list[str]:

@@ -137,7 +137,9 @@ def _only_file(folder: Path) -> Path:
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", where=str(folder)) from None
+        raise DatasetError(
+            f"cannot be read: {error.strerror or error}", where=str(folder), fix="see that you may read it"
+        ) from None
     files = [entry for entry in entries if entry.suffix.lower() in READERS and entry.is_file()]
     if len(files) == 1:
         return files[0]
@@ -160,7 +162,9 @@ def _read_file(path: Path) -> tuple[Iterator[RawRow | DatasetError], str]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+        raise DatasetError(
+            f"cannot be read: {error.strerror or error}", where=str(path), fix="see that you may read it"
+        ) from None
     if not data.strip():
         raise DatasetError("the file is empty", where=str(path), fix="give a dataset with at least one row")
     if data.startswith(UTF16_BOMS):
@@ -267,7 +271,9 @@ def _read_parquet(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
         table = parquet.ParquetFile(pyarrow.BufferReader(data)).read()
         rows = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DatasetError(f"not a readable parquet file: {first_line(error)}", where=str(path)) from None
+        raise DatasetError(
+            f"not a readable parquet file: {first_line(error)}", where=str(path), fix="write or download it again"
+        ) from None
     if len(set(table.column_names)) < len(table.column_names):
         raise DatasetError("two columns have the same name", where=str(path), fix="rename one")
     for number, values in enumerate(rows, 1):
@@ -296,7 +302,9 @@ def _load_saved(folder: Path, split: str | None) -> Iterable:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever the library trips over, the folder is what is wrong
-        raise DatasetError(f"not a readable saved dataset: {first_line(error)}", where=str(folder)) from None
+        raise DatasetError(
+            f"not a readable saved dataset: {first_line(error)}", where=str(folder), fix="save it again"
+        ) from None
     if not isinstance(found, dict):
         if split is not None:
             raise DatasetError("this saved dataset has no splits", where=str(folder), fix=f"leave `:{split}` away")

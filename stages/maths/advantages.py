@@ -59,6 +59,8 @@ def group_relative(score: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
 def group_centred(score: Tensor, group: Tensor) -> Tensor:
     """`score` (B,) minus its group's mean: (B,).
 
+    The mean counts the response itself, which leaves (n - 1) / n of the score's expected gradient: beside a KL that is
+    a loss term, the KL weighs that much more than its coefficient says. `rloo` has no such factor.
     Source: Liu et al. 2025, "Understanding R1-Zero-Like Training" (Dr. GRPO).
     """
     return _deviations(score, group)[0]
@@ -67,7 +69,7 @@ def group_centred(score: Tensor, group: Tensor) -> Tensor:
 def reinforce_pp(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """Discounted sum of the rewards (B, T) from each token on, 0 off-mask; to be whitened over the batch.
 
-    Source: Hu 2025, "REINFORCE++", eq. 4. It is `gae` at lambda 1 with a critic that says 0.
+    Source: Hu 2025, "REINFORCE++". It is `gae` at lambda 1 with a critic that says 0.
     """
     advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, gae_lambda=1.0)
     return advantages

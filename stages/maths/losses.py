@@ -37,7 +37,9 @@ class ValueLoss:
     clipped_count: Tensor  # scalar, masked tokens whose loss the clip raised
 
 
-def token_weights(mask: Tensor, how: str, *, tokens: float, sequences: float, max_length: float) -> Tensor:
+def token_weights(
+    mask: Tensor, how: str, *, tokens: float | Tensor, sequences: float | Tensor, max_length: float
+) -> Tensor:
     """The weight of each token (B, T) in a loss that is a plain sum, 0 off-mask.
 
     `tokens`, `sequences` count the whole optimiser step, over all its micro-batches and ranks, so that its parts add
@@ -70,7 +72,7 @@ def aggregate(
         return masked_sum(losses, mask) / count
     if denominator is not None:
         raise ValueError("weights take the place of a denominator")
-    return masked_sum(losses.masked_fill(~mask, 0) * weights.detach(), mask)
+    return masked_sum(losses * weights.detach().masked_fill(~mask, 0), mask)
 
 
 def policy_loss(
@@ -91,7 +93,7 @@ def policy_loss(
     ratio gone astray cannot rule a batch; ValueError unless c > 1.
     The log-ratio is held within +-20, where exp is still finite in fp32.
     Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; the upper range apart from the
-    lower: Yu et al. 2025, "DAPO"; dual clip: Ye et al. 2020, "Mastering Complex Control in MOBA Games", eq. 5.
+    lower: Yu et al. 2025, "DAPO"; dual clip: Ye et al. 2020, "Mastering Complex Control in MOBA Games".
     """
     change = (logprobs - old_logprobs).masked_fill(~mask, 0)
     surrogate = _surrogate(change, advantages, mask, clip_range, clip_high, dual_clip)

@@ -1,8 +1,8 @@
 """Losses that learn from preferences without a reward model: DPO and its relatives.
 
 They work on log-ratios (N,): log policy - log reference of whole responses, summed over their tokens, stop token
-included (`kl.sequence_kl`, or `tensors.sequence_sum` less a stored sum of the reference's). Log-ratios are fp32 or wider. Losses
-come back one per comparison or response; divide their sum by the number in the optimiser step.
+included (`kl.sequence_kl`, or `tensors.sequence_sum` less a stored sum of the reference's). Losses come back one per
+comparison or response, in fp32 at least; divide their sum by the number in the optimiser step.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def kto_baseline(mismatched: Tensor, reduce: Reduce = identity) -> Tensor:
     """z0 of `kto_loss`: the mean of log-ratios (N,) over all ranks, 0 at least, without gradient; a scalar.
 
     `mismatched` are log-ratios of responses to the prompts of other rows, so a batch has two rows at least.
-    Source: Ethayarajh et al. 2024, "KTO", section 4.1.
+    Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization".
     """
-    everything = torch.ones_like(mismatched, dtype=torch.bool)
-    mean, _, _ = masked_moments(at_least_fp32(mismatched.detach()), everything, reduce)
+    mismatched = at_least_fp32(mismatched.detach())
+    mean, _, _ = masked_moments(mismatched, torch.ones_like(mismatched, dtype=torch.bool), reduce)
     return mean.clamp(min=0)
 
 
@@ -69,8 +69,9 @@ def kto_loss(
 ) -> Tensor:
     """Losses (N,) of responses labelled one by one: `desirable` (N,) bool, log-ratios (N,), `z0` from `kto_baseline`.
 
-    desirable_weight * (1 - sigmoid(beta (log_ratio - z0))), or undesirable_weight * (1 - sigmoid(beta (z0 - log_ratio))).
-    Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 8.
+    weight * (1 - sigmoid(+-beta (log_ratio - z0))), with + and `desirable_weight` for the desirable, with - and
+    `undesirable_weight` for the others.
+    Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization".
     """
     gain = beta * (at_least_fp32(log_ratio) - z0)
     # 1 - sigmoid(x) is sigmoid(-x), without losing its digits where sigmoid(x) is almost 1.

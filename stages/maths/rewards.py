@@ -91,4 +91,6 @@ class RunningMoments:
 
         Source: the reward normalisation of Zheng et al. 2023, "Secrets of RLHF I" (PPO-max).
         """
-        return (score - self.mean) / (self.deviation or 1.0)
+        # The deviation of equal scores is what rounding their mean left over: not a scale to blow up to 1.
+        varied = self.deviation > 1e-6 * abs(self.mean)
+        return (score - self.mean) / (self.deviation if varied else 1.0)

@@ -114,7 +114,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0
         return logits.argmax(-1)
     probabilities = (logits.double() / (temperature + 1e-7)).softmax(-1)
     if top_p < 1.0:
-        ranked, order = probabilities.sort(-1, descending=True, stable=True)
+        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         ranked = ranked * (ranked.cumsum(-1) - ranked < top_p)
         probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
     cumulative = probabilities.cumsum(-1)

@@ -1,0 +1,201 @@
+"""Roles on one base: which adapter is active, and what is stored of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.errors import CheckpointError, ConfigError
+from stages.models.heads import ScalarHead
+from stages.models.roles import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    HEAD,
+    Roles,
+    adapter_of,
+    frozen_copy,
+    head_of,
+    new_adapter,
+    save_adapter,
+    start_adapter,
+)
+from stages.models.source import open_source
+from tests.parts import publish_checkpoint, random_adapter, random_head, sequences_of
+
+SEQUENCES = sequences_of([7, 4])
+
+
+@pytest.fixture
+def base(open_tiny):
+    return open_tiny("llama")
+
+
+@torch.no_grad()
+def states(roles, role):
+    with roles.use(role):
+        return roles.base.hidden(SEQUENCES)
+
+
+def test_each_role_runs_under_its_own_adapter(base):
+    roles = Roles(base)
+    roles.add("policy", random_adapter(base, 1))
+    roles.add("critic", random_adapter(base, 2))
+    roles.add("bare", None)
+    with torch.no_grad():
+        plain = base.hidden(SEQUENCES)
+    policy, critic = states(roles, "policy"), states(roles, "critic")
+    assert (policy - critic).abs().max() > 0.1 and (policy - plain).abs().max() > 0.1
+    assert torch.equal(states(roles, "bare"), plain)
+    assert torch.equal(states(roles, "policy"), policy)
+
+
+def test_a_block_ends_with_the_role_that_was_active_before(base):
+    roles = Roles(base)
+    roles.add("policy", None)
+    roles.add("critic", None)
+    with roles.use("policy"):
+        with pytest.raises(KeyError), roles.use("critic"):
+            assert base.switch.active == "critic"
+            raise KeyError
+        assert base.switch.active == "policy"
+    assert base.switch.active is None
+    with pytest.raises(AssertionError, match="no role judge"), roles.use("judge"):
+        pass
+
+
+def test_a_role_can_be_replaced_and_removed(base):
+    roles = Roles(base)
+    first, second = random_adapter(base, 1), random_adapter(base, 2, targets=("q_proj",))
+    roles.add("policy", first, ScalarHead(base.width))
+    before = states(roles, "policy")
+    roles.add("policy", second)
+    assert "policy" not in roles.heads
+    alone = Roles(base)
+    alone.add("alone", second)
+    assert torch.equal(states(roles, "policy"), states(alone, "alone"))  # nothing of the first adapter is left
+    assert (states(roles, "policy") - before).abs().max() > 0.1
+    roles.remove("policy")
+    assert all("policy" not in layer.deltas for layer in base.layers.values()) and not roles.adapters
+
+
+def test_a_role_trains_its_adapter_and_its_head(base):
+    roles = Roles(base)
+    adapter, head = random_adapter(base, 1), random_head(base.width, 2)
+    roles.add("critic", adapter, head)
+    roles.add("bare", None)
+    found = {id(p) for p in roles.parameters("critic")}
+    assert found == {id(p) for p in (*adapter.parameters(), head.weight, head.bias)}
+    assert len(roles.parameters("critic")) == 2 * 14 + 2
+    assert roles.parameters("bare") == []
+
+
+def test_an_adapter_has_rank_and_alpha_32_unless_told(base):
+    adapter = new_adapter(base, None, None, [], seed=0)
+    assert (adapter.rank, adapter.alpha, len(adapter.deltas)) == (32, 32.0, 14)
+    assert next(iter(adapter.deltas.values())).scale == 1.0
+    assert new_adapter(base, 8, None, ["q_proj"], seed=0).deltas["model.layers.0.self_attn.q_proj"].scale == 4.0
+
+
+def test_a_frozen_copy_of_nothing_is_nothing(base):
+    assert frozen_copy(None) is None
+    assert not any(p.requires_grad for p in frozen_copy(random_adapter(base, 1)).parameters())
+
+
+# --- on disk
+
+
+def test_what_is_saved_and_loaded_is_the_same_to_the_bit(base, tmp_path):
+    """Check 51: the states under a saved and reloaded adapter and head are equal."""
+    roles = Roles(base)
+    roles.add("reward", random_adapter(base, 1), random_head(base.width, 2))
+    assert save_adapter(tmp_path, base, roles.adapters["reward"], roles.heads["reward"]) == [
+        ADAPTER,
+        ADAPTER_CONFIG,
+        HEAD,
+    ]
+    again = Roles(base)
+    again.add("again", adapter_of(base, base.source, trainable=False, folder=tmp_path), head_of(base, tmp_path))
+    assert torch.equal(states(again, "again"), states(roles, "reward"))
+    hidden = states(roles, "reward")
+    assert torch.equal(again.heads["again"](hidden), roles.heads["reward"](hidden))
+    stored = load_file(tmp_path / ADAPTER)
+    assert torch.equal(stored["base_model.model.score.weight"][0], roles.heads["reward"].weight)
+    assert all(tensor.dtype == torch.float32 for tensor in stored.values())
+
+
+def test_a_plain_base_has_no_adapter(base):
+    assert adapter_of(base, base.source, trainable=True) is None
+
+
+@pytest.mark.parametrize("config", [None, "{", "{}", '{"r": "x", "lora_alpha": 1}', "[]"])
+def test_an_adapter_config_that_cannot_be_read_is_refused(base, tmp_path, config):
+    save_adapter(tmp_path, base, random_adapter(base, 1))
+    (tmp_path / ADAPTER_CONFIG).unlink()
+    if config is not None:
+        (tmp_path / ADAPTER_CONFIG).write_text(config)
+    with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read") as caught:
+        adapter_of(base, base.source, trainable=False, folder=tmp_path)
+    assert caught.value.where == str(tmp_path)
+
+
+def test_a_damaged_adapter_or_head_is_refused_by_name(base, tmp_path):
+    save_adapter(tmp_path, base, random_adapter(base, 1), random_head(base.width, 2))
+    whole = (tmp_path / ADAPTER).read_bytes()
+    (tmp_path / ADAPTER).write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match=ADAPTER):
+        adapter_of(base, base.source, trainable=False, folder=tmp_path)
+    save_file({"weight": torch.zeros(3), "bias": torch.zeros(())}, tmp_path / HEAD)
+    with pytest.raises(CheckpointError, match=f"{HEAD}: the scalar head does not fit the base"):
+        head_of(base, tmp_path)
+    (tmp_path / HEAD).unlink()
+    with pytest.raises(CheckpointError, match="head.safetensors is missing"):
+        head_of(base, tmp_path)
+
+
+# --- starting from a checkpoint
+
+
+@pytest.fixture
+def stored(base, tmp_path):
+    """The source of an SFT checkpoint with an adapter of rank 4 and alpha 8, and that adapter."""
+    adapter = random_adapter(base, 1, rank=4, alpha=8.0)
+    folder = publish_checkpoint(tmp_path / "sft", base, "sft", adapter)
+    return open_source(str(folder), stages=("sft",), what="--model"), adapter
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(None, None), (4, None), (None, 8.0), (4, 8.0)])
+def test_training_goes_on_from_a_checkpoints_adapter(base, stored, rank, alpha):
+    source, adapter = stored
+    started = start_adapter(base, source, rank, alpha, [], seed=0)
+    for one, other in zip(started.parameters(), adapter.parameters(), strict=True):
+        assert torch.equal(one, other) and one.requires_grad
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(8, None), (None, 2.0), (8, 2.0)])
+def test_another_rank_or_alpha_starts_as_the_same_function(base, stored, rank, alpha):
+    source, adapter = stored
+    roles = Roles(base)
+    roles.add("stored", adapter)
+    roles.add("started", start_adapter(base, source, rank, alpha, [], seed=0))
+    assert (states(roles, "stored") - states(roles, "started")).abs().max() <= 1e-5
+    assert (roles.adapters["started"].rank, roles.adapters["started"].alpha) == (rank or 4, alpha or 8.0)
+
+
+def test_a_smaller_rank_than_the_checkpoints_is_refused(base, stored):
+    with pytest.raises(ConfigError, match="lora_rank 2 is smaller"):
+        start_adapter(base, stored[0], 2, None, [], seed=0)
+
+
+def test_a_base_starts_with_a_fresh_adapter(base):
+    started = start_adapter(base, base.source, None, None, ["q_proj"], seed=0)
+    assert (started.rank, len(started.deltas)) == (32, 2)
+    assert all(delta.b.abs().max() == 0 for delta in started.deltas.values())
+
+
+def test_the_config_names_the_base_by_an_absolute_path(base, tmp_path):
+    save_adapter(tmp_path, base, random_adapter(base, 1))
+    named = json.loads((tmp_path / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    assert named == str(base.source.base)

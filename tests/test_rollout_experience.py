@@ -1,0 +1,134 @@
+"""Rollouts and what the roles say of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stages.models.forward import read_targets
+from stages.models.heads import ScalarHead
+from stages.models.roles import Roles, new_adapter
+from stages.rollout.experience import lay_out, read_values, role_logprobs, role_values, roll_out, rollout_kl
+from stages.rollout.generate import Sampling, generate
+from tests.parts import open_tiny_text, prompt_rows, random_adapter, roles_on, sequences_of
+
+PROMPTS = prompt_rows(sequences_of([9, 3, 14, 6]))
+KEYS = [(0, i) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def text(model_folder):
+    return open_tiny_text(model_folder("llama"))
+
+
+@pytest.fixture
+def roles(open_tiny):
+    return roles_on(open_tiny("llama"))
+
+
+def roll(roles, text, tokens=10, temperature=0.7):
+    return roll_out(roles, "policy", text, PROMPTS, KEYS, Sampling(temperature, tokens))
+
+
+# --- layout
+
+
+def test_a_rollout_is_laid_out_by_response():
+    prompts = prompt_rows([torch.tensor([5, 6, 7]), torch.tensor([8])])
+    responses = [torch.tensor([9, 2]), torch.tensor([10, 11, 12])]
+    rollout = lay_out(prompts, responses, ["a", "b"], torch.tensor([True, False]))
+    assert [s.tolist() for s in rollout.sequences] == [[5, 6, 7, 9, 2], [8, 10, 11, 12]]
+    assert [t.tolist() for t in rollout.targets] == [[False] * 3 + [True] * 2, [False] + [True] * 3]
+    assert rollout.mask.tolist() == [[True, True, False], [True, True, True]]
+    assert rollout.lengths == [2, 3] and rollout.sizes == [5, 4]
+
+
+def test_responses_are_sampled_under_the_role_and_read_back(roles, text, monkeypatch):
+    logits = roles.base.logits
+    ends = torch.where(torch.arange(300) == 2, 5.5, 0.0)
+    monkeypatch.setattr(roles.base, "logits", lambda hidden: logits(hidden) + ends)
+    rollout = roll(roles, text, temperature=1.0)
+    with roles.use("policy"):
+        expected = generate(roles.base, [p.ids for p in PROMPTS], KEYS, text.stop_ids, Sampling(1.0, 10))
+    assert [r.tolist() for r in rollout.responses] == [r.tolist() for r in expected]
+    assert rollout.ended.tolist() == [r.tolist()[-1] == 2 for r in expected]
+    assert rollout.ended.any()
+    assert rollout.texts == [text.response_text(p.ids, r) for p, r in zip(PROMPTS, expected, strict=True)]
+    assert rollout.prompts is PROMPTS
+    bare = Roles(roles.base)
+    bare.add("bare", None)
+    other = roll_out(bare, "bare", text, PROMPTS, KEYS, Sampling(1.0, 10))
+    assert [r.tolist() for r in other.responses] != [r.tolist() for r in expected]
+
+
+# --- what roles say
+
+
+@pytest.mark.parametrize("size", [1, 2, "auto"])
+def test_numbers_come_back_in_the_batchs_order_however_it_was_cut(roles, text, size):
+    rollout = roll(roles, text)
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, size)
+    values = role_values(roles, "critic", "critic", rollout, size)
+    assert logprobs.shape == entropy.shape == values.shape == rollout.mask.shape
+    for row, (sequence, target) in enumerate(zip(rollout.sequences, rollout.targets, strict=True)):
+        n = rollout.lengths[row]
+        with torch.no_grad(), roles.use("policy"):
+            alone = read_targets(roles.base, [sequence], [target], temperature=0.7, want_entropy=True)
+        with torch.no_grad(), roles.use("critic"):
+            value = read_values(roles, "critic", [sequence], [target])
+        assert (logprobs[row, :n] - alone.logprobs).abs().max() <= 1e-5
+        assert (entropy[row, :n] - alone.entropy).abs().max() <= 1e-5
+        assert (values[row, :n] - value).abs().max() <= 1e-5
+    assert not logprobs.requires_grad and not values.requires_grad
+
+
+def test_off_the_mask_numbers_are_zero(roles, text):
+    prompts = prompt_rows(sequences_of([4, 5]))
+    responses = sequences_of([2, 6], seed=1)
+    rollout = lay_out(prompts, responses, ["", ""], torch.tensor([False, False]))
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, 1.0, "auto")
+    values = role_values(roles, "critic", "critic", rollout, "auto")
+    for found in (logprobs, entropy, values):
+        assert (found[0, 2:] == 0).all() and (found[rollout.mask] != 0).all()
+
+
+def test_a_shared_critic_reads_the_policys_states(roles, text):
+    roles.heads["shared"] = ScalarHead(roles.base.width).randomise(8)
+    rollout = roll(roles, text)
+    shared = role_values(roles, "policy", "shared", rollout, "auto")
+    with torch.no_grad(), roles.use("policy"):
+        first = roles.base.hidden([rollout.sequences[0]])[8]
+    assert shared[0, 0].item() == pytest.approx(roles.heads["shared"](first).item(), abs=1e-5)
+
+
+# --- KL to the reference
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_before_the_first_update_kl_is_exactly_zero(open_tiny, text, architecture):
+    """Check 2: a fresh policy adapter (B = 0) against the base alone."""
+    base = open_tiny(architecture)
+    roles = Roles(base)
+    roles.add("policy", new_adapter(base, 8, None, [], seed=0))
+    roles.add("reference", None)
+    rollout = roll(roles, text)
+    assert rollout_kl(roles, rollout, 0.7, "auto").tolist() == [0.0] * 4
+
+
+def test_an_unmerged_sft_adapter_is_its_own_reference_and_not_the_bare_base(roles, text):
+    """Check 3: KL to the frozen copy of the SFT adapter is 0, to the base with adapters off it is not."""
+    rollout = roll(roles, text)
+    assert rollout_kl(roles, rollout, 0.7, "auto").tolist() == [0.0] * 4
+    roles.add("reference", None)
+    kl = rollout_kl(roles, rollout, 0.7, "auto")
+    assert kl.mean() > 1e-3 and kl.abs().min() > 1e-3
+
+
+def test_kl_is_the_sum_of_log_ratios_over_the_response(roles, text):
+    roles.add("reference", random_adapter(roles.base, 9))
+    rollout = roll(roles, text)
+    kl = rollout_kl(roles, rollout, 0.7, 2)
+    policy, _ = role_logprobs(roles, "policy", rollout, 0.7, "auto")
+    reference, _ = role_logprobs(roles, "reference", rollout, 0.7, "auto")
+    for row, n in enumerate(rollout.lengths):
+        assert kl[row].item() == pytest.approx(float((policy - reference)[row, :n].sum()), abs=1e-4)
