@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from stages.config import PpoConfig, RewardConfig, SftConfig
+from stages.files.comparisons import Pair
 from stages.files.manifest import Manifest, checkpoint_digest, publish
 from stages.models.base import Base
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
 from stages.models.roles import Roles, new_adapter, save_adapter
-from stages.models.tokens import PromptRow, Text, load_text
+from stages.models.tokens import PromptRow, Text, TokenRow, load_text
 from stages.rollout.clipped import Judged, Minibatch
 from stages.rollout.experience import Experience, role_logprobs, role_values, roll_out
 from stages.rollout.generate import Sampling
+from stages.training.comparing import TokenComparison
 
 PACKING = ("llama", "gpt2", "gpt_neox", "gemma2", "gemma3", "mistral")
 PLACES = {"model": "m", "dataset": "d", "output": "o"}
@@ -72,6 +74,26 @@ def roles_on(base: Base) -> Roles:
     reward, head = random_adapter(base, 4).copy(trainable=False), random_head(base.width, 5)
     roles.add("reward", reward, head.requires_grad_(False))
     return roles
+
+
+LENGTHS, STARTS = (20, 5, 12, 8, 3, 17), (4, 4, 1, 7, 1, 15)
+
+
+def token_rows(lengths=LENGTHS, starts=STARTS, seed: int = 0) -> list[TokenRow]:
+    """Tokenised rows of these lengths that are learned from these places on."""
+    sequences = sequences_of(list(lengths), seed)
+    return [TokenRow(s, t, False) for s, t in zip(sequences, targets_from(sequences, list(starts)), strict=True)]
+
+
+def token_comparisons() -> list[TokenComparison]:
+    """A plain pair, a margin, a soft label, and three ranked responses with all their pairs."""
+    rows = token_rows([9, 14, 6, 7, 11, 4, 8, 13, 5], [3] * 9, seed=2)
+    return [
+        TokenComparison(rows[:2], (Pair(0, 1),)),
+        TokenComparison(rows[2:4], (Pair(1, 0, margin=0.7),)),
+        TokenComparison(rows[4:6], (Pair(0, 1, probability=0.8),)),
+        TokenComparison(rows[6:9], (Pair(0, 1), Pair(0, 2), Pair(2, 1))),
+    ]
 
 
 @contextmanager

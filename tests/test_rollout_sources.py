@@ -206,9 +206,7 @@ def test_scores_do_not_depend_on_the_cut(base, roles, tmp_path, size):
     prompts = [PromptRow(ids, "", 2, {}, "") for ids in sequences_of([5, 2, 9])]
     responses = sequences_of([3, 8, 1], seed=1)
     found = Rewards([spec], roles, size).score(prompts, responses, [""] * 3, torch.tensor([False] * 3))
-    expected = [
-        score_by_hand(base, *model, torch.cat([p.ids, r])) for p, r in zip(prompts, responses, strict=True)
-    ]
+    expected = [score_by_hand(base, *model, torch.cat([p.ids, r])) for p, r in zip(prompts, responses, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import gold
 
+END = "</s>"  # the token that ends a turn
+
 NAMES = (
     "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jonas", "Karl", "Lena",
     "Mia", "Noah", "Olga", "Paul", "Rosa", "Simon", "Tina", "Victor",
@@ -177,28 +179,29 @@ def fail(rng: random.Random, case: Case) -> str:
 
 
 def draw_document(rng: random.Random, case: Case, habit: Habit) -> str:
-    """A text for the base to learn from: a dialogue, a dialogue with the customer's reaction, or a record read out.
+    """A text for the base to learn from: a dialogue, often with the customer's reaction, or a record read out.
 
-    Reactions teach the base what matters to customers, and read-outs, dense in copied facts, teach it to copy; without
-    them it would take several times as long to learn either.
+    Reactions follow the end of the agent's turn, `END`; they teach the base what matters to customers. Read-outs,
+    dense in copied facts, teach it to copy. Without them it would take several times as long to learn either.
     """
     kind = rng.random()
     if kind < 0.4:
         return " ".join([case.entry, *(answer(rng, case, k) for k in rng.sample(list(ANSWERS), len(ANSWERS)))])
     response = draw_response(rng, case, habit)
-    reaction = f"\n{case.name}: {react(case, response)}" if kind < 0.7 else ""
-    return case.prompt + response + reaction
+    return case.prompt + response + (END + react(rng, case, response) if kind < 0.8 else "")
 
 
-def react(case: Case, response: str) -> str:
+def react(rng: random.Random, case: Case, response: str) -> str:
     """What the customer says, who does not see the record: was there an answer, and how was it given?"""
     parts = gold.judge(case.prompt, response)
-    words = ["That helps." if gold.values_in(response, case.asked) else "That is no answer."]
+    words = ["Good to know." if gold.values_in(response, case.asked) else "That is no answer."]
     if parts["courtesy"] >= 1:
         words.append("You are kind.")
     if parts["rudeness"] < 0:
         words.append("How rude.")
-    return " ".join(words)
+    if parts["form"] < 0:
+        words.append("Pardon?")
+    return " " + " ".join(rng.sample(words, len(words)))
 
 
 def be_courteous(rng: random.Random, sentences: list[str]) -> list[str]:

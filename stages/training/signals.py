@@ -40,6 +40,7 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _Heard.number = None  # one that came after the last check: the work is done, what follows may finish
 
 
 def check() -> None:

@@ -1,0 +1,140 @@
+"""One step of SFT, of a reward model and of PPO as one rank among several does it; run as a program, two of them.
+
+`python -m tests.ranks MODEL OUT` leaves OUT-0.pt and OUT-1.pt behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+
+import torch
+
+from stages import reward, sft
+from stages.maths.tensors import whiten
+from stages.models.base import load_base
+from stages.models.roles import Roles
+from stages.models.source import open_source
+from stages.rollout.clipped import Judged, clipped_steps
+from stages.rollout.experience import Experience, lay_out
+from stages.training.devices import Ranks
+from stages.training.held_out import count_targets
+from stages.training.loop import apply_gradients
+from stages.training.session import open_progress
+from tests.parts import (
+    experience_of,
+    judged_at_random,
+    open_tiny_text,
+    ppo_config,
+    prompt_rows,
+    random_adapter,
+    random_head,
+    reward_config,
+    roles_on,
+    sequences_of,
+    sft_config,
+    token_comparisons,
+    token_rows,
+)
+
+CPU = torch.device("cpu")
+
+
+def learn(folder: str, ranks: Ranks) -> dict[str, object]:
+    """What one step of each kind makes of the weights and reports, as seen by this rank."""
+    source = open_source(folder, stages=(), what="--model")
+    base = load_base(source, device=CPU, dtype=torch.float32)
+    return sft_step(base, ranks) | reward_step(base, ranks) | ppo_step(base, ranks, folder) | talk(ranks)
+
+
+def sft_step(base, ranks):
+    roles = Roles(base)
+    roles.add("policy", random_adapter(base, 1))
+    config = sft_config(adam_eps=1e-3)
+    progress = open_progress(config, {"policy": roles.parameters("policy")})
+    rows = token_rows()
+    with roles.use("policy"):
+        loss = sft.backward(roles, ranks.share(rows), count_targets(rows), 2)
+    found = {"sft loss": ranks.sum_floats({"loss": loss}, CPU)["loss"]}
+    optimizer = progress.optimizers["policy"]
+    before = optimizer.gradient.clone()
+    found["sft gradient"] = ranks.sum(before)
+    found["sft norm"] = apply_gradients(progress, {"policy": 1e-2}, 0.5, ranks, 1)["grad_norm"]
+    return found | {"sft weights": optimizer.weights}
+
+
+def reward_step(base, ranks):
+    roles = Roles(base)
+    roles.add("reward", random_adapter(base, 2), random_head(base.width, 3))
+    config = reward_config(adam_eps=1e-3)
+    progress = open_progress(config, {"reward": roles.parameters("reward")})
+    rows = token_comparisons()[1:]  # three: one rank has two of them
+    with roles.use("reward"):
+        sums = reward.backward(roles, ranks.share(rows), len(rows), config)
+    apply_gradients(progress, {"reward": 1e-2}, 1.0, ranks, 1)
+    found = {f"reward {name}": value for name, value in ranks.sum_floats(sums, CPU).items()}
+    return found | {"reward weights": progress.optimizers["reward"].weights}
+
+
+def ppo_step(base, ranks, folder):
+    roles = roles_on(base)
+    text = open_tiny_text(folder, stop_ids=(2, *range(7, 47)))
+    whole = judged_at_random(experience_of(roles, text, prompt_rows(sequences_of([9, 3, 14, 6, 5]))))
+    judged = part_of(whole, ranks.share(list(range(5))))
+    advantages = whiten(judged.advantages, judged.experience.mask, ranks.sum)
+    old = dataclasses.replace(judged.experience, logprobs=judged.experience.logprobs - 0.3 * judged.advantages)
+    judged = dataclasses.replace(judged, experience=old, advantages=advantages)
+    config = ppo_config(ppo_epochs=1, minibatches=1, adam_eps=1e-3, target_approx_kl=None)
+    progress = open_progress(config, {role: roles.parameters(role) for role in ("policy", "critic")})
+    learned = clipped_steps(config, roles, ranks, progress, judged, 1e-2, 0)
+    found = {f"ppo {name}": value for name, value in learned.items()}
+    return found | {f"ppo {role} weights": progress.optimizers[role].weights for role in ("policy", "critic")}
+
+
+def part_of(judged: Judged, rows: list[int]) -> Judged:
+    """Some rows of a batch, as a rank that sampled only these would hold them."""
+    whole = judged.experience
+    r = whole.rollout
+    rollout = lay_out(
+        [r.prompts[i] for i in rows], [r.responses[i] for i in rows], [r.texts[i] for i in rows], r.ended[rows]
+    )
+    width = rollout.mask.shape[1]
+    columns = (whole.logprobs, whole.reference_logprobs, whole.values)
+    logprobs, reference, values = (c[rows, :width] for c in columns)
+    experience = Experience(
+        rollout, rollout.mask, logprobs, reference, values, whole.score[rows], whole.entropy[rows, :width]
+    )
+    return Judged(experience, judged.advantages[rows, :width], judged.returns[rows, :width])
+
+
+def talk(ranks):
+    """What ranks tell each other beside gradients."""
+    mine = ranks.share(list("abcde"))
+    twice = [name + str(k) for name in mine for k in (0, 1)]
+    return {
+        "share": mine,
+        "gathered": ranks.gather(mine),
+        "gathered twice": sorted(ranks.gather(twice)),
+        "sums": ranks.sum_floats({"x": float(ranks.rank), "y": 0.1}, CPU),
+        "max": ranks.max(float(ranks.rank), CPU),
+        "any": (ranks.any(ranks.rank == ranks.size - 1, CPU), ranks.any(False, CPU)),
+        "first": ranks.first,
+    }
+
+
+def as_rank(rank: int, folder: str, out: str) -> None:
+    """One of two ranks, in a process of its own."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}-store", rank=rank, world_size=2)
+    ranks = Ranks(CPU)
+    ranks.wait()
+    torch.save(learn(folder, ranks), f"{out}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import transformers.models.llama.modeling_llama  # noqa: F401  once, before the processes part
+
+    torch.multiprocessing.start_processes(as_rank, args=tuple(sys.argv[1:3]), nprocs=2, start_method="fork")

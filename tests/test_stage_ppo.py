@@ -1,0 +1,386 @@
+"""`rlhf ppo`: it raises what it is paid for, stays near the reference, and every knob does what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import (
+    Chain,
+    assert_same_weights,
+    contents,
+    done,
+    lines_of,
+    manifest,
+    refused,
+    result,
+    weights,
+    without_times,
+)
+from tests.tiny import write_jsonl
+
+SMALL = ("--max-steps", 2, "--batch-size", 8, "--max-response-tokens", 5, "--eval-limit", 6, "--lora-rank", 4)
+FAST = ("--learning-rate", "3e-3", "--target-approx-kl", "null")
+VOWELS = """
+def score(prompts, responses):
+    return [sum(letter in "aeiou" for letter in response) for response in responses]
+"""
+
+
+def ppo(chain: Chain, output: Path, *more: object, model: object = None, rm: object = None) -> dict:
+    line = ("--model", model or chain.sft, "--reward", rm or chain.reward, "--dataset", chain.prompts)
+    return result("ppo", *line, "--output", output, *SMALL, *more)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return lines_of(folder / "metrics.jsonl")
+
+
+@pytest.fixture
+def vowels(tmp_path) -> Path:
+    (tmp_path / "vowels.py").write_text(VOWELS)
+    return tmp_path / "vowels.py"
+
+
+# --- learning
+
+
+@pytest.fixture(scope="module")
+def learned(chain, tmp_path_factory):
+    """A base that was paid for vowels, starting from no SFT at all."""
+    place = tmp_path_factory.mktemp("learned")
+    (place / "vowels.py").write_text(VOWELS)
+    flags = (
+        "--max-steps", 22, "--batch-size", 16, "--max-response-tokens", 8, "--temperature", 1, "--lora-rank", 8,
+        "--learning-rate", "2e-2", "--critic-learning-rate", "1e-2", "--missing-eos-penalty", 0, "--kl-coef", 0.05,
+        "--eval-fraction", 0.25, "--eval-limit", 16, "--samples", 2, "--score-clip", 10,
+    )  # fmt: skip
+    line = ("--model", chain().base, "--reward", f"{place}/vowels.py:score", "--dataset", chain().prompts)
+    return place / "ppo", result("ppo", *line, "--output", place / "ppo", *flags)
+
+
+def test_the_score_rises_on_held_out_prompts_and_kl_stays_bounded(learned):
+    metrics = learned[1]["metrics"]
+    assert metrics["eval_kl_before"] == 0.0
+    assert metrics["eval_score"] > metrics["eval_score_before"] + 1.0
+    assert 0 < metrics["eval_kl"] < 20
+    lines = metrics_of(learned[0])[1:]
+    first, last = (sum(line["reward_score"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
+    assert last > first + 0.8
+    assert all(line["approx_kl"] < 1.5 and line["ratio_max"] < 1000 for line in lines)
+
+
+def test_a_base_without_sft_is_its_own_reference(chain, learned):
+    """Check 2: fresh adapters change nothing, so nothing is charged before the first update."""
+    assert metrics_of(learned[0])[1]["reward_kl"] == 0.0
+    about = manifest(learned[0])
+    assert about["parents"] == [] and list(about["inputs"]) == [
+        "dataset",
+        "model",
+        f"reward {vowels_of(learned)}:score",
+    ]
+    assert about["config"]["critic"] == "adapter" and (learned[0] / "critic" / "head.safetensors").exists()
+
+
+def vowels_of(learned) -> str:
+    return str(learned[0].parent / "vowels.py")
+
+
+def test_evaluate_and_sample_see_what_was_learned(chain, learned, tmp_path):
+    line = ("--model", learned[0], "--against", chain().base, "--reward", f"{vowels_of(learned)}:score")
+    found = result("evaluate", *line, "--dataset", chain().prompts, "--temperature", 1)
+    assert found["policy"]["score"] > found["against"]["score"] + 0.8
+    assert found["win_rate"]["reward"]["rate"] > 0.6 and found["win_rate"]["reward"]["low"] > 0.5
+    assert found["against"]["kl"] == 0.0 and found["policy"]["kl"] > 0
+
+
+def test_the_learning_rate_falls_linearly_per_update(learned):
+    lines = metrics_of(learned[0])[1:]
+    assert [line["lr"] for line in lines] == pytest.approx([0.02 * (1 - k / 22) for k in range(22)])
+
+
+# --- rewards
+
+
+def test_the_score_is_the_weighted_sum_of_its_sources(chain, vowels, tmp_path):
+    """0.7 x the reward model + 0.3 x a function, on the same rollout (same seed, same policy)."""
+    (tmp_path / "const.py").write_text("def f(prompts, responses):\n    return [2.0] * len(responses)\n")
+    found = chain()
+    runs = {
+        "model": (found.reward,),
+        "function": (vowels,),
+        "both": (f"{found.reward}=0.7", "--reward", f"{vowels}:score=0.3"),
+        "negative": (f"{found.reward}=-1", "--reward", f"{tmp_path}/const.py:f"),
+    }
+    score = {}
+    for name, (first, *rest) in runs.items():
+        ppo(found, tmp_path / name, "--max-steps", 1, *rest, rm=first)
+        score[name] = metrics_of(tmp_path / name)[1]["reward_score"]
+    assert score["both"] == pytest.approx(0.7 * score["model"] + 0.3 * score["function"], abs=1e-5)
+    assert score["negative"] == pytest.approx(2 - score["model"], abs=1e-5)
+    assert [p["role"] for p in manifest(tmp_path / "both")["parents"]] == ["model", "reward"]
+
+
+def test_a_function_gets_texts_and_the_rows_columns(chain, tmp_path):
+    (tmp_path / "f.py").write_text(
+        "import json, pathlib\n"
+        "def score(prompts, responses, **columns):\n"
+        "    seen = {'prompts': prompts, 'responses': responses, **columns}\n"
+        "    pathlib.Path(__file__).with_name('seen.json').write_text(json.dumps(seen))\n"
+        "    print('a function may print')\n"
+        "    return [0] * len(prompts)\n"
+    )
+    ppo(chain(), tmp_path / "x", rm=tmp_path / "f.py")
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen.keys() == {"prompts", "responses", "answer"} and len(seen["prompts"]) == len(seen["answer"]) <= 6
+    rows = {row["prompt"]: row["answer"] for row in lines_of(chain().prompts)}
+    assert [rows[prompt] for prompt in seen["prompts"]] == seen["answer"]
+    assert all(isinstance(r, str) and "<eos>" not in r and "<pad>" not in r for r in seen["responses"])
+
+
+def test_a_function_gets_messages_where_the_rows_have_them(chain, tmp_path):
+    (tmp_path / "f.py").write_text(
+        "def score(prompts, responses, answer):\n"
+        "    assert all(p[-1]['role'] == 'user' for p in prompts) and '<|end|>' not in ''.join(responses)\n"
+        "    return [len(r) for r in responses]\n"
+    )
+    found = chain(chat=True)
+    assert ppo(found, tmp_path / "x", rm=tmp_path / "f.py")["updates"] == 2
+
+
+def charged(chain, place: Path, way: str, penalty: float) -> tuple[list[float], float]:
+    """The scores that a function gave in the first update, and what they were on average when charged."""
+    place.mkdir()
+    (place / "f.py").write_text(
+        "import pathlib\n"
+        "def score(prompts, responses):\n"
+        "    scores = [float(len(r)) - 8 for r in responses]\n"
+        "    open(pathlib.Path(__file__).with_name('scores'), 'a').write(repr(scores) + '\\n')\n"
+        "    return scores\n"
+    )
+    flags = ("--max-steps", 1, "--eval-fraction", 0, "--missing-eos", way, "--missing-eos-penalty", penalty)
+    ppo(chain(), place / "x", *flags, rm=place / "f.py")
+    line = metrics_of(place / "x")[1]
+    assert line["eos_rate"] == 0.0 and line["reward_kl"] == 0.0
+    return json.loads((place / "scores").read_text().splitlines()[1]), line["reward_total"]
+
+
+@pytest.mark.parametrize(
+    ("way", "penalty", "charge"),
+    [
+        ("floor", 2.0, lambda s: min(s - 2, -2)),
+        ("subtract", 2.0, lambda s: s - 2),
+        ("replace", 2.0, lambda s: -2.0),
+        ("floor", 0, lambda s: s),
+        ("replace", 0, lambda s: s),
+    ],
+)
+def test_a_missing_end_is_charged(chain, tmp_path, way, penalty, charge):
+    """Check 20: nothing ends within five tokens; a penalty of 0 turns every way off."""
+    scores, total = charged(chain, tmp_path / "p", way, penalty)
+    assert len(set(scores)) > 1
+    assert total == pytest.approx(sum(map(charge, scores)) / len(scores), abs=1e-5)
+
+
+def test_scores_are_clipped_after_the_charge(chain, vowels, tmp_path):
+    ppo(chain(), tmp_path / "x", "--score-clip", 0.5, "--missing-eos-penalty", 3, "--max-steps", 1, rm=vowels)
+    assert metrics_of(tmp_path / "x")[1]["reward_total"] == pytest.approx(-0.5)
+
+
+# --- knobs
+
+
+def test_an_adaptive_coefficient_follows_the_kl(chain, vowels, tmp_path):
+    """Check 33: coefficient x (1 + clip(KL / target - 1, +-0.2) x n / horizon), n = 8 responses, from the logged KL."""
+    flags = ("--kl-target", 0.5, "--kl-horizon", 40, "--kl-coef", 0.1, "--max-steps", 4, *FAST)
+    ppo(chain(), tmp_path / "x", *flags, rm=vowels)
+    lines = metrics_of(tmp_path / "x")[1:]
+    expected = 0.1
+    for line in lines:
+        assert line["kl_coef"] == pytest.approx(expected, rel=1e-6)
+        expected *= 1 + max(-0.2, min(0.2, line["reward_kl"] / 0.5 - 1)) * 8 / 40
+    assert lines[1]["kl_coef"] == pytest.approx(0.1 * 0.96)  # no KL at first: the most it can fall
+    assert all(line["kl_coef"] == 0.05 for line in metrics_of(chain().ppo)[1:])
+
+
+def test_total_is_score_minus_kl(chain, vowels, tmp_path):
+    """Check 19 on average: reward_total = mean charged score - coefficient x mean sequence KL."""
+    ppo(chain(), tmp_path / "x", "--missing-eos-penalty", 0, "--kl-coef", 0.3, *FAST, "--max-steps", 3, rm=vowels)
+    for line in metrics_of(tmp_path / "x")[1:]:
+        assert line["reward_total"] == pytest.approx(line["reward_score"] - 0.3 * line["reward_kl"], abs=1e-5)
+        assert line["loss"] == pytest.approx(line["policy_loss"] + 0.1 * line["value_loss"], abs=1e-5)
+        assert line["truncated_rate"] == pytest.approx(1 - line["eos_rate"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--whiten-rewards",),
+        ("--no-whiten-advantages",),
+        ("--minibatches", 2),
+        ("--gamma", 0.5),
+        ("--gae-lambda", 0.5),
+        ("--clip-range", 0.01),
+        ("--ppo-epochs", 1),
+        ("--temperature", 1.3),
+        ("--kl-coef", 1.0),
+        ("--critic", "shared"),
+        ("--max-grad-norm", 0.01),
+        ("--weight-decay", 0.5),
+        ("--adam-beta1", 0.5),
+        ("--lr-schedule", "constant"),
+        ("--value-clip-range", 0.001),
+        ("--whiten-rewards", "--minibatches", 4, "--ppo-epochs", 3, "--responses-per-prompt", 2),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_every_knob_changes_something(chain, plain, tmp_path, flags):
+    """No flag is read and never used: the same run with it ends in other weights."""
+    ppo(chain(), tmp_path / "x", *FAST, "--max-steps", 2, *flags)
+    mine, usual = contents(tmp_path / "x"), contents(plain)
+    assert any(mine[name] != usual[name] for name in ("adapter_model.safetensors", "critic/head.safetensors"))
+    last = metrics_of(tmp_path / "x")[-1]
+    assert all(math.isfinite(value) for value in last.values() if isinstance(value, float))
+
+
+@pytest.fixture(scope="module")
+def plain(chain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "x"
+    ppo(chain(), folder, *FAST, "--max-steps", 2)
+    return folder
+
+
+@pytest.mark.parametrize("size", [1, 3, "auto"])
+def test_the_micro_batch_size_does_not_matter(chain, plain, tmp_path, size):
+    """Check 24: rows of uneven length, cut in other ways, with two minibatches a pass."""
+    for name, cut in (("four", 4), ("other", size)):
+        ppo(chain(), tmp_path / name, *FAST, "--minibatches", 2, "--micro-batch-size", cut, "--max-response-tokens", 7)
+    assert_same_weights(tmp_path / "four", tmp_path / "other", within=1e-5)
+
+
+def test_how_many_are_sampled_side_by_side_does_not_matter(chain, plain, tmp_path):
+    ppo(chain(), tmp_path / "x", *FAST, "--max-steps", 2, "--rollout-batch-size", 3)
+    assert_same_weights(tmp_path / "x", plain, within=1e-5)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(chain, plain, tmp_path):
+    """Check 54."""
+    ppo(chain(), tmp_path / "same", *FAST, "--max-steps", 2)
+    ppo(chain(), tmp_path / "other", *FAST, "--max-steps", 2, "--seed", 1)
+    assert_same_weights(tmp_path / "same", plain)
+    assert without_times(tmp_path / "same" / "metrics.jsonl") == without_times(plain / "metrics.jsonl")
+    assert (tmp_path / "same" / "samples.jsonl").read_bytes() == (plain / "samples.jsonl").read_bytes()
+    assert metrics_of(tmp_path / "other")[1]["reward_score"] != metrics_of(plain)[1]["reward_score"]
+
+
+def test_an_update_ends_early_once_the_policy_moved_too_far(chain, vowels, tmp_path):
+    flags = ("--target-approx-kl", "1e-4", "--learning-rate", "3e-2", "--ppo-epochs", 6)
+    ppo(chain(), tmp_path / "x", *flags, rm=vowels)
+    assert [line["early_stop"] for line in metrics_of(tmp_path / "x")[1:]] == [1.0, 1.0]
+    ppo(chain(), tmp_path / "y", "--target-approx-kl", "null", "--learning-rate", "3e-2", "--ppo-epochs", 6, rm=vowels)
+    assert [line["early_stop"] for line in metrics_of(tmp_path / "y")[1:]] == [0.0, 0.0]
+
+
+def test_several_responses_to_a_prompt_differ(chain, tmp_path):
+    (tmp_path / "f.py").write_text(
+        "import json, pathlib\n"
+        "def score(prompts, responses):\n"
+        "    with open(pathlib.Path(__file__).with_name('seen'), 'a') as file:\n"
+        "        file.write(json.dumps(list(zip(prompts, responses))) + '\\n')\n"
+        "    return [0.0] * len(prompts)\n"
+    )
+    flags = ("--responses-per-prompt", 3, "--batch-size", 4, "--max-steps", 1, "--eval-fraction", 0)
+    ppo(chain(), tmp_path / "x", *flags, rm=tmp_path / "f.py")
+    pairs = json.loads((tmp_path / "seen").read_text().splitlines()[1])
+    assert len(pairs) == 12 and len({prompt for prompt, _ in pairs}) == 4
+    assert len({(prompt, response) for prompt, response in pairs}) > 9
+    assert metrics_of(tmp_path / "x")[1]["samples"] == 12
+
+
+# --- batches
+
+
+def test_an_update_always_has_a_whole_batch(chain, vowels, tmp_path):
+    """5 prompts in batches of 4 over 2 epochs are 10 prompts, so 3 updates; the last goes on into a third epoch."""
+    data = write_jsonl(tmp_path / "five.jsonl", lines_of(chain().prompts)[:5])
+    line = ("--model", chain().sft, "--reward", vowels, "--dataset", data, "--output", tmp_path / "x")
+    flags = ("--batch-size", 4, "--epochs", 2, "--eval-fraction", 0, "--minibatches", 2, "--max-response-tokens", 3)
+    assert result("ppo", *line, *flags)["updates"] == 3
+    lines = metrics_of(tmp_path / "x")[1:]
+    assert [line["samples"] for line in lines] == [4, 4, 4]
+    assert [line["epoch"] for line in lines] == pytest.approx([0.8, 1.6, 2.4])
+
+
+def test_prompts_are_asked_once_in_every_epoch():
+    from stages.ppo import prompts_at
+
+    asked = [i for step in range(15) for i in prompts_at(step, 10, 4, seed=0)]
+    for epoch in range(6):
+        assert sorted(asked[epoch * 10 : (epoch + 1) * 10]) == list(range(10))
+    assert asked[:10] != asked[10:20]
+    assert len(prompts_at(0, 3, 8, seed=0)) == 8  # fewer prompts than a batch are asked several times
+
+
+# --- critics and going on
+
+
+def test_a_shared_critic_is_a_head_alone(chain, vowels, tmp_path):
+    found = chain()
+    ppo(found, tmp_path / "x", "--critic", "shared", *FAST, rm=vowels)
+    assert sorted(contents(tmp_path / "x" / "critic")) == ["head.safetensors"]
+    head = weights(tmp_path / "x" / "critic")
+    assert head["head.safetensors:weight"].abs().max() > 0  # it began at zero
+    ppo(found, tmp_path / "y", "--critic", "shared", "--learning-rate", "1e-30", model=tmp_path / "x", rm=vowels)
+    again = weights(tmp_path / "y" / "critic")
+    assert torch.equal(head["head.safetensors:weight"], again["head.safetensors:weight"])  # and goes on from there
+
+
+def test_ppo_goes_on_from_a_ppo_checkpoint_with_its_critic(chain, plain, vowels, tmp_path):
+    """At a learning rate of nothing what was loaded is saved; for other rewards the critic is the reward model anew."""
+    found = chain()
+    frozen = ("--learning-rate", "1e-30")
+    ppo(found, tmp_path / "same", *frozen, model=plain)
+    assert_same_weights(tmp_path / "same", plain, within=1e-20)
+    ppo(found, tmp_path / "other", *frozen, "--reward", f"{vowels}:score", model=plain)
+    critic, model = weights(tmp_path / "other" / "critic"), weights(found.reward)
+    assert all(torch.allclose(critic[name], model[name], atol=1e-20) for name in model)
+    parents = manifest(tmp_path / "same")["parents"]
+    assert [(p["role"], p["stage"]) for p in parents] == [("model", "ppo"), ("reward", "reward")]
+    assert metrics_of(tmp_path / "same")[0]["eval_kl"] == 0.0  # its reference is the checkpoint it starts from
+
+
+def test_policy_and_critic_learn_and_the_others_do_not(chain, plain):
+    """Check 52 through files: the two trained roles differ from where they began."""
+    policy, start = weights(plain), weights(chain().sft)
+    assert any(not torch.equal(policy[name], start[name]) for name in start)
+    critic, reward = weights(plain / "critic"), weights(chain().reward)
+    assert any(not torch.equal(critic[name], reward[name]) for name in reward)
+    for folder in (chain().sft, chain().reward):
+        assert {k: v for k, v in contents(folder).items() if k != "checkpoint.json"} == manifest(folder)["files"]
+
+
+def test_a_reward_function_that_is_broken_leaves_no_folder(chain, tmp_path):
+    (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [len(r) / 0 for r in responses]\n")
+    line = ("ppo", "--model", chain().sft, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)
+    refused(*line, "--output", tmp_path / "x", *SMALL)
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "f.py").write_text(VOWELS)
+    done(*line, "--output", tmp_path / "x", *SMALL)  # mended, the same command begins at once
+
+
+@pytest.mark.slow
+def test_a_longer_response_is_paid_for_and_comes(chain, tmp_path):
+    """Check 55: a reward for length raises it."""
+    (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [0.1 * len(r) for r in responses]\n")
+    flags = (
+        "--max-steps", 25, "--batch-size", 16, "--max-response-tokens", 12, "--temperature", 1, "--kl-coef", 0,
+        "--learning-rate", "2e-2", "--critic-learning-rate", "1e-2", "--missing-eos-penalty", 0,
+        "--eval-fraction", 0.3, "--eval-limit", 16,
+    )  # fmt: skip
+    line = ("ppo", "--model", chain().base, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)
+    metrics = result(*line, "--output", tmp_path / "x", *flags)["metrics"]
+    assert metrics["eval_score"] > 1.3 * metrics["eval_score_before"]

@@ -1,0 +1,145 @@
+"""Devices, precision, and ranks: two processes make of a batch what one does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.errors import ConfigError, DeviceError
+from stages.training.devices import Ranks, peak_memory_gb, pick_device, pick_dtype
+from tests.parts import relative
+from tests.ranks import learn
+
+CPU = torch.device("cpu")
+
+# --- device and precision
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Pretends that there are so many CUDA devices."""
+
+    def pretend(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
+
+
+def test_auto_takes_cuda_where_there_is_one(cuda, monkeypatch):
+    cuda(0)
+    assert pick_device("auto") == CPU
+    cuda(2)
+    assert pick_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
+    assert pick_device("cuda:0") == torch.device("cuda", 0)
+    assert pick_device("cpu") == CPU
+
+
+def test_a_device_that_is_not_there_is_refused(cuda):
+    cuda(0)
+    with pytest.raises(DeviceError, match="torch sees no CUDA device"):
+        pick_device("cuda")
+    cuda(1)
+    with pytest.raises(DeviceError, match="cuda:3 does not exist; there are 1 CUDA devices"):
+        pick_device("cuda:3")
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "meta", "cuda:x", ""])
+def test_a_name_that_is_no_device_is_refused(name):
+    with pytest.raises(ConfigError) as caught:
+        pick_device(name)
+    assert caught.value.where == "device" and "auto, cpu, cuda or cuda:N" in caught.value.fix
+
+
+def test_precision_follows_the_device_unless_named():
+    assert pick_dtype("auto", CPU) == torch.float32
+    assert pick_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
+    assert pick_dtype("bfloat16", CPU) == torch.bfloat16
+    assert pick_dtype("float16", CPU) == torch.float16
+    assert pick_dtype("float32", torch.device("cuda", 0)) == torch.float32
+
+
+def test_peak_memory_is_this_processs_own():
+    assert 0.05 < peak_memory_gb(CPU) < 50
+
+
+# --- ranks
+
+
+def test_alone_every_method_is_the_identity(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    ranks = Ranks(CPU)
+    x = torch.tensor([1.0, 2.0])
+    assert ranks.first and ranks.size == 1
+    assert ranks.share([1, 2, 3]) == ranks.gather([1, 2, 3]) == [1, 2, 3]
+    assert ranks.sum(x) is x and x.tolist() == [1.0, 2.0]
+    assert ranks.sum_floats({"a": 1.0}, CPU) == {"a": 1.0} and ranks.max(3.0, CPU) == 3.0
+    assert ranks.any(True, CPU) is True and ranks.any(False, CPU) is False
+    ranks.wait()
+
+
+def test_shares_are_dealt_out_in_turn(monkeypatch):
+    ranks = Ranks(CPU)
+    ranks.size = 3
+    shares = []
+    for ranks.rank in range(3):
+        shares.append(ranks.share(list(range(7))))
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model_folder, tmp_path_factory):
+    """What `learn` gives on one rank, and on each of two."""
+    folder, out = str(model_folder("llama")), str(tmp_path_factory.mktemp("ranks") / "found")
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.ranks", folder, out]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=root)
+    assert done.returncode == 0, done.stderr
+    return learn(folder, Ranks(CPU)), [torch.load(f"{out}-{rank}.pt") for rank in range(2)]
+
+
+TALK = {"share", "gathered", "gathered twice", "sums", "max", "any", "first"}
+
+
+def test_two_ranks_learn_what_one_does(two_ranks):
+    """Check 26: gradients, weights after a step, and every reported number, of SFT, reward model and PPO.
+
+    Rows are of uneven length and number; the loss of each rank is divided by what all of them hold.
+    """
+    one, both = two_ranks
+    compared = set(one) - TALK
+    assert {"sft gradient", "sft weights", "reward weights", "ppo policy weights", "ppo critic weights"} <= compared
+    for found in both:
+        assert set(found) - TALK == compared
+        for name in compared:
+            if isinstance(one[name], torch.Tensor):
+                assert relative(found[name], one[name]) <= 1e-5, name
+            else:
+                assert found[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_ranks_hold_the_same_weights_to_the_bit(two_ranks):
+    _, (first, second) = two_ranks
+    for name in first:
+        if name.endswith("weights"):
+            assert torch.equal(first[name], second[name]), name
+
+
+def test_ranks_tell_each_other_what_they_have(two_ranks):
+    _, (first, second) = two_ranks
+    assert (first["share"], second["share"]) == (["a", "c", "e"], ["b", "d"])
+    for found in (first, second):
+        assert found["gathered"] == list("abcde")
+        assert found["gathered twice"] == [f"{name}{k}" for name in "abcde" for k in (0, 1)]
+        assert found["sums"] == {"x": 1.0, "y": pytest.approx(0.2)}
+        assert found["max"] == 1.0 and found["any"] == (True, False)
+    assert first["first"] and not second["first"]

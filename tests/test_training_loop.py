@@ -1,0 +1,232 @@
+"""The loop of every training stage: what it calls, writes and survives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from stages.errors import Interrupted, RewardError, TrainingStopped
+from stages.files.run import open_run
+from stages.results import Silent
+from stages.training import signals
+from stages.training.devices import Ranks
+from stages.training.loop import Progress, apply_gradients, before_and_after, read_metrics, train
+from stages.training.optimizer import AdamW
+from tests.parts import sft_config
+
+RANKS = Ranks(torch.device("cpu"))
+
+
+def progress_of(start=1.0):
+    weight = nn.Parameter(torch.tensor([start, -2.0]))
+    return weight, Progress({"policy": AdamW([weight], beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)})
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.notes, self.steps, self.phases = [], [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def begin(self, title, total, done=0):
+        self.phases.append((title, total, done))
+
+    def log(self, step, metrics):
+        self.steps.append(step)
+
+
+def run_it(folder, *, total=6, at=None, evaluated_at=None, report=None, **knobs):
+    """Train a weight on a gradient that depends on the step; `at[step]()` runs inside that update."""
+    config = sft_config(output=str(folder), **{"save_every": 2, "eval_every": 3, **knobs})
+    run = open_run(folder, "sft", config, {})
+    weight, progress = progress_of()
+    updated, evaluated = [], []
+
+    def update(step):
+        updated.append(step)
+        (weight * torch.tensor([1.0 + step, math.sin(step)])).sum().backward()
+        (at or {}).get(step, lambda: None)()
+        signals.check()
+        return {"loss": float(step), "tokens": 10} | apply_gradients(progress, {"policy": 0.1}, 1.0, RANKS, step + 1)
+
+    def evaluate(step):
+        evaluated.append(step)
+        (evaluated_at or {}).get(step, lambda: None)()
+        signals.check()
+        return {"eval_loss": 100.0 - step}
+
+    try:
+        report = report or Notes()
+        train(run, report, RANKS, progress, config, title="sft", total=total, update=update, evaluate=evaluate)
+    finally:
+        run.release()
+    return weight.detach().clone(), updated, evaluated, run
+
+
+def steps_of(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# --- an undisturbed run
+
+
+def test_every_step_is_made_logged_and_evaluated_when_it_is_due(tmp_path):
+    report = Notes()
+    _, updated, evaluated, run = run_it(tmp_path / "out", report=report)
+    assert updated == [0, 1, 2, 3, 4, 5]
+    assert evaluated == [0, 3, 6]
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == report.steps == [0, 1, 2, 3, 4, 5, 6]
+    assert lines[0] == {"step": 0, "eval_loss": 100.0}
+    assert lines[1]["loss"] == 0.0 and "eval_loss" not in lines[1]
+    assert lines[3]["loss"] == 2.0 and lines[3]["eval_loss"] == 97.0
+    assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in lines[1:])
+    assert report.phases == [("sft", 6, 0)]
+    assert sorted(p.name for p in (run.folder / "state").iterdir()) == ["step-000004", "step-000006"]
+
+
+def test_without_eval_every_only_start_and_end_are_evaluated(tmp_path):
+    assert run_it(tmp_path / "out", eval_every=None)[2] == [0, 6]
+
+
+def test_numbers_before_and_after_stand_side_by_side(tmp_path):
+    _, _, _, run = run_it(tmp_path / "out")
+    assert before_and_after(read_metrics(run)) == {"eval_loss_before": 100.0, "eval_loss": 94.0}
+    assert before_and_after([{"step": 0}, {"step": 1, "loss": 2.0, "eval_new": 1.0}]) == {"eval_new": 1.0}
+
+
+# --- runs that are cut off
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_a_run_stopped_in_an_update_ends_as_if_it_had_not_been(tmp_path, step):
+    expected = run_it(tmp_path / "whole")[0]
+    folder = tmp_path / "out"
+    with pytest.raises(Interrupted) as caught:
+        run_it(folder, at={step: stop})
+    assert caught.value.exit_code == 143 and str(folder) in str(caught.value)
+    assert steps_of(folder) == list(range(step + 1))  # the step that was cut off is no step
+    report = Notes()
+    weight, updated, _, _ = run_it(folder, report=report)
+    assert torch.equal(weight, expected)
+    assert updated == list(range(step, 6)) and steps_of(folder) == list(range(7))
+    assert report.notes == [f"resuming after step {step} of 6"] and report.phases == [("sft", 6, step)]
+
+
+def test_a_run_stopped_in_an_evaluation_keeps_the_update_before_it(tmp_path):
+    expected = run_it(tmp_path / "whole")[0]
+    folder = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run_it(folder, evaluated_at={3: stop})
+    assert steps_of(folder) == [0, 1, 2]
+    weight, updated, evaluated, run = run_it(folder)
+    assert updated == [3, 4, 5] and evaluated == [3, 6]  # the third update is not made again, its evaluation is
+    assert torch.equal(weight, expected) and steps_of(folder) == list(range(7))
+    line = read_metrics(run)[3]
+    assert line["loss"] == 2.0 and line["eval_loss"] == 97.0
+
+
+def test_a_run_stopped_before_its_first_step_starts_again(tmp_path):
+    folder = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run_it(folder, evaluated_at={0: stop})
+    assert not (folder / "metrics.jsonl").exists()
+    assert torch.equal(run_it(folder)[0], run_it(tmp_path / "whole")[0])
+
+
+def test_a_killed_run_goes_on_from_its_last_state(tmp_path):
+    """A kill saves nothing: steps after the last state are made again, and stand once in the log."""
+    folder = tmp_path / "out"
+
+    def kill():
+        raise SystemExit(9)
+
+    with pytest.raises(SystemExit):
+        run_it(folder, at={5: kill}, save_every=4)
+    assert steps_of(folder) == [0, 1, 2, 3, 4, 5]
+    weight, updated, _, _ = run_it(folder, save_every=4)
+    assert updated == [4, 5] and steps_of(folder) == list(range(7))
+    assert torch.equal(weight, run_it(tmp_path / "whole")[0])
+
+
+def test_a_users_mistake_in_the_middle_saves_what_there_is(tmp_path):
+    folder = tmp_path / "out"
+
+    def fail():
+        raise RewardError("it raised", where="--reward f.py")
+
+    report = Notes()
+    with pytest.raises(RewardError):
+        run_it(folder, at={3: fail}, save_every=100, report=report)
+    assert report.notes == [f"state of step 3 saved in {folder}"]
+    weight, updated, _, _ = run_it(folder, save_every=100)
+    assert updated == [3, 4, 5] and torch.equal(weight, run_it(tmp_path / "whole")[0])
+
+
+def test_state_is_weights_moments_counts_and_facts():
+    weight, progress = progress_of()
+    progress.facts["kl_coef"] = 0.07
+    for step in range(3):
+        (weight * (step + 1.0)).sum().backward()
+        apply_gradients(progress, {"policy": 0.1}, 0.0, RANKS, step + 1)
+    progress.bad_steps = 2
+    tensors, stored = {k: v.clone() for k, v in progress.tensors().items()}, json.loads(json.dumps(progress.stored()))
+    assert stored == {"kl_coef": 0.07, "updates.policy": 3, "bad_steps": 2}
+    other, again = progress_of(start=5.0)
+    again.restore(tensors, stored)
+    assert torch.equal(other, weight) and again.facts == {"kl_coef": 0.07}
+    assert (again.bad_steps, again.optimizers["policy"].updates) == (2, 3)
+    assert all(torch.equal(again.tensors()[name], tensors[name]) for name in tensors)
+
+
+# --- gradients
+
+
+def step_with(progress, weight, value, max_norm=1.0):
+    weight.grad.fill_(value)
+    return apply_gradients(progress, {"policy": 0.1}, max_norm, RANKS, 7)
+
+
+def test_gradients_are_clipped_together_and_then_forgotten():
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    make = {"beta1": 0.0, "beta2": 0.0, "eps": 1.0, "weight_decay": 0.0}
+    progress = Progress({"policy": AdamW([first], **make), "critic": AdamW([second], **make)})
+    first.grad.fill_(3.0)
+    second.grad.fill_(4.0)
+    found = apply_gradients(progress, {"policy": 1.0, "critic": 10.0}, 1.0, RANKS, 1)
+    assert found == {"grad_norm": 5.0, "skipped_steps": 0.0}
+    # Without memory Adam moves by rate * g / (|g| + eps): 0.6 / 1.6, and 10 * 0.8 / 1.8.
+    assert first.item() == pytest.approx(-0.375, abs=1e-5) and second.item() == pytest.approx(-4.4444, abs=1e-4)
+    assert first.grad.item() == second.grad.item() == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_dropped_and_counted(bad):
+    weight, progress = progress_of()
+    before = weight.detach().clone()
+    found = step_with(progress, weight, bad)
+    assert math.isnan(found["grad_norm"]) and found["skipped_steps"] == 1.0
+    assert torch.equal(weight, before) and progress.bad_steps == 1 and progress.optimizers["policy"].updates == 0
+    step_with(progress, weight, 1.0)
+    assert progress.bad_steps == 0 and torch.isfinite(weight).all() and not torch.equal(weight, before)
+
+
+def test_training_stops_itself_after_five_bad_gradients_in_a_row():
+    weight, progress = progress_of()
+    for bad in (True, True, True, True, False, True, True, True, True):
+        step_with(progress, weight, float("nan") if bad else 1.0)
+    with pytest.raises(TrainingStopped, match="not finite 5 times in a row") as caught:
+        step_with(progress, weight, float("nan"))
+    assert caught.value.exit_code == 3 and caught.value.step == 7
+    assert torch.isfinite(weight).all()
