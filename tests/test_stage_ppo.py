@@ -377,10 +377,10 @@ def test_a_longer_response_is_paid_for_and_comes(chain, tmp_path):
     """Check 55: a reward for length raises it."""
     (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [0.1 * len(r) for r in responses]\n")
     flags = (
-        "--max-steps", 25, "--batch-size", 16, "--max-response-tokens", 12, "--temperature", 1, "--kl-coef", 0,
+        "--max-steps", 60, "--batch-size", 16, "--max-response-tokens", 12, "--temperature", 1, "--kl-coef", 0,
         "--learning-rate", "2e-2", "--critic-learning-rate", "1e-2", "--missing-eos-penalty", 0,
         "--eval-fraction", 0.3, "--eval-limit", 16,
     )  # fmt: skip
     line = ("ppo", "--model", chain().base, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)
     metrics = result(*line, "--output", tmp_path / "x", *flags)["metrics"]
-    assert metrics["eval_score"] > 1.3 * metrics["eval_score_before"]
+    assert metrics["eval_score"] > 1.25 * metrics["eval_score_before"]
