@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import os
 import sys
@@ -49,6 +50,8 @@ HELP = """Reinforcement learning from human feedback, from a base model to a PPO
 sft -> reward -> ppo -> evaluate -> report, each reading the folder of the one before:
   rlhf sft --model BASE --dataset demonstrations.jsonl --output runs/x/sft
 """
+# Of the system's errors those that no check of ours foresees everywhere, and that are never a defect.
+NO_DEFECTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT)
 PACKAGES = tuple(str(Path(__file__).resolve().parents[1] / name) + os.sep for name in ("rlhf_cli", "stages"))
 
 
@@ -204,6 +207,9 @@ def guarded(work: Callable[[], Result], as_json: bool, debug: bool) -> int:
             say("interrupted")
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_DEFECTS and error.filename is not None:
+            say(f"{mine}error: {error.filename}: {error.strerror}\n  -> check the path, and that you may use it")
+            return 2
         say(mine + defect(error, debug or os.environ.get("RLHF_DEBUG") == "1"))
         return 1
 

@@ -97,7 +97,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         parents=parents, datasets={"train": inputs.data}, metrics=metrics, lines=lines,
     )  # fmt: skip
     data = {"metrics": metrics, "updates": total}
-    tables = (start_and_end(metrics), metrics_table("ppo", metrics))[: 1 if held else 2]
+    tables = (start_and_end(metrics) if held else metrics_table("ppo", metrics),)
     return Result("ppo", "done", config.output, data, tables, next_commands("ppo", config))
 
 

@@ -233,16 +233,18 @@ def test_capped_logits_are_the_whole_models(model_folder, open_tiny):
         assert uncapped.abs().max() > 3.5
 
 
-def test_log_softmax_is_fp32_over_half_precision_logits(model_folder):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_softmax_is_fp32_over_half_precision_logits(model_folder, temperature):
     from stages.models.base import load_base
     from stages.models.source import open_source
 
     source = open_source(str(model_folder("llama")), stages=(), what="--model")
     base = load_base(source, device=torch.device("cpu"), dtype=torch.bfloat16)
     with torch.no_grad():
-        found = read_targets(base, SEQUENCES, TARGETS)
+        found = read_targets(base, SEQUENCES, TARGETS, temperature=temperature)
         tokens = torch.cat([s[t] for s, t in zip(SEQUENCES, TARGETS, strict=True)])
-        exact = base.logits(found.hidden).double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        logits = base.logits(found.hidden).double() / temperature
+        exact = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     assert found.logprobs.dtype == torch.float32
     assert (found.logprobs - exact).abs().max() <= 1e-5
 

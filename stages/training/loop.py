@@ -86,7 +86,8 @@ def train(
                     metrics |= evaluate(step + 1)
                 done, ahead = step + 1, None
                 _record(run, report, ranks, done, metrics)
-                if done and (done % config.save_every == 0 or done == total):
+                # A bad step may come of weights that are bad already: the state before them is worth keeping.
+                if done and (done % config.save_every == 0 or done == total) and not progress.bad_steps:
                     _save(run, progress, done)
                     ranks.wait()
                     saved = done
