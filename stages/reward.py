@@ -19,6 +19,7 @@ from stages.models.tokens import Text, TokenRow
 from stages.results import Report, Result, next_commands
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import TokenComparison, encode_comparison, report_on, report_tables, score_rows
+from stages.training.devices import peak_memory_gb
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
@@ -72,6 +73,7 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
             "epoch": epoch_at(step + 1, len(rows), config.batch_size),
             "tokens": sum(row.size for row in batch),
             "samples": len(batch),
+            "memory_gb": peak_memory_gb(base.device),
             **stepped,
         }
 
