@@ -164,6 +164,8 @@ def test_a_grown_adapter_is_the_same_function(open_tiny, rank, alpha):
 
 def test_what_grows_can_learn(open_tiny):
     grown = random_adapter(open_tiny("llama"), 1, rank=4).grown(6, 6.0, seed=9)
+    one, two = (grown.deltas[f"model.layers.{i}.self_attn.q_proj"].a for i in (0, 1))
+    assert not torch.equal(one[4:], two[4:])
     for delta in grown.deltas.values():
         assert delta.b[:, 4:].abs().max() == 0 and delta.b[:, :4].abs().max() > 0
         assert delta.a[4:].abs().min() > 0  # else neither factor of the new ranks would ever get a gradient

@@ -269,6 +269,7 @@ def test_every_pass_sees_every_response_once_in_its_own_order(roles, judged, mon
         for rows, tokens in (first, second):
             assert tokens == sum(judged.experience.rollout.lengths[i] for i in rows)
     orders = [tuple(rows) for rows, _ in seen]
+    assert len(set(orders[::2])) > 1  # not one order for all passes
     again = spy_minibatches(monkeypatch)
     clipped_steps(config, roles, RANKS, progress, judged, 1e-5, 0)
     assert [tuple(rows) for rows, _ in again] == orders
