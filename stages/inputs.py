@@ -49,6 +49,7 @@ class Inputs:
     demonstrations: Rows | None = None
     against: Source | None = None
     reference: Source | None = None
+    ptx: list = field(default_factory=list)  # demonstrations whose language-modelling loss PPO mixes in
     warnings: tuple[str, ...] = ()
 
     @property
@@ -105,7 +106,11 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
     rewards = open_rewards(config.reward, source, trust_remote_code=config.trust_remote_code)
     _response_fits(config.max_response_tokens, source)
     more = {f"reward {spec.name}": spec.digest for spec in rewards}
-    return _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, rewards=rewards)
+    extra: dict[str, Any] = {"rewards": rewards}
+    if config.ptx_dataset:
+        ptx = files.read_demonstrations(config.ptx_dataset, skip_bad_rows=config.skip_bad_rows)
+        more["ptx_dataset"], extra["ptx"] = ptx.digest, list(ptx.rows)
+    return _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, **extra)
 
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:

@@ -19,7 +19,7 @@ from stages.models.source import open_source
 from stages.rollout.clipped import Judged, clipped_steps
 from stages.rollout.experience import Experience, lay_out
 from stages.training.devices import Ranks
-from stages.training.held_out import count_targets
+from stages.training.language import count_targets
 from stages.training.loop import apply_gradients
 from stages.training.session import open_progress
 from tests.parts import (

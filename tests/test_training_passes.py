@@ -12,7 +12,7 @@ from stages import reward, sft
 from stages.models.forward import read_targets, sequence_scores
 from stages.models.roles import Roles
 from stages.training import signals
-from stages.training.held_out import count_targets
+from stages.training.language import count_targets
 from stages.training.passes import accumulate, collect
 from tests.parts import (
     LENGTHS,
