@@ -11,6 +11,9 @@ JOBS   ?= 2
 BIN  := .venv/bin
 RLHF := $(BIN)/rlhf
 
+# Threads that spin while they wait cost others, and themselves, a factor where cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 # A recipe with a prepare.py makes its own base and data; any other names them in its files or is given them here.
 PREPARE := $(wildcard $(RECIPE)/prepare.py)
 ifneq ($(PREPARE),)

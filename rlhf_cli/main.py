@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import os
 import sys
@@ -27,6 +28,7 @@ EXAMPLES = {
     "sft": "rlhf sft --model Qwen/Qwen2.5-0.5B --dataset demonstrations.jsonl --output runs/x/sft",
     "reward": "rlhf reward --model runs/x/sft --dataset comparisons.jsonl --output runs/x/reward",
     "ppo": "rlhf ppo --model runs/x/sft --reward runs/x/reward --dataset prompts.jsonl --output runs/x/ppo",
+    "dpo": "rlhf dpo --model runs/x/sft --dataset comparisons.jsonl --output runs/x/dpo",
     "evaluate": "rlhf evaluate --model runs/x/ppo --against runs/x/sft --reward runs/x/reward --dataset prompts.jsonl",
     "sample": "rlhf sample --model runs/x/ppo --dataset prompts.jsonl --output responses.jsonl",
     "export": "rlhf export --model runs/x/ppo --output exported",
@@ -49,6 +51,8 @@ HELP = """Reinforcement learning from human feedback, from a base model to a PPO
 sft -> reward -> ppo -> evaluate -> report, each reading the folder of the one before:
   rlhf sft --model BASE --dataset demonstrations.jsonl --output runs/x/sft
 """
+# Of the system's errors those that no check of ours foresees everywhere, and that are never a defect.
+NO_DEFECTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT)
 PACKAGES = tuple(str(Path(__file__).resolve().parents[1] / name) + os.sep for name in ("rlhf_cli", "stages"))
 
 
@@ -204,6 +208,9 @@ def guarded(work: Callable[[], Result], as_json: bool, debug: bool) -> int:
             say("interrupted")
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_DEFECTS and error.filename is not None:
+            say(f"{mine}error: {error.filename}: {error.strerror}\n  -> check the path, and that you may use it")
+            return 2
         say(mine + defect(error, debug or os.environ.get("RLHF_DEBUG") == "1"))
         return 1
 

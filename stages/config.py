@@ -47,6 +47,7 @@ def knob(default: object, help: str, panel: str, **about: object) -> typing.Any:
 REQUIRED = dataclasses.MISSING
 MODEL, DATA, OUTPUT, TRAINING, OPTIMISER, LORA = "Model", "Data", "Output", "Training", "Optimiser", "LoRA"
 ROLLOUT, REWARD, PPO, EVALUATION, DEVICE = "Rollout", "Reward", "PPO", "Evaluation", "Device"
+PREFERENCE = "Preference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +160,35 @@ class RewardConfig(TrainingKnobs):
     demonstrations: str | None = knob(
         None, "demonstrations whose mean score becomes 0", REWARD, auto="the chosen responses of the training rows"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(TrainingKnobs):
+    """DPO: the policy learns from comparisons directly, without a reward model."""
+
+    max_tokens: int = knob(
+        1024, "longest prompt+response in tokens; longer prompts lose their beginning, longer responses their end",
+        DATA, low=4,
+    )  # fmt: skip
+    loss: str = knob("sigmoid", "what is learned from a comparison", PREFERENCE, choices=("sigmoid", "ipo", "kto"))
+    beta: float = knob(0.1, "weight of the KL to the reference", PREFERENCE, above=0)
+    label_smoothing: float = knob(
+        0.0, "probability that a comparison is the wrong way round (cDPO)", PREFERENCE, low=0, high=0.49
+    )
+    desirable_weight: float = knob(1.0, "kto: weight of preferred responses", PREFERENCE, low=0)
+    undesirable_weight: float = knob(1.0, "kto: weight of rejected responses", PREFERENCE, low=0)
+    rating_threshold: float = knob(0.0, "rating differences up to this are ties and are dropped", DATA, low=0)
+    normalise_raters: bool = knob(False, "z-score ratings per annotator before comparing", DATA)
+    learning_rate: float = knob(2e-5, "peak learning rate", OPTIMISER, above=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ConfigError(
+                f"label_smoothing belongs to the sigmoid loss, not to {self.loss}",
+                where="label_smoothing",
+                fix="leave it out, or use --loss sigmoid",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +406,7 @@ STAGES: dict[str, type] = {
     "sft": SftConfig,
     "reward": RewardConfig,
     "ppo": PpoConfig,
+    "dpo": DpoConfig,
     "evaluate": EvaluateConfig,
     "sample": SampleConfig,
     "export": ExportConfig,

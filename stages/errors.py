@@ -62,4 +62,5 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, *, step: int, output: str):
         self.exit_code = 128 + signal_number
         self.step, self.output = step, output
-        super().__init__(f"interrupted; state of step {step} saved in {output}; run the same command again to go on")
+        kept = f"state of step {step} saved in {output}" if step else "nothing was learned yet"
+        super().__init__(f"interrupted; {kept}; run the same command again to go on")

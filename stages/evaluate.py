@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -9,16 +10,18 @@ import torch
 from torch import Tensor
 
 from stages.config import EvaluateConfig
+from stages.errors import DatasetError
 from stages.files.atomic import write_json
 from stages.files.rows import Demonstration, Prompt
 from stages.inputs import Inputs
 from stages.maths.statistics import mean_with_error, wilson_interval
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.source import Source
-from stages.models.tokens import PromptRow, Text
-from stages.results import Report, Result, Table, facts_table
+from stages.models.tokens import PromptRow, Text, TokenRow
+from stages.results import Report, Result, Table, facts_table, metrics_table
 from stages.rollout.experience import Rollout, roll_out, rollout_kl
 from stages.rollout.generate import Sampling
+from stages.rollout.samples import readable
 from stages.rollout.sources import Rewards
 from stages.training.comparing import encode_comparison, report_on, report_tables
 from stages.training.language import held_out_loss, prompt_of
@@ -29,62 +32,69 @@ DEFAULT_RESPONSE_TOKENS = 128
 
 def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Measure whatever the model and the dataset allow; writes the report where --output says."""
-    text = open_text(inputs.source, config)
-    kind = inputs.data.kind
+    source = inputs.source
+    text = open_text(source, config)
+    rows = tokenise(config, inputs, text, report)
     if dry_run:
-        plan = {"rows": len(inputs.data.rows), "kind": kind}
+        plan = {name: len(encoded) for name, encoded in rows.items()}
         return Result("evaluate", "dry run", None, {"plan": plan}, (facts_table("evaluate: the plan", plan),))
-    base, _ = open_base(inputs.source, config, text)
+    base, _ = open_base(source, config, text)
     roles = Roles(base)
     found: dict[str, object] = {"model": config.model, "dataset": config.dataset}
     tables: tuple[Table, ...] = ()
-    if inputs.source.manifest is not None and inputs.source.manifest.stage == "reward":
-        found["reward_model"], tables = measure_reward_model(config, inputs, roles, text, report)
-    else:
-        roles.add("policy", adapter_of(base, inputs.source, trainable=False))
-        if kind == "demonstration":
-            found["perplexity"], tables = measure_perplexity(config, inputs, roles, text, report)
-        if kind == "prompt" or inputs.rewards or inputs.gold:
-            found |= measure_policy(config, inputs, roles, text, report)
-            tables += policy_tables(found)
+    if "comparisons" in rows:
+        roles.add("reward", adapter_of(base, source, trainable=False), head_of(base, source.folder))
+        found["reward_model"] = report_on(roles, "reward", rows["comparisons"], "auto")
+        tables = report_tables(found["reward_model"])
+    if "demonstrations" in rows:
+        roles.add("policy", adapter_of(base, source, trainable=False))
+        found["perplexity"] = measure_perplexity(roles, rows["demonstrations"])
+        tables = (metrics_table("perplexity", found["perplexity"]),)
+    if "prompts" in rows:
+        found |= measure_policy(config, inputs, roles, text, rows["prompts"], report)
+        tables += policy_tables(found)
     if config.output:
         write_json(Path(config.output).expanduser(), found)
-    return Result("evaluate", "done", config.output, found, tables)
+    is_policy = source.manifest is not None and "comparisons" not in rows
+    further = (f"rlhf export --model {shlex.quote(config.model)} --output DIR",) if is_policy else ()
+    return Result("evaluate", "done", config.output, found, tables, further)
 
 
-def measure_reward_model(
-    config: EvaluateConfig, inputs: Inputs, roles: Roles, text: Text, report: Report
-) -> tuple[dict, tuple[Table, ...]]:
-    """The report of `rlhf reward` on any comparisons."""
-    source = inputs.source
-    roles.add("reward", adapter_of(roles.base, source, trainable=False), head_of(roles.base, source.folder))
-    encode = partial(encode_comparison, text=text, max_tokens=context_limit(config.max_tokens, source, report))
-    rows = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
-    found = report_on(roles, "reward", rows, "auto")
-    return found, report_tables(found)
+def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report) -> dict[str, list]:
+    """What will be measured, encoded, by its kind: comparisons; demonstrations, and prompts where they are answered.
+
+    Raises DatasetError for rows that do not fit.
+    """
+    source, data = inputs.source, inputs.data
+    encode = partial(encode_all, skip_bad=config.skip_bad_rows, report=report)
+    if source.manifest is not None and source.manifest.stage == "reward":
+        read = partial(encode_comparison, text=text, max_tokens=context_limit(config.max_tokens, source, report))
+        return {"comparisons": encode(data.rows, read, what="comparisons")}
+    rows: dict[str, list] = {}
+    if data.kind == "demonstration":
+        limit = context_limit(config.max_tokens, source, report)
+        read = partial(text.demonstration, mask=config.mask, max_tokens=limit)
+        rows["demonstrations"] = encode(data.rows, read, what="demonstrations")
+    if data.kind == "prompt" or inputs.rewards or inputs.gold:
+        longest = min(config.max_prompt_tokens or 2**30, source.context - sampling_of(config, source).max_tokens)
+        asked = [row if isinstance(row, Prompt) else prompt_of(row) for row in data.rows if is_prompt(row)]
+        if not asked:
+            raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
+        rows["prompts"] = encode(asked, partial(text.prompt, max_tokens=longest), what="prompts")
+    return rows
 
 
-def measure_perplexity(
-    config: EvaluateConfig, inputs: Inputs, roles: Roles, text: Text, report: Report
-) -> tuple[dict, tuple[Table, ...]]:
+def measure_perplexity(roles: Roles, rows: list[TokenRow]) -> dict[str, float]:
     """Loss per target token and perplexity on demonstrations."""
-    limit = context_limit(config.max_tokens, inputs.source, report)
-    encode = partial(text.demonstration, mask=config.mask, max_tokens=limit)
-    rows = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, report=report, what="demonstrations")
     found = held_out_loss(roles, "policy", rows, "auto")
-    measures = {"loss": found["eval_loss"], "perplexity": found["eval_perplexity"], "rows": len(rows)}
-    return measures, (Table("perplexity", ("measure", "value"), tuple((k, f"{v:.4g}") for k, v in measures.items())),)
+    return {"loss": found["eval_loss"], "perplexity": found["eval_perplexity"], "rows": len(rows)}
 
 
 def measure_policy(
-    config: EvaluateConfig, inputs: Inputs, roles: Roles, text: Text, report: Report
+    config: EvaluateConfig, inputs: Inputs, roles: Roles, text: Text, prompts: list[PromptRow], report: Report
 ) -> dict[str, object]:
     """Score, KL, length of responses to prompts; against another checkpoint, both and the win rate."""
     sampling = sampling_of(config, inputs.source)
-    longest = min(config.max_prompt_tokens or 2**30, inputs.source.context - sampling.max_tokens)
-    encode = partial(text.prompt, max_tokens=longest)
-    asked = [row if isinstance(row, Prompt) else prompt_of(row) for row in inputs.data.rows if is_prompt(row)]
-    prompts = encode_all(asked, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
     sources = {"score": inputs.rewards, "gold": inputs.gold}
     judges = {n: Rewards(specs, roles, "auto", prefix=f"{n} ") for n, specs in sources.items() if specs}
     if inputs.reference is not None:
@@ -179,15 +189,21 @@ def policy_tables(found: dict) -> tuple[Table, ...]:
     ]
     for name, rate in found.get("win_rate", {}).items():
         rows.append((f"win rate by {name}", "", f"{rate['rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"))
-    heads = {"against": str(found.get("compared_with")), "policy": str(found["model"])} if len(contenders) > 1 else {}
+    heads = side_names(str(found.get("compared_with")), str(found["model"])) if len(contenders) > 1 else {}
     main = Table(f"{found['prompts']} prompts", ("measure", *(heads.get(n, "value") for n in contenders)), tuple(rows))
     shown = tuple(
-        (str(row["prompt"]), *((str(row["against"]),) if "against" in row else ()), str(row["response"]))
+        (readable(row["prompt"]), *((str(row["against"]),) if "against" in row else ()), str(row["response"]))
         for row in found["examples"]
     )
     if not shown:
         return (main,)
     return main, Table("examples", ("prompt", *(heads.get(n, "response") for n in contenders)), shown)
+
+
+def side_names(against: str, policy: str) -> dict[str, str]:
+    """Headings for what is compared: the folders' names where they tell them apart, else what was given."""
+    short = {"against": Path(against).name, "policy": Path(policy).name}
+    return short if short["against"] != short["policy"] else {"against": against, "policy": policy}
 
 
 def _cell(measures: dict[str, float], key: str) -> str:

@@ -103,7 +103,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         parents=parents, datasets={"train": inputs.data}, metrics=metrics, lines=lines,
     )  # fmt: skip
     data = {"metrics": metrics, "updates": total}
-    tables = (start_and_end(metrics), metrics_table("ppo", metrics))[: 1 if held else 2]
+    tables = (start_and_end(metrics) if held else metrics_table("ppo", metrics),)
     return Result("ppo", "done", config.output, data, tables, next_commands("ppo", config))
 
 
@@ -199,13 +199,13 @@ def ppo_update(bench: Bench, prompts: list[PromptRow], step: int) -> dict[str, f
     kl_coef = bench.progress.facts["kl_coef"]
     score = final_score(bench, experience)
     groups = torch.arange(len(score), device=bench.device) // config.responses_per_prompt
-    estimated = estimate(config, experience, score, kl_coef, groups, ranks.sum)
+    advantages, returns = estimate(config, experience, score, kl_coef, groups, ranks.sum)
     rate = learning_rate_at(step, bench.total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
-    judged = Judged(experience, estimated, kl_coef, train_policy=step >= config.critic_warmup)
+    judged = Judged(experience, advantages, returns, kl_coef, train_policy=step >= config.critic_warmup)
     also = partial(language_step, bench, step)
     learned = clipped_steps(config, bench.roles, ranks, bench.progress, judged, rate, step, also)
     clock.append(time.perf_counter())
-    metrics = summarise(bench, experience, score, estimated.returns, kl_coef, groups)
+    metrics = summarise(bench, experience, score, returns, kl_coef, groups)
     if config.kl_target is not None:
         episodes = config.batch_size * config.responses_per_prompt
         bench.progress.facts["kl_coef"] = next_kl_coef(

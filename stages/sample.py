@@ -11,6 +11,7 @@ from stages.inputs import RESPONSE_KEYS, Inputs
 from stages.models.roles import Roles, adapter_of
 from stages.results import Report, Result, Table, facts_table
 from stages.rollout.generate import Sampling, generate
+from stages.rollout.samples import readable
 from stages.training.session import encode_all, open_base, open_text
 
 SHOWN = 3
@@ -53,5 +54,5 @@ def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     write_text(Path(config.output).expanduser(), "".join(to_json(row) + "\n" for row in rows))
     ended = sum(row["ended"] for row in rows) / len(rows)
     data = {**counts, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
-    shown = tuple((str(row["prompt"]), row["response"]) for row in rows[:SHOWN])
+    shown = tuple((readable(row["prompt"]), row["response"]) for row in rows[:SHOWN])
     return Result("sample", "done", config.output, data, (Table("samples", ("prompt", "response"), shown),))

@@ -11,6 +11,7 @@ from stages.models.tokens import TokenRow
 from stages.results import Report, Result, metrics_table, next_commands
 from stages.rollout.samples import show_samples
 from stages.training.batching import batch_at, epoch_at, steps_in
+from stages.training.devices import peak_memory_gb
 from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
@@ -62,6 +63,7 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
             "epoch": epoch_at(step + 1, len(rows), config.batch_size),
             "tokens": sum(len(row.ids) for row in batch),
             "samples": len(batch),
+            "memory_gb": peak_memory_gb(base.device),
             **stepped,
         }
 

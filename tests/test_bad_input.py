@@ -211,6 +211,9 @@ ROWS = {
     "hub model that cannot be had": (
         EARLY, lambda c, p: sft(c, p, model="org/name"), ["--model: org/name is no local folder"],
     ),
+    "a name that is too long": (
+        EARLY, lambda c, p: sft(c, p, model=f"./{'x' * 300}"), ["File name too long", "check the path"],
+    ),
     "model is a file": (EARLY, lambda c, p: sft(c, p, model=c.prompts), ["--model", "is a file"]),
     "model is an empty folder": (EARLY, lambda c, p: sft(c, p, model=p), ["--model", "holds no config.json"]),
     "broken config.json": (
@@ -510,6 +513,9 @@ ROWS = {
     "the output is a file": (EARLY, lambda c, p: sft(c, p, *file_at(p / "out")), ["cannot be used as a folder"]),
     "the output lies in a file": (
         EARLY, lambda c, p: [*sft(c, p), "--output", file_at(p / "f", "x")[0]], ["Not a directory"],
+    ),
+    "an output of too long a name": (
+        LATE, lambda c, p: [*sft(c, p, *STEPS), "--output", p / ("x" * 300)], ["File name too long"],
     ),
     "another stage's run": (
         EARLY, lambda c, p: [*reward(c, p), "--output", c.sft],

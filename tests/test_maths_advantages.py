@@ -244,8 +244,16 @@ def test_dead_groups_are_those_without_spread():
     assert dead_groups(score, group) == pytest.approx(2 / 3)  # a group of one is not counted
     assert dead_groups(score[2:6], group[2:6]) == 0.0
     assert dead_groups(score[:2], group[:2]) == 1.0
+    assert dead_groups(-score, group) == pytest.approx(2 / 3)
+    assert dead_groups(-score[2:6], group[2:6]) == 0.0
     assert math.isnan(dead_groups(score[5:6], group[5:6]))
     assert math.isnan(dead_groups(score[:0], group[:0]))
+
+
+def test_dead_groups_are_counted_in_fp32_at_least():
+    score, group = torch.zeros(514).bfloat16(), torch.arange(257).repeat(2)  # bf16 has no 257
+    score[:2] = 1
+    assert dead_groups(score, group) == pytest.approx(255 / 257)
 
 
 def test_dead_groups_are_counted_over_all_ranks():

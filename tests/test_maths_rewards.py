@@ -172,3 +172,10 @@ def test_what_has_not_varied_is_shifted_but_not_scaled():
 def test_scores_that_are_not_numbers_are_left_out():
     moments = seen(double(1.0, math.nan, 3.0, math.inf), double(-math.inf, math.nan), torch.zeros(0))
     assert moments == RunningMoments(2.0, 2.0, 2.0)
+    assert seen(torch.zeros(0), double(math.nan)) == RunningMoments()
+
+
+def test_running_moments_are_counted_in_fp32_at_least():
+    moments = seen(torch.ones(257).bfloat16(), torch.tensor([1, 1, 2]))  # bf16 has no 257
+    assert moments.count == 260
+    assert moments.mean == pytest.approx(261 / 260)

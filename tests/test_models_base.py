@@ -242,6 +242,17 @@ def test_a_readout_that_is_not_understood_is_refused(tmp_path):
     assert caught.value.where == "--model"
 
 
+def test_a_model_that_is_all_of_a_piece_is_refused(tmp_path):
+    import transformers as t
+
+    config = t.Llama4TextConfig(
+        **SHAPE, intermediate_size=48, intermediate_size_mlp=48, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=128, num_local_experts=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="`llama4_text` does not come apart"):
+        open_folder(save_model(tmp_path, config))
+
+
 def test_a_model_that_mixes_padded_sequences_is_refused(open_tiny, monkeypatch):
     alone = Base._hidden_padded
 

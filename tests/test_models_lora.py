@@ -101,6 +101,16 @@ def test_a_fresh_adapter_has_the_size_of_its_ranks(open_tiny):
     assert all(p.dtype == torch.float32 and p.requires_grad for p in adapter.parameters())
 
 
+def test_layers_and_seeds_draw_their_own_numbers(open_tiny):
+    layers = open_tiny("llama").layers
+    first = fresh(layers, 4, 8.0, ["q_proj"], seed=0).deltas
+    again = fresh(layers, 4, 8.0, ["q_proj"], seed=0).deltas
+    other = fresh(layers, 4, 8.0, ["q_proj"], seed=100).deltas
+    one, two = (f"model.layers.{i}.self_attn.q_proj" for i in (0, 1))
+    assert torch.equal(first[one].a, again[one].a) and torch.equal(first[two].a, again[two].a)
+    assert not torch.equal(first[one].a, first[two].a) and not torch.equal(first[one].a, other[one].a)
+
+
 def test_targets_choose_layers_by_name_or_path(open_tiny):
     layers = open_tiny("llama").layers
     assert len(fresh(layers, 2, 2.0, ["q_proj", "v_proj"], seed=0).deltas) == 4
@@ -282,11 +292,12 @@ def test_unwrapping_without_an_adapter_gives_the_base_back(model_folder, open_ti
 
 
 def test_merging_adds_in_fp32_and_rounds_once():
-    linear = nn.Linear(3, 2, bias=False).bfloat16()
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64, bias=False).bfloat16()
     weight = linear.weight.detach().clone()
     root = nn.Module()
     root.layer = LoraLinear(linear, Switch())
-    a, b = torch.randn(1, 3), torch.randn(2, 1)
+    a, b = torch.randn(1, 64), torch.randn(64, 1)
     adapter = Adapter(1, 0.01, {"layer": Delta(nn.Parameter(a), nn.Parameter(b), 0.01)})
     merge_and_unwrap(root, {"layer": root.layer}, adapter)
     assert root.layer is linear

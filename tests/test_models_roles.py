@@ -199,3 +199,13 @@ def test_the_config_names_the_base_by_an_absolute_path(base, tmp_path):
     save_adapter(tmp_path, base, random_adapter(base, 1))
     named = json.loads((tmp_path / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
     assert named == str(base.source.base)
+
+
+def test_other_layers_than_the_checkpoints_are_refused(base, stored, tmp_path):
+    with pytest.raises(ConfigError, match="adapts other layers: down_proj, gate_proj, k_proj, o_proj") as caught:
+        start_adapter(base, stored[0], None, None, ["q_proj"], seed=0)
+    assert caught.value.where == "lora_targets"
+    few = random_adapter(base, 1, targets=("q_proj",))
+    source = open_source(str(publish_checkpoint(tmp_path / "few", base, "sft", few)), stages=("sft",), what="--model")
+    started = start_adapter(base, source, None, None, ["q_proj"], seed=0)  # the same recipe, one stage on
+    assert set(started.deltas) == set(few.deltas) == set(start_adapter(base, source, None, None, [], seed=0).deltas)

@@ -322,7 +322,8 @@ def test_prompts_as_text_and_as_messages(plain, chat):
     assert (row.text, row.end_id, row.columns, row.where) == ("the cat sat", EOS, {"answer": 4}, "p.jsonl:1")
     row = chat.prompt(Prompt("p.jsonl:2", TALK[:3]), 100)
     assert chat.tokenizer.decode(row.ids) == (
-        "<|user|>what is the time?<|end|><|assistant|>it is noon.<|end|><|user|>thank you very much!<|end|><|assistant|>"
+        "<|user|>what is the time?<|end|><|assistant|>it is noon.<|end|>"
+        "<|user|>thank you very much!<|end|><|assistant|>"
     )
     assert row.text == list(TALK[:3]) and row.end_id == END
     assert chat.prompt(Prompt("p.jsonl:3", "the cat"), 100).end_id == EOS  # text stays text
@@ -351,6 +352,16 @@ def test_a_response_is_read_without_its_end_and_with_its_spacing(plain):
     for said in (" sat on", "sat", " sat \n", "", "ü!"):
         response = torch.tensor([*ids_of(plain, said), EOS], dtype=torch.int64)
         assert plain.response_text(prompt, response) == said
+
+
+def test_a_stop_token_that_is_not_special_is_left_out_too(model_folder, plain):
+    """Else a function that compares answers would see `4!` where the model said `4` and stopped."""
+    mark = ids_of(plain, "!")[0]
+    text = open_tiny_text(model_folder("llama"), stop_ids=(EOS, mark))
+    prompt = torch.tensor([1, *ids_of(plain, "the cat")])
+    assert text.response_text(prompt, torch.tensor([*ids_of(plain, " sat"), mark])) == " sat"
+    assert text.response_text(prompt, torch.tensor([mark])) == ""
+    assert text.response_text(prompt, torch.tensor([mark, *ids_of(plain, " sat")])) == "! sat"
 
 
 def test_spacing_is_kept_by_a_tokenizer_whose_decoder_strips_it(tmp_path):

@@ -204,6 +204,27 @@ def test_a_killed_run_goes_on_from_its_last_state(chain, whole, tmp_path, stage)
     assert_the_same_run(tmp_path / "x", whole(stage))
 
 
+def test_a_second_signal_saves_nothing_that_is_half_done(chain, whole, tmp_path, monkeypatch):
+    """It comes when the weights are one step ahead of the log: what was saved before is what the run goes on from."""
+    from stages.training.optimizer import AdamW
+
+    line, step = command(chain(), "sft", tmp_path / "x"), AdamW.step
+
+    def step_and_signal_twice(optimizer, rate):
+        step(optimizer, rate)
+        if optimizer.updates == 4:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdamW, "step", step_and_signal_twice)
+        ended = rlhf(*line)
+    assert ended.code == 143 and "state of step 2 saved" in ended.stderr
+    assert os.listdir(tmp_path / "x" / "state") == ["step-000002"]
+    assert "resuming after step 2 of 5" in done(*line).stderr
+    assert_the_same_run(tmp_path / "x", whole("sft"))
+
+
 def test_a_reward_function_that_fails_once_costs_nothing(chain, tmp_path):
     """The state before the update is saved, and the same command goes on from it."""
     (tmp_path / "f.py").write_text(

@@ -70,7 +70,7 @@ def test_it_learns_a_rule_and_knows_it_on_held_out_prompts(learned):
     lines = lines_of(folder / "metrics.jsonl")
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 30, 60]
     first, last = (sum(line["loss"] for line in part) / 10 for part in (lines[1:11], lines[-10:]))
-    assert last < 0.4 * first
+    assert last < 0.6 * first
 
 
 def test_the_learning_rate_warms_up_and_falls_to_the_end(learned):

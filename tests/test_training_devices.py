@@ -86,6 +86,15 @@ def test_alone_every_method_is_the_identity(monkeypatch):
     ranks.wait()
 
 
+def test_a_rank_on_cuda_makes_its_own_device_the_current_one(monkeypatch):
+    """NCCL moves exchanged objects through the current device, which is number 0 on every rank unless set."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    Ranks(torch.device("cuda", 1))
+    Ranks(CPU)
+    assert chosen == [torch.device("cuda", 1)]
+
+
 def test_shares_are_dealt_out_in_turn(monkeypatch):
     ranks = Ranks(CPU)
     ranks.size = 3

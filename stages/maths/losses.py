@@ -49,11 +49,11 @@ def token_weights(
     length changes by how much (Dr. GRPO). Raises ValueError for another `how`.
     """
     if how == "token":
-        weight = 1 / torch.as_tensor(tokens)
+        weight = 1 / torch.as_tensor(tokens, device=mask.device)
     elif how == "sequence":
         weight = 1 / (sequences * mask.sum(dim=1, keepdim=True).clamp(min=1))
     elif how == "constant":
-        weight = 1 / torch.as_tensor(sequences * max_length)
+        weight = 1 / torch.as_tensor(sequences * max_length, device=mask.device)
     else:
         raise ValueError(f"token losses cannot be weighted by {how!r}")
     return torch.where(mask, weight, 0)
@@ -96,7 +96,7 @@ def policy_loss(
     lower: Yu et al. 2025, "DAPO"; dual clip: Ye et al. 2020, "Mastering Complex Control in MOBA Games".
     """
     change = (logprobs - old_logprobs).masked_fill(~mask, 0)
-    surrogate = _surrogate(change, advantages, mask, clip_range, clip_high, dual_clip)
+    surrogate = _surrogate(change, advantages, clip_range, clip_high, dual_clip)
     return PolicyLoss(
         loss=aggregate(surrogate.losses, mask, denominator, weights),
         ratio=surrogate.ratio.detach().masked_fill(~mask, 0),
@@ -123,9 +123,9 @@ def sequence_policy_loss(
     (B,) and counts are of responses, approx_kl_sum is of tokens as in `policy_loss`.
     Source: Ahmadian et al. 2024, "Back to Basics" (RLOO), clipped as in TRL.
     """
-    change = (logprobs - old_logprobs).masked_fill(~mask, 0)
+    change = logprobs - old_logprobs
     rows = mask.any(dim=1)
-    surrogate = _surrogate(sequence_sum(change, mask), advantage, rows, clip_range, clip_high, dual_clip)
+    surrogate = _surrogate(sequence_sum(change, mask), advantage, clip_range, clip_high, dual_clip)
     return PolicyLoss(
         loss=aggregate(surrogate.losses, rows, denominator),
         ratio=surrogate.ratio.detach().masked_fill(~rows, 0),
@@ -221,12 +221,14 @@ class _Surrogate:
 def _surrogate(
     change: Tensor,
     advantages: Tensor,
-    mask: Tensor,
     clip_range: float,
     clip_high: float | None,
     dual_clip: float | None,
 ) -> _Surrogate:
-    """The clipped surrogate of changes in log-probability, of tokens or of responses; all tensors of one shape."""
+    """The clipped surrogate of changes in log-probability, of tokens or of responses; both tensors of one shape.
+
+    Where the change is 0, as it is made to be under padding, neither clip acts and nothing is counted.
+    """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"a dual clip of {dual_clip} would cap the loss of an unchanged policy")
     ratio = change.clamp(-20, 20).exp()
@@ -239,6 +241,6 @@ def _surrogate(
     return _Surrogate(
         losses=torch.minimum(losses, highest),
         ratio=ratio,
-        clipped_count=((clipped > unclipped) & mask).sum(),
-        capped_count=((losses > highest) & mask).sum(),
+        clipped_count=(clipped > unclipped).sum(),
+        capped_count=(losses > highest).sum(),
     )

@@ -117,11 +117,13 @@ class Base:
     @torch.no_grad()
     def _probe(self) -> bool:
         """True where packed rows give the same states; raises ModelError where the readout is not understood."""
+        another = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
+        if self.body is self.model:
+            raise self._refusal("does not come apart into a body and an output layer", another)
         sequences = [self._probe_text(text) for text in PROBE]
         plain = torch.cat([self._alone(s) for s in sequences])
         padded = self._hidden_padded(sequences)
         whole = self.model(input_ids=sequences[0].to(self.device)[None], use_cache=False).logits[0]
-        another = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
         if not _close(self.logits(plain[: len(sequences[0])]), whole, self._tolerance):
             raise self._refusal("has an output layer that does more than this tool knows of", another)
         if not _close(padded, plain, self._tolerance):

@@ -168,7 +168,7 @@ def fresh(layers: dict[str, LoraLinear], rank: int, alpha: float, targets: list[
     Raises ModelError for a target that is no layer's name.
     """
     adapter = Adapter(rank, alpha)
-    for index, (path, layer) in enumerate(_targeted(layers, targets).items()):
+    for index, (path, layer) in enumerate(targeted(layers, targets).items()):
         width, out = shape_of(layer.base)
         device = layer.base.weight.device
         a = random_a(rank, width, device, seed + index)
@@ -176,7 +176,8 @@ def fresh(layers: dict[str, LoraLinear], rank: int, alpha: float, targets: list[
     return adapter
 
 
-def _targeted(layers: dict[str, LoraLinear], targets: list[str]) -> dict[str, LoraLinear]:
+def targeted(layers: dict[str, LoraLinear], targets: list[str]) -> dict[str, LoraLinear]:
+    """The layers that targets name, all where there are none; raises ModelError for a target that names nothing."""
     for target in targets:
         if not any(_matches(path, target) for path in layers):
             names = sorted({path.rsplit(".", 1)[-1] for path in layers})

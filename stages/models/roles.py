@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, ConfigError
 from stages.files.atomic import write_json
 from stages.files.tensors import load_tensors, save_tensors
 from stages.models.base import Base
 from stages.models.heads import ScalarHead, head_from
-from stages.models.lora import Adapter, fresh, from_tensors, peft_config
+from stages.models.lora import Adapter, fresh, from_tensors, peft_config, targeted
 from stages.models.source import Source
 
 ADAPTER, ADAPTER_CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
@@ -98,10 +98,19 @@ def head_of(base: Base, folder: Path) -> ScalarHead:
 def start_adapter(
     base: Base, source: Source, rank: int | None, alpha: float | None, targets: list[str], seed: int
 ) -> Adapter:
-    """What training starts from: the checkpoint's adapter (grown where a larger rank is asked for), or a fresh one."""
+    """What training starts from: the checkpoint's adapter (grown where a larger rank is asked for), or a fresh one.
+
+    Raises ConfigError where other layers are asked for than the checkpoint's adapter has, or a smaller rank.
+    """
     stored = adapter_of(base, source, trainable=True)
     if stored is None:
         return new_adapter(base, rank, alpha, targets, seed)
+    if targets and set(targeted(base.layers, targets)) != set(stored.deltas):
+        raise ConfigError(
+            f"{source.name} adapts other layers: {', '.join(sorted({p.rsplit('.', 1)[-1] for p in stored.deltas}))}",
+            where="lora_targets",
+            fix="leave lora_targets out to go on with them, or start from the base",
+        )
     if rank in (None, stored.rank) and alpha in (None, stored.alpha):
         return stored
     return stored.grown(rank or stored.rank, alpha or stored.alpha, seed)

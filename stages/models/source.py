@@ -106,7 +106,9 @@ def _open_base(
         raise ModelError(f"{tokenizer} has no tokenizer", where=what, fix="save the tokenizer into the model's folder")
     if base_name == str(base) or Path(base_name).exists():
         base_name = os.path.abspath(base_name)
-    return Source(name, base, base_name, base_digest(base), tokenizer, tokenizer_digest(tokenizer), manifest, config)
+    # A library may write a tokenizer in other words than it read: what counts is the one that training began with.
+    same_tokenizer = manifest.tokenizer_digest if manifest else tokenizer_digest(tokenizer)
+    return Source(name, base, base_name, base_digest(base), tokenizer, same_tokenizer, manifest, config)
 
 
 def _read_config(base: Path, what: str) -> dict:

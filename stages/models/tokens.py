@@ -120,7 +120,12 @@ class Text:
         )
 
     def response_text(self, prompt: Tensor, response: Tensor) -> str:
-        """A response as text, spacing kept: what decoding adds to the decoded prompt, special tokens left out."""
+        """A response as text, spacing kept: what decoding adds to the decoded prompt, special tokens left out.
+
+        So is the stop token at its end, whether or not the tokenizer calls it special.
+        """
+        if len(response) and int(response[-1]) in self.stop_ids:
+            response = response[:-1]
         before = self.tokenizer.decode(prompt, skip_special_tokens=True)
         whole = self.tokenizer.decode(torch.cat([prompt, response]), skip_special_tokens=True)
         if whole.startswith(before):

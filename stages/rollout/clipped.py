@@ -12,7 +12,6 @@ from stages.config import PpoConfig
 from stages.maths.losses import aggregate, kl_loss, policy_loss, token_weights, value_loss
 from stages.models.forward import pad, read_targets
 from stages.models.roles import Roles
-from stages.rollout.estimate import Estimate
 from stages.rollout.experience import Experience, read_values
 from stages.training.devices import Ranks
 from stages.training.loop import Progress, apply_gradients
@@ -29,8 +28,9 @@ class Judged:
     """Experience with what is learned from it."""
 
     experience: Experience
-    estimate: Estimate
-    kl_coef: float  # weight of the KL where it is a loss
+    advantages: Tensor  # (B, T)
+    returns: Tensor  # (B, T) the critic's targets
+    kl_coef: float = 0.0  # weight of the KL where it is a loss
     train_policy: bool = True  # False while only the critic warms up
 
 
@@ -149,7 +149,7 @@ def policy_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: l
         for x in (
             judged.experience.logprobs,
             judged.experience.reference_logprobs,
-            judged.estimate.advantages,
+            judged.advantages,
             judged.experience.mask,
         )
     )
@@ -186,7 +186,7 @@ def value_terms(
         x[rows, : max(lengths)]
         for x in (
             minibatch.judged.experience.values,
-            minibatch.judged.estimate.returns,
+            minibatch.judged.returns,
             minibatch.judged.experience.mask,
         )
     )

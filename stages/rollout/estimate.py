@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -18,18 +16,13 @@ ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 WHITENED = ("gae", "reinforce++", "reinforce++-baseline")
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What the policy and the critic learn from a rollout."""
-
-    advantages: Tensor  # (B, T)
-    returns: Tensor  # (B, T) the critic's targets; zeros without a critic
-
-
 def estimate(
     config: PpoConfig, experience: Experience, score: Tensor, kl_coef: float, groups: Tensor, reduce: Reduce
-) -> Estimate:
-    """Advantages and returns of a rollout; `score` (B,) as charged, `groups` (B,) the number of each one's prompt."""
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (B, T) of a rollout; returns are zero without a critic.
+
+    `score` (B,) as charged; `groups` (B,) is the number of each response's prompt; `reduce` sums over ranks.
+    """
     mask = experience.mask
     charged = kl_coef if config.kl_place == "reward" else 0.0
     kl = ESTIMATORS[config.kl_kind](experience.logprobs, experience.reference_logprobs)
@@ -39,7 +32,7 @@ def estimate(
     advantages, returns = _advantages(config, rewards, experience, groups)
     if config.whiten_advantages and config.advantage in WHITENED:
         advantages = whiten(advantages, mask, reduce)
-    return Estimate(advantages, returns)
+    return advantages, returns
 
 
 def _advantages(config: PpoConfig, rewards: Tensor, experience: Experience, groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,3 +35,10 @@ def show_samples(
             for row, response in zip(rows, responses, strict=True)
         ]
     )
+
+
+def readable(prompt: object) -> str:
+    """A prompt as a person reads it: its text, or a conversation in lines of `role: content`."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -61,6 +61,8 @@ class Ranks:
     def __init__(self, device: torch.device):
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where NCCL puts the objects that ranks exchange
         if self.size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -73,9 +74,11 @@ def train(
         ahead = state.facts.pop(AHEAD, None)
         progress.restore(state.tensors, state.facts)
         report.note(f"resuming after step {done} of {total}")
-    report.begin(title, total, max(done, 0))
+    saved = max(done, 0)
+    report.begin(title, total, saved)
     try:
-        with signals.listening():
+        # The first rank stops at once and saves; the others go on until they miss it, so that it never waits for them.
+        with signals.listening(raises=ranks.first), _missing_the_first(ranks):
             for step in range(done, total):
                 metrics = ahead or (_timed(update, step) if step >= 0 else {})
                 ahead = dict(metrics)
@@ -83,19 +86,34 @@ def train(
                     metrics |= evaluate(step + 1)
                 done, ahead = step + 1, None
                 _record(run, report, ranks, done, metrics)
-                if done and (done % config.save_every == 0 or done == total):
-                    _save(run, ranks, progress, done, ahead)
+                # A bad step may come of weights that are bad already: the state before them is worth keeping.
+                if done and (done % config.save_every == 0 or done == total) and not progress.bad_steps:
+                    _save(run, progress, done)
+                    ranks.wait()
+                    saved = done
     except signals.StopRequested as stop:
-        if done >= 0:
-            _save(run, ranks, progress, done, ahead)
-        raise Interrupted(stop.number, step=max(done, 0), output=str(run.folder)) from None
+        if done >= 0 and not stop.at_once:  # at once may be in the middle of an optimiser step
+            _save(run, progress, done, ahead)
+            saved = done
+        raise Interrupted(stop.number, step=saved, output=str(run.folder)) from None
     except UserError:  # a reward function that failed, perhaps only this once; other ranks may be waiting elsewhere
         if done >= 0 and ranks.size == 1:
-            _save(run, ranks, progress, done, ahead)
+            _save(run, progress, done, ahead)
             report.note(f"state of step {done} saved in {run.folder}")
         raise
     finally:
         report.end()
+
+
+@contextmanager
+def _missing_the_first(ranks: Ranks) -> Iterator[None]:
+    """A collective that fails because the first rank has stopped at a signal is this rank's stop, and no defect."""
+    try:
+        yield
+    except RuntimeError:
+        if ranks.first or signals.heard() is None:
+            raise
+        raise signals.StopRequested(signals.heard()) from None
 
 
 def _timed(update: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
@@ -115,10 +133,8 @@ def _record(run: Run, report: Report, ranks: Ranks, step: int, metrics: dict[str
     report.log(step, metrics)
 
 
-def _save(run: Run, ranks: Ranks, progress: Progress, step: int, ahead: dict[str, float] | None) -> None:
-    if ranks.first:
-        run.save_state(step, progress.tensors(), progress.stored() | ({AHEAD: ahead} if ahead else {}))
-    ranks.wait()
+def _save(run: Run, progress: Progress, step: int, ahead: dict[str, float] | None = None) -> None:
+    run.save_state(step, progress.tensors(), progress.stored() | ({AHEAD: ahead} if ahead else {}))
 
 
 def apply_gradients(

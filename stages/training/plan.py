@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.models.roles import DEFAULT_RANK
+from stages.models.roles import ADAPTER, DEFAULT_RANK
 from stages.models.source import Source
 from stages.results import Result, Table
 from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
@@ -18,13 +18,27 @@ LOGITS_AT_ONCE_BYTES = 2**27
 
 def tensor_shapes(base: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of every tensor of a base, by name, read from its safetensors headers."""
+    # Some hub models hold their weights a second time, in files by other names.
+    files = sorted(base.glob("model*.safetensors")) or sorted(base.glob("*.safetensors"))
+    return {name: shape for path in files for name, shape in _shapes_in(path).items()}
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(base.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def adapter_size(config: Any, source: Source, linear: dict[str, tuple[int, ...]]) -> int:
+    """Weights of one adapter: the checkpoint's at the rank asked for, or a fresh one on the layers asked for."""
+    if source.folder is not None:
+        stored = {name: shape for name, shape in _shapes_in(source.folder / ADAPTER).items() if ".lora_" in name}
+        rank = next(shape[0] for name, shape in stored.items() if ".lora_A." in name)
+        return sum(map(_size, stored.values())) // rank * (config.lora_rank or rank)
+    targets = [f".{target}.weight" for target in config.lora_targets] or [""]
+    chosen = [shape for name, shape in linear.items() if any(f".{name}".endswith(target) for target in targets)]
+    return sum((config.lora_rank or DEFAULT_RANK) * (a + b) for a, b in chosen)
 
 
 def memory_by_part(config: Any, source: Source, adapters: int, longest: int) -> dict[str, float]:
@@ -34,7 +48,7 @@ def memory_by_part(config: Any, source: Source, adapters: int, longest: int) -> 
     shapes = tensor_shapes(source.base)
     weights = sum(_size(shape) for shape in shapes.values())
     linear = {name: s for name, s in shapes.items() if len(s) == 2 and not any(part in name for part in NOT_ADAPTED)}
-    trained = sum((config.lora_rank or DEFAULT_RANK) * (a + b) for a, b in linear.values())
+    trained = adapter_size(config, source, linear)
     on_cuda = device.type == "cuda"
     budget = max(longest, TOKENS_AT_ONCE_CUDA if on_cuda else TOKENS_AT_ONCE_CPU)
     if isinstance(config.micro_batch_size, int):

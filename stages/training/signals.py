@@ -10,26 +10,31 @@ from contextlib import contextmanager
 class StopRequested(BaseException):
     """Raised between forward passes after a signal; not an Exception, so that no user code swallows it."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, *, at_once: bool = False):
         self.number = number
+        self.at_once = at_once  # raised anywhere, perhaps in the middle of an optimiser step
         super().__init__(f"signal {number}")
 
 
 class _Heard:
     number: int | None = None
+    raises = True
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Within the block the first SIGTERM or SIGINT is only noted; a second one acts at once."""
+def listening(*, raises: bool = True) -> Iterator[None]:
+    """Within the block the first SIGTERM or SIGINT is only noted; a second one acts at once.
+
+    Without `raises` `check` goes on all the same: this is a rank that others wait for.
+    """
     before = {}
 
     def hear(number: int, frame: object) -> None:
         if _Heard.number is not None:
-            raise StopRequested(number)
+            raise StopRequested(number, at_once=True)
         _Heard.number = number
 
-    _Heard.number = None
+    _Heard.number, _Heard.raises = None, raises
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
             before[number] = signal.signal(number, hear)
@@ -43,7 +48,12 @@ def listening() -> Iterator[None]:
         _Heard.number = None  # one that came after the last check: the work is done, what follows may finish
 
 
+def heard() -> int | None:
+    """The signal that came, if one did."""
+    return _Heard.number
+
+
 def check() -> None:
     """Raise StopRequested if a signal came."""
-    if _Heard.number is not None:
+    if _Heard.number is not None and _Heard.raises:
         raise StopRequested(_Heard.number)

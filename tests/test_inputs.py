@@ -1,0 +1,190 @@
+"""stages/inputs.py: what a command works on, opened and checked without torch and without writing anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+
+from stages.config import EvaluateConfig, ExportConfig, PpoConfig, RewardConfig, SampleConfig, SftConfig
+from stages.errors import ModelError, OutputError
+from stages.files.manifest import checkpoint_digest
+from stages.inputs import open_inputs, parent_of
+from tests.commands import contents, lines_of, refused, result
+from tests.tiny import write_jsonl
+
+
+def sft(c, place, **knobs) -> SftConfig:
+    named = {"model": str(c.base), "dataset": str(c.demonstrations), "output": str(place / "x")}
+    return SftConfig(**(named | knobs))
+
+
+def ppo(c, place, **knobs) -> PpoConfig:
+    named = {"model": str(c.sft), "reward": [str(c.reward)], "dataset": str(c.prompts), "output": str(place / "x")}
+    return PpoConfig(**(named | {"max_response_tokens": 6} | knobs))
+
+
+def evaluate(c, **knobs) -> EvaluateConfig:
+    return EvaluateConfig(**({"model": str(c.ppo), "dataset": str(c.prompts)} | knobs))
+
+
+def test_opening_writes_nothing_and_knows_every_digest(chain, tmp_path):
+    found = chain()
+    before = contents(found.folder)
+    inputs = open_inputs("ppo", ppo(found, tmp_path))
+    assert inputs.run.inputs == {
+        "dataset": hashlib.sha256(found.prompts.read_bytes()).hexdigest(),
+        "model": checkpoint_digest(found.sft),
+        f"reward {found.reward}": checkpoint_digest(found.reward),
+    }
+    assert not inputs.done and not inputs.run.resuming and inputs.warnings == ()
+    assert contents(found.folder) == before and os.listdir(tmp_path) == []
+
+
+def test_rows_are_split_by_prompt(chain, tmp_path):
+    inputs = open_inputs("sft", sft(chain(), tmp_path, eval_fraction=0.3, eval_limit=50))
+    assert len(inputs.train) + len(inputs.held_out) == 256 and 30 < len(inputs.held_out) <= 50
+    assert not {row.prompt for row in inputs.train} & {row.prompt for row in inputs.held_out}
+    assert inputs.rows_left_out == {"held_out_rows": len(inputs.held_out), "skipped_rows": 0}
+    none = open_inputs("sft", sft(chain(), tmp_path, eval_fraction=0))
+    assert len(none.train) == 256 and none.held_out == []
+
+
+def test_held_out_rows_from_a_file_leave_the_dataset_whole(chain, tmp_path):
+    held = write_jsonl(tmp_path / "held.jsonl", lines_of(chain().demonstrations)[:9])
+    inputs = open_inputs("sft", sft(chain(), tmp_path, eval_dataset=str(held), eval_limit=4))
+    assert len(inputs.train) == 256 and [row.where for row in inputs.held_out] == [f"{held}:{n}" for n in (1, 2, 3, 4)]
+    assert inputs.run.inputs["eval_dataset"] == hashlib.sha256(held.read_bytes()).hexdigest()
+
+
+def test_rows_that_were_left_out_are_told(chain, tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}, {"prompt": "c", "completion": "d"}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    inputs = open_inputs("sft", sft(chain(), tmp_path, dataset=str(data), skip_bad_rows=True, eval_dataset=str(data)))
+    told = f"1 rows of {data} cannot be used and were dropped; {data}:2: completion: the text is empty"
+    assert inputs.warnings == (told, told) and len(inputs.train) == 2
+
+
+def test_demonstrations_of_the_reward_model_are_an_input(chain, tmp_path):
+    found = chain()
+    config = RewardConfig(
+        model=str(found.sft), dataset=str(found.comparisons), output=str(tmp_path / "x"),
+        demonstrations=str(found.demonstrations),
+    )  # fmt: skip
+    inputs = open_inputs("reward", config)
+    assert len(inputs.demonstrations.rows) == 256
+    assert inputs.run.inputs["demonstrations"] == hashlib.sha256(found.demonstrations.read_bytes()).hexdigest()
+
+
+def test_only_the_first_rank_is_a_writer(chain, tmp_path, monkeypatch):
+    assert open_inputs("sft", sft(chain(), tmp_path)).run.writer
+    monkeypatch.setenv("RANK", "1")
+    assert not open_inputs("sft", sft(chain(), tmp_path)).run.writer
+
+
+# --- what KL is measured from
+
+
+def test_the_reference_is_the_parent_or_the_base(chain):
+    found = chain()
+    assert open_inputs("evaluate", evaluate(found)).reference.folder == found.sft
+    assert open_inputs("evaluate", evaluate(found, model=str(found.sft))).reference.folder is None
+    assert open_inputs("evaluate", evaluate(found, model=str(found.base))).reference.base == found.base
+    given = evaluate(found, reference=str(found.base))
+    assert open_inputs("evaluate", given).reference.base == found.base
+    perplexity = evaluate(found, dataset=str(found.demonstrations))
+    assert open_inputs("evaluate", perplexity).reference is None  # nothing is sampled
+
+
+def test_a_whole_run_may_move_and_its_parents_are_found(chain, tmp_path):
+    found = chain()
+    shutil.copytree(found.folder, tmp_path / "moved")
+    inputs = open_inputs("evaluate", evaluate(found, model=str(tmp_path / "moved" / "ppo")))
+    assert inputs.reference.manifest.stage == "sft" and inputs.warnings == ()
+    assert parent_of(inputs.source).folder.samefile(found.sft)  # the old place still stands, and is the same
+
+
+def test_a_checkpoint_can_be_used_after_its_run_was_moved(chain, tmp_path):
+    found = chain()
+    shutil.copytree(found.folder, tmp_path / "moved")
+    line = ("sample", "--model", tmp_path / "moved" / "ppo", "--dataset", found.prompts, "--max-response-tokens", 6)
+    result(*line, "--output", tmp_path / "x.jsonl")
+    assert lines_of(tmp_path / "x.jsonl") == lines_of(found.folder / "samples.jsonl")
+
+
+# --- code that ships with a model
+
+
+def test_trust_reaches_every_model_that_is_opened(chain, model_folder, tmp_path):
+    """One --trust-remote-code is enough for --model, --reward, --against and --reference on such a base."""
+    base = tmp_path / "base"
+    shutil.copytree(chain().base, base)
+    config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "x.Y"}}
+    (base / "config.json").write_text(json.dumps(config))
+    found, place = chain(), str(base)
+    line = ("reward", "--model", base, "--dataset", found.comparisons, "--output", tmp_path / "rm", "--max-steps", 1)
+    assert "--trust-remote-code" in refused(*line)
+    result(*line, "--batch-size", 4, "--trust-remote-code")
+    trusting = {"model": place, "reward": [str(tmp_path / "rm")], "trust_remote_code": True}
+    assert open_inputs("ppo", ppo(found, tmp_path, **trusting)).rewards[0].checkpoint.base == base
+    more = {"against": place, "reference": place, "gold": [str(tmp_path / "rm")]}
+    inputs = open_inputs("evaluate", evaluate(found, **trusting, **more))
+    assert inputs.against.base == inputs.reference.base == base and len(inputs.gold) == 1
+    with pytest.raises(ModelError, match="auto_map"):
+        open_inputs("evaluate", evaluate(found, **trusting | {"trust_remote_code": False}))
+
+
+# --- files that are written
+
+
+@pytest.mark.parametrize(
+    ("content", "free"),
+    [
+        (None, True),
+        ("", True),
+        ('{"prompt": "a", "response": "b", "index": 0, "ended": true, "tokens": 1, "x": 2}\n{"mine": 1}\n', True),
+        ('{"prompt": "a", "response": "b"}\n', False),
+        ("[1]\n", False),
+        ("not JSON", False),
+        ("\udcff", False),
+    ],
+)
+def test_sample_writes_over_its_own_files_alone(chain, tmp_path, content, free):
+    place = tmp_path / "x.jsonl"
+    if content is not None:
+        place.write_bytes(content.encode("utf-8", "surrogateescape"))
+    config = SampleConfig(
+        model=str(chain().sft), dataset=str(chain().prompts), output=str(place), max_response_tokens=6
+    )
+    if free:
+        assert open_inputs("sample", config).source.folder == chain().sft
+        return
+    with pytest.raises(OutputError, match="belongs to something else"):
+        open_inputs("sample", config)
+
+
+def test_evaluate_writes_over_its_own_files_alone(chain, tmp_path):
+    (tmp_path / "x.json").write_text('{"model": "m", "dataset": "d", "policy": {}}')
+    open_inputs("evaluate", evaluate(chain(), output=str(tmp_path / "x.json")))
+    (tmp_path / "x.json").write_text('{"name": "package"}')
+    with pytest.raises(OutputError, match="belongs to something else"):
+        open_inputs("evaluate", evaluate(chain(), output=str(tmp_path / "x.json")))
+
+
+def test_a_home_is_expanded_in_outputs(chain, tmp_path, monkeypatch):
+    """A recipe's `output: ~/x` is no folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert open_inputs("sft", sft(chain(), tmp_path, output="~/x")).run.folder == tmp_path / "x"
+    line = ("sample", "--model", chain().sft, "--dataset", chain().prompts, "--max-response-tokens", 3)
+    result(*line, "--limit-rows", 1, "--output", "~/x.jsonl")
+    result("export", "--model", chain().sft, "--output", "~/exported")
+    assert sorted(os.listdir(tmp_path)) == ["exported", "x.jsonl"]
+
+
+def test_an_export_takes_a_checkpoint(chain, tmp_path):
+    config = ExportConfig(model=str(chain().reward), output=str(tmp_path / "x"))
+    assert open_inputs("export", config).source.manifest.stage == "reward"

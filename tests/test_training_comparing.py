@@ -1,0 +1,148 @@
+"""Comparisons as tokens and the report on how well scores predict them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stages import ppo, reward
+from stages.files.comparisons import Comparison, Pair
+from stages.inputs import Inputs
+from stages.models.forward import sequence_scores
+from stages.models.roles import Roles
+from stages.models.source import open_source
+from stages.models.tokens import TokenRow
+from stages.rollout.experience import lay_out, role_values
+from stages.rollout.sources import Rewards
+from stages.rollout.specs import open_rewards
+from stages.training import comparing
+from stages.training.comparing import TokenComparison, encode_comparison, report_on, report_tables, score_rows
+from tests.parts import (
+    open_tiny_text,
+    ppo_config,
+    prompt_rows,
+    publish_checkpoint,
+    random_adapter,
+    random_head,
+    roles_on,
+    sequences_of,
+    token_comparisons,
+    token_rows,
+)
+
+
+def row(length, response):
+    """A row whose targets are its last `response` tokens."""
+    return TokenRow(torch.arange(length), torch.arange(length) >= length - response, False)
+
+
+def test_a_comparison_knows_its_size_its_cut_and_its_best(model_folder):
+    text = open_tiny_text(model_folder("llama"))
+    found = encode_comparison(Comparison("c:1", "the cat", (" ran", " sat on"), (Pair(1, 0, 0.9, 2.0),)), text, 100)
+    assert found.pairs == (Pair(1, 0, 0.9, 2.0),) and found.best is found.responses[1]
+    assert found.size == len(found.responses[0].ids) + len(found.responses[1].ids) and not found.cut
+    assert encode_comparison(Comparison("c:1", "the cat", (" ran", " sat on"), (Pair(1, 0),)), text, 4).cut
+
+
+@pytest.mark.parametrize("size", [1, 2, "auto"])
+def test_scores_come_in_the_order_of_the_rows(open_tiny, size):
+    roles = roles_on(open_tiny("gpt2"))
+    rows = token_rows()
+    with torch.no_grad(), roles.use("reward"):
+        expected = torch.stack([sequence_scores(roles, "reward", [r.ids])[0] for r in rows])
+    found = score_rows(roles, "reward", rows, size)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    assert (found - expected).abs().max() <= 1e-5
+
+
+def test_the_report_by_hand(monkeypatch):
+    """Three prompts, five pairs; scores and response lengths are made up so that every number can be worked out."""
+    comparisons = [
+        TokenComparison([row(9, 3), row(9, 5)], (Pair(0, 1),)),
+        TokenComparison([row(9, 4), row(9, 1)], (Pair(1, 0),)),
+        TokenComparison([row(9, 2), row(9, 6), row(9, 7)], (Pair(0, 1), Pair(0, 2), Pair(2, 1))),
+    ]
+    scores = torch.tensor([2.0, 1.0, 0.5, 0.0, 3.0, 1.0, 1.0])
+    monkeypatch.setattr(comparing, "score_rows", lambda *_: scores)
+    found = report_on(None, "reward", comparisons, "auto")
+    leads = [1.0, -0.5, 2.0, 2.0, 0.0]
+    assert found["pairs"] == 5 and found["accuracy"] == 0.7  # three wins and a tie
+    assert found["accuracy_low"] < 0.7 < found["accuracy_high"]
+    assert found["log_loss"] == pytest.approx(sum(math.log1p(math.exp(-x)) for x in leads) / 5)
+    assert found["margin_mean"] == pytest.approx(0.9)
+    assert found["margin_std"] == pytest.approx(math.sqrt(sum((x - 0.9) ** 2 for x in leads) / 5))
+    assert found["score_chosen_mean"] == pytest.approx((2.0 + 0.0 + 3.0 + 3.0 + 1.0) / 5)
+    assert found["score_rejected_mean"] == pytest.approx((1.0 + 0.5 + 1.0 + 1.0 + 1.0) / 5)
+    # Preferred minus rejected, in response tokens: -2, -3, -4, -5, 1.
+    assert found["longer_wins_accuracy"] == 0.2
+    lengths = torch.tensor([3.0, 5.0, 4.0, 1.0, 2.0, 6.0, 7.0])
+    assert found["score_length_corr"] == pytest.approx(torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item())
+    counts = {(b["low"], b["high"]): (b["count"], b["accuracy"]) for b in found["by_length_difference"] if b["count"]}
+    assert counts == {(-10, 0): (4, 0.75), (0, 10): (1, 0.5)}
+    assert sum(b["count"] for b in found["calibration"]) == 5
+
+
+def test_the_report_is_shown_without_empty_bins(monkeypatch):
+    comparisons = [TokenComparison([row(99, 90), row(99, 5)], (Pair(0, 1),))]
+    monkeypatch.setattr(comparing, "score_rows", lambda *_: torch.tensor([1.0, -1.0]))
+    summary, calibration, by_length = report_tables(report_on(None, "reward", comparisons, "auto"))
+    assert ("held-out pairs", "1") in summary.rows
+    assert dict(summary.rows)["accuracy [95 % interval]"].startswith("1.000  [0.207, 1.000]")
+    assert calibration.rows == (("0.80-0.90", "1", "0.881", "1.000"),)
+    assert by_length.rows == (("50 or more", "1", "1.000"),)
+
+
+# --- the bias of a reward model, and the critic that starts from it
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_served_scores_of_demonstrations_have_mean_0_and_the_critic_begins_there(open_tiny, tmp_path, architecture):
+    """Check 45: after centring, saving and loading, demonstrations score 0 on average, through PPO's own sources.
+
+    The critic of a PPO run on that checkpoint gives the same numbers at its start, bias included.
+    """
+    base = open_tiny(architecture)
+    trained = Roles(base)
+    trained.add("reward", random_adapter(base, 1), random_head(base.width, 2, bias=1.7))
+    demonstrations = [c.best for c in token_comparisons()]
+    before = score_rows(trained, "reward", demonstrations, "auto")
+    assert abs(before.mean()) > 0.1
+    reward.centre(trained, demonstrations, "auto")
+    folder = publish_checkpoint(
+        tmp_path / "reward", base, "reward", trained.adapters["reward"], head=trained.heads["reward"]
+    )
+    sft = publish_checkpoint(tmp_path / "sft", base, "sft", random_adapter(base, 3))
+    source = open_source(str(sft), stages=("sft",), what="--model")
+    specs = open_rewards([str(folder)], source)
+    roles = ppo.open_roles(Roles(base), ppo_config(), Inputs(source, rewards=specs))
+    # A demonstration as prompt and response; the score is read at its last token, the value there too.
+    splits = [int(r.targets.nonzero()[0]) for r in demonstrations]
+    prompts = prompt_rows([r.ids[:at] for r, at in zip(demonstrations, splits, strict=True)])
+    responses = [r.ids[at:] for r, at in zip(demonstrations, splits, strict=True)]
+    ended = torch.tensor([False] * len(responses))
+    served = Rewards(specs, roles, "auto").score(prompts, responses, [""] * len(responses), ended)
+    assert abs(served.mean().item()) <= 1e-5
+    assert (served - (before - before.mean())).abs().max() <= 1e-5
+    longer = [torch.cat([r, r[:1]]) for r in responses]  # the value before one token more is the score of the rest
+    rollout = lay_out(prompts, longer, [""] * len(longer), ended)
+    values = role_values(roles, "critic", "critic", rollout, "auto")
+    last = torch.stack([values[i, len(r)] for i, r in enumerate(responses)])
+    assert (last - served).abs().max() <= 1e-5
+    assert all(p.requires_grad for p in roles.parameters("critic"))
+    assert not any(p.requires_grad for p in (*roles.parameters("reward"), *roles.parameters("reference")))
+
+
+def test_without_a_reward_model_the_critic_begins_at_zero_on_the_policys_trunk(open_tiny, tmp_path):
+    base = open_tiny("llama")
+    sft = publish_checkpoint(tmp_path / "sft", base, "sft", random_adapter(base, 3))
+    source = open_source(str(sft), stages=("sft",), what="--model")
+    (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
+    inputs = Inputs(source, rewards=open_rewards([str(tmp_path / "f.py")], source))
+    roles = ppo.open_roles(Roles(base), ppo_config(), inputs)
+    rollout = lay_out(prompt_rows(sequences_of([4])), sequences_of([5]), [""], torch.tensor([False]))
+    assert role_values(roles, "critic", "critic", rollout, "auto").abs().max() == 0
+    policy, critic = roles.adapters["policy"], roles.adapters["critic"]
+    for one, other in zip(policy.parameters(), critic.parameters(), strict=True):
+        assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
