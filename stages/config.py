@@ -225,9 +225,9 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
     length_penalty: float = knob(0.0, "charge per token beyond length_limit", REWARD, low=0)
     length_limit: int = knob(0, "response length that costs nothing", REWARD, low=0)
     ptx_dataset: str | None = knob(
-        None, "demonstrations or texts mixed in as a language-modelling loss", DATA, auto="none"
+        None, "demonstrations or texts mixed in as a language modelling loss", DATA, auto="none"
     )
-    ptx_coef: float = knob(1.0, "weight of that loss (InstructGPT's PPO-ptx)", PPO, low=0)
+    ptx_coef: float = knob(1.0, "weight of that loss, as in InstructGPT", PPO, low=0)
     whiten_rewards: bool = knob(False, "scale rewards to unit variance; shortens responses, see README", REWARD)
 
     kl_coef: float = knob(0.05, "weight of the KL to the reference in the reward", PPO, low=0)

@@ -75,8 +75,6 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         found = report_of(implicit_scores(roles, held, held_reference, config), held)
         return {f"eval_{name}": found[name] for name in ("accuracy", "log_loss", "margin_mean", "score_length_corr")}
 
-    if ranks.first:
-        out.start()
     train(out, report, ranks, progress, config, title="dpo", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("dpo", "done", config.output, {})

@@ -62,5 +62,4 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, *, step: int, output: str):
         self.exit_code = 128 + signal_number
         self.step, self.output = step, output
-        kept = f"state of step {step} saved in {output}" if step else "nothing was learned yet"
-        super().__init__(f"interrupted; {kept}; run the same command again to go on")
+        super().__init__(f"interrupted; state of step {step} saved in {output}; run the same command again to go on")

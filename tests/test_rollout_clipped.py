@@ -289,7 +289,7 @@ def test_more_minibatches_than_responses_leave_some_out(roles, judged, monkeypat
     assert progress.optimizers["policy"].updates == 4
 
 
-STILL = {"policy_loss": 1.0, "approx_kl": 0.0, "ratio_mean": 1.0, "ratio_max": 1.0}
+STILL = {"policy_loss": 1.0, "approx_kl": 0.0, "ratio_mean": 1.0, "ratio_max": 1.0, "ratio_error": 0.0}
 
 
 def test_passes_end_once_the_policy_has_moved_too_far(roles, judged, monkeypatch):
@@ -328,9 +328,23 @@ def test_a_minibatch_with_a_wild_ratio_is_not_learned_from(roles, judged):
 
 def test_an_updates_numbers_are_means_but_for_the_largest_and_first_ratio():
     steps = [
-        {"policy_loss": 1.0, "ratio_max": 1.0, "ratio_mean": 1.0, "grad_norm": 3.0, "skipped_steps": 0.0},
-        {"policy_loss": 2.0, "ratio_max": 1.5, "ratio_mean": 1.1, "grad_norm": 5.0, "skipped_steps": 0.0},
-        {"policy_loss": 6.0, "ratio_max": 1.2, "ratio_mean": 1.2, "skipped_steps": 1.0},
+        {
+            "policy_loss": 1.0,
+            "ratio_max": 1.0,
+            "ratio_error": 0.2,
+            "ratio_mean": 1.0,
+            "grad_norm": 3.0,
+            "skipped_steps": 0.0,
+        },
+        {
+            "policy_loss": 2.0,
+            "ratio_max": 1.5,
+            "ratio_error": 0.5,
+            "ratio_mean": 1.1,
+            "grad_norm": 5.0,
+            "nonfinite_steps": 1.0,
+        },
+        {"policy_loss": 6.0, "ratio_max": 1.2, "ratio_error": 0.3, "ratio_mean": 1.2, "skipped_steps": 1.0},
     ]
     assert over_steps(steps) == pytest.approx(
         {
@@ -338,8 +352,10 @@ def test_an_updates_numbers_are_means_but_for_the_largest_and_first_ratio():
             "ratio_mean": 1.1,
             "ratio_max": 1.5,
             "ratio_first": 1.0,
+            "ratio_first_error": 0.2,
             "grad_norm": 4.0,
             "skipped_steps": 1.0,
+            "nonfinite_steps": 1.0,
         }
     )
 
