@@ -28,6 +28,7 @@ EXAMPLES = {
     "sft": "rlhf sft --model Qwen/Qwen2.5-0.5B --dataset demonstrations.jsonl --output runs/x/sft",
     "reward": "rlhf reward --model runs/x/sft --dataset comparisons.jsonl --output runs/x/reward",
     "ppo": "rlhf ppo --model runs/x/sft --reward runs/x/reward --dataset prompts.jsonl --output runs/x/ppo",
+    "dpo": "rlhf dpo --model runs/x/sft --dataset comparisons.jsonl --output runs/x/dpo",
     "evaluate": "rlhf evaluate --model runs/x/ppo --against runs/x/sft --reward runs/x/reward --dataset prompts.jsonl",
     "sample": "rlhf sample --model runs/x/ppo --dataset prompts.jsonl --output responses.jsonl",
     "export": "rlhf export --model runs/x/ppo --output exported",

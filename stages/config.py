@@ -18,6 +18,8 @@ from pathlib import Path
 from stages.errors import ConfigError
 
 AUTO = "auto"
+CRITIC_FREE = ("rloo", "grpo", "reinforce++", "reinforce++-baseline")
+GROUPED = ("rloo", "grpo", "reinforce++-baseline")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def knob(default: object, help: str, panel: str, **about: object) -> typing.Any:
 REQUIRED = dataclasses.MISSING
 MODEL, DATA, OUTPUT, TRAINING, OPTIMISER, LORA = "Model", "Data", "Output", "Training", "Optimiser", "LoRA"
 ROLLOUT, REWARD, PPO, EVALUATION, DEVICE = "Rollout", "Reward", "PPO", "Evaluation", "Device"
+PREFERENCE = "Preference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +163,35 @@ class RewardConfig(TrainingKnobs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DpoConfig(TrainingKnobs):
+    """DPO: the policy learns from comparisons directly, without a reward model."""
+
+    max_tokens: int = knob(
+        1024, "longest prompt+response in tokens; longer prompts lose their beginning, longer responses their end",
+        DATA, low=4,
+    )  # fmt: skip
+    loss: str = knob("sigmoid", "what is learned from a comparison", PREFERENCE, choices=("sigmoid", "ipo", "kto"))
+    beta: float = knob(0.1, "weight of the KL to the reference", PREFERENCE, above=0)
+    label_smoothing: float = knob(
+        0.0, "probability that a comparison is the wrong way round (cDPO)", PREFERENCE, low=0, high=0.49
+    )
+    desirable_weight: float = knob(1.0, "kto: weight of preferred responses", PREFERENCE, low=0)
+    undesirable_weight: float = knob(1.0, "kto: weight of rejected responses", PREFERENCE, low=0)
+    rating_threshold: float = knob(0.0, "rating differences up to this are ties and are dropped", DATA, low=0)
+    normalise_raters: bool = knob(False, "z-score ratings per annotator before comparing", DATA)
+    learning_rate: float = knob(2e-5, "peak learning rate", OPTIMISER, above=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ConfigError(
+                f"label_smoothing belongs to the sigmoid loss, not to {self.loss}",
+                where="label_smoothing",
+                fix="leave it out, or use --loss sigmoid",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutKnobs:
     """How responses are sampled."""
 
@@ -188,7 +220,14 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         REWARD,
         choices=(AUTO, "floor", "subtract", "replace"),
     )
+    normalise_scores: bool = knob(False, "divide scores by their running spread, after taking off their mean", REWARD)
     score_clip: float | None = knob(None, "clip scores to +- this", REWARD, above=0, auto="off")
+    length_penalty: float = knob(0.0, "charge per token beyond length_limit", REWARD, low=0)
+    length_limit: int = knob(0, "response length that costs nothing", REWARD, low=0)
+    ptx_dataset: str | None = knob(
+        None, "demonstrations or texts mixed in as a language modelling loss", DATA, auto="none"
+    )
+    ptx_coef: float = knob(1.0, "weight of that loss, as in InstructGPT", PPO, low=0)
     whiten_rewards: bool = knob(False, "scale rewards to unit variance; shortens responses, see README", REWARD)
 
     kl_coef: float = knob(0.05, "weight of the KL to the reference in the reward", PPO, low=0)
@@ -196,11 +235,46 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
     kl_horizon: int = knob(10_000, "episodes over which the adaptive kl_coef reacts", PPO, low=1)
     gamma: float = knob(1.0, "discount", PPO, low=0, high=1)
     gae_lambda: float = knob(0.95, "lambda of generalised advantage estimation", PPO, low=0, high=1)
-    advantage: str = knob("gae", "advantage estimator", PPO, choices=("gae",))
-    whiten_advantages: bool = knob(True, "give advantages mean 0 and variance 1 over the batch", PPO)
+    advantage: str = knob(
+        "gae",
+        "advantage estimator: gae has a critic; the others have none and compare a prompt's responses or the batch's",
+        PPO,
+        choices=("gae", *CRITIC_FREE),
+    )
+    whiten_advantages: bool = knob(
+        True, "give advantages mean 0 and variance 1 over the batch (rloo and grpo never do)", PPO
+    )
+    kl_placement: str = knob(
+        AUTO,
+        "charge the KL in the reward or as a loss; auto is a loss for grpo and reinforce++-baseline",
+        PPO,
+        choices=(AUTO, "reward", "loss"),
+    )
+    kl_estimator: str = knob(
+        AUTO,
+        "estimator of the KL; auto is k1 in the reward, k3 in grpo's loss, k2 in other losses",
+        PPO,
+        choices=(AUTO, "k1", "k2", "k3"),
+    )
+    force_biased_kl: bool = knob(False, "allow an estimator whose gradient is not the KL's", PPO)
     clip_range: float = knob(0.2, "clip of the probability ratio", PPO, above=0, high=10)
+    clip_range_high: float | None = knob(None, "upper clip, where it is not the lower", PPO, above=0, auto="clip_range")
+    dual_clip: float | None = knob(
+        None, "cap the loss of a negative advantage at this many times it", PPO, above=1, auto="off"
+    )
+    loss_aggregation: str = knob(
+        "token",
+        "every token counts alike, every sequence alike, or every token by a constant length",
+        PPO,
+        choices=("token", "sequence", "constant"),
+    )
+    entropy_coef: float = knob(0.0, "weight of an entropy bonus", PPO, low=0)
     value_clip_range: float = knob(0.2, "clip of the value's change", PPO, above=0)
     value_coef: float = knob(0.1, "weight of the value loss", PPO, low=0)
+    critic_lambda: float | None = knob(
+        None, "lambda of the critic's own targets", PPO, low=0, high=1, auto="gae_lambda"
+    )
+    critic_warmup: int = knob(0, "first updates that train the critic alone", PPO, low=0)
     ppo_epochs: int = knob(4, "passes over each batch of experience", PPO, low=1)
     minibatches: int = knob(1, "optimiser steps per pass", PPO, low=1)
     target_approx_kl: float | None = knob(
@@ -234,6 +308,43 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
             )
         if not self.reward:
             raise ConfigError("no reward source", where="reward", fix="give --reward CHECKPOINT or --reward file.py:f")
+        if self.advantage in GROUPED and self.responses_per_prompt < 2:
+            raise ConfigError(
+                f"{self.advantage} compares the responses to one prompt, but responses_per_prompt is 1",
+                where="advantage",
+                fix="give --responses-per-prompt 4",
+            )
+        if self.advantage in CRITIC_FREE and (self.critic != "adapter" or self.critic_warmup or self.critic_lambda):
+            raise ConfigError(
+                f"{self.advantage} has no critic", where="advantage", fix="leave the critic's knobs out, or use gae"
+            )
+        if self.kl_is_biased and not self.force_biased_kl:
+            raise ConfigError(
+                f"{self.kl_kind} in the {self.kl_place} does not have the gradient of the KL",
+                where="kl_estimator",
+                fix="use k1 in the reward, k2 or k3 in the loss; or pass --force-biased-kl",
+            )
+
+    @property
+    def kl_place(self) -> str:
+        """Where the KL is charged, `auto` worked out."""
+        if self.kl_placement != AUTO:
+            return self.kl_placement
+        return "loss" if self.advantage in ("grpo", "reinforce++-baseline") else "reward"
+
+    @property
+    def kl_kind(self) -> str:
+        """The estimator, `auto` worked out."""
+        if self.kl_estimator != AUTO:
+            return self.kl_estimator
+        if self.kl_place == "reward":
+            return "k1"
+        return "k3" if self.advantage == "grpo" else "k2"
+
+    @property
+    def kl_is_biased(self) -> bool:
+        """True where the expected gradient is not that of a KL: k2 or k3 in the reward, k1 as a loss."""
+        return (self.kl_place == "reward") == (self.kl_kind != "k1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +406,7 @@ STAGES: dict[str, type] = {
     "sft": SftConfig,
     "reward": RewardConfig,
     "ppo": PpoConfig,
+    "dpo": DpoConfig,
     "evaluate": EvaluateConfig,
     "sample": SampleConfig,
     "export": ExportConfig,

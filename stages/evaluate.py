@@ -24,7 +24,7 @@ from stages.rollout.generate import Sampling
 from stages.rollout.samples import readable
 from stages.rollout.sources import Rewards
 from stages.training.comparing import encode_comparison, report_on, report_tables
-from stages.training.held_out import held_out_loss, prompt_of
+from stages.training.language import held_out_loss, prompt_of
 from stages.training.session import context_limit, encode_all, open_base, open_text
 
 DEFAULT_RESPONSE_TOKENS = 128

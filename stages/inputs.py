@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import (
+    DpoConfig,
     EvaluateConfig,
     ExportConfig,
     PpoConfig,
@@ -30,7 +31,7 @@ from stages.models.source import Source, open_source, same_base
 from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import Spec, open_rewards
 
-POLICIES = ("sft", "ppo")
+POLICIES = ("sft", "ppo", "dpo")
 RESPONSE_KEYS = ("prompt", "response", "index", "ended", "tokens")  # of a line that `rlhf sample` writes
 REPORT_KEYS = ("model", "dataset")  # of what `rlhf evaluate` writes
 
@@ -49,6 +50,7 @@ class Inputs:
     demonstrations: Rows | None = None
     against: Source | None = None
     reference: Source | None = None
+    ptx: list = field(default_factory=list)  # demonstrations whose language-modelling loss PPO mixes in
     warnings: tuple[str, ...] = ()
 
     @property
@@ -68,6 +70,7 @@ def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
         "sft": sft_inputs,
         "reward": reward_inputs,
         "ppo": ppo_inputs,
+        "dpo": dpo_inputs,
         "evaluate": evaluate_inputs,
         "sample": sample_inputs,
         "export": export_inputs,
@@ -105,7 +108,17 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
     rewards = open_rewards(config.reward, source, trust_remote_code=config.trust_remote_code)
     _response_fits(config.max_response_tokens, source)
     more = {f"reward {spec.name}": spec.digest for spec in rewards}
-    return _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, rewards=rewards)
+    extra: dict[str, Any] = {"rewards": rewards}
+    if config.ptx_dataset:
+        ptx = files.read_demonstrations(config.ptx_dataset, skip_bad_rows=config.skip_bad_rows)
+        more["ptx_dataset"], extra["ptx"] = ptx.digest, list(ptx.rows)
+    return _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, **extra)
+
+
+def dpo_inputs(config: DpoConfig, overwrite: bool) -> Inputs:
+    source = _policy(config, "--model")
+    ratings = {"rating_threshold": config.rating_threshold, "normalise_raters": config.normalise_raters}
+    return _training("dpo", config, overwrite, source, _reader(files.read_comparisons, config, **ratings))
 
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:

@@ -17,20 +17,22 @@ from torch import Tensor
 from stages.config import AUTO, PpoConfig
 from stages.errors import ConfigError
 from stages.inputs import Inputs
-from stages.maths.advantages import gae
+from stages.maths.advantages import dead_groups
 from stages.maths.kl import k3, next_kl_coef, sequence_kl
-from stages.maths.rewards import charge_missing_eos, shape_rewards
+from stages.maths.rewards import RunningMoments, charge_missing_eos, clip_score, length_penalty
 from stages.maths.statistics import correlation, explained_variance
-from stages.maths.tensors import scale_to_unit_variance, whiten
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
-from stages.models.tokens import PromptRow, Text
+from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.results import Report, Result, Table, metrics_table, next_commands
 from stages.rollout.clipped import Judged, clipped_steps
+from stages.rollout.estimate import estimate
 from stages.rollout.experience import Experience, Rollout, role_logprobs, role_values, roll_out, rollout_kl
 from stages.rollout.generate import Sampling
 from stages.rollout.sources import Rewards
+from stages.training.batching import batch_at
 from stages.training.devices import Ranks, peak_memory_gb
+from stages.training.language import count_targets, learn_rows
 from stages.training.loop import Progress, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import plan_result
@@ -38,6 +40,7 @@ from stages.training.seeds import derive, permutation
 from stages.training.session import encode_all, open_base, open_progress, open_text, publish
 
 TRY_TOKENS = 8
+PTX_TOKENS = 1024
 
 
 def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -48,6 +51,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     encode = partial(text.prompt, max_tokens=longest)
     prompts = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
     held = encode_all(inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out prompts")
+    limit = partial(text.demonstration, mask="completion", max_tokens=min(source.context, PTX_TOKENS))
+    ptx = encode_all(inputs.ptx, limit, skip_bad=config.skip_bad_rows, report=report, what="ptx rows")
     total = config.max_steps or max(1, math.ceil(round(config.epochs * len(prompts) / config.batch_size, 6)))
     if dry_run:
         sizes = [len(p.ids) + config.max_response_tokens for p in prompts]
@@ -65,7 +70,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     progress = open_progress(config, trained_parameters(roles, config))
     progress.facts["kl_coef"] = config.kl_coef
     sampling = Sampling(config.temperature, config.max_response_tokens, rows_at_once=config.rollout_batch_size)
-    bench = Bench(config, roles, text, rewards, ranks, progress, sampling, total)
+    bench = Bench(config, roles, text, rewards, ranks, progress, sampling, total, ptx)
 
     def update(step: int) -> dict[str, float]:
         chosen = [prompts[i] for i in prompts_at(step, len(prompts), config.batch_size, config.seed)]
@@ -93,7 +98,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     parents = [("model", source), *(("reward", spec.checkpoint) for spec in inputs.rewards if spec.checkpoint)]
     publish(
         out, "ppo", config, roles, text,
-        adapter=roles.adapters["policy"], critic=(roles.adapters.get("critic"), roles.heads["critic"]),
+        adapter=roles.adapters["policy"],
+        critic=(roles.adapters.get("critic"), roles.heads["critic"]) if "critic" in roles.heads else None,
         parents=parents, datasets={"train": inputs.data}, metrics=metrics, lines=lines,
     )  # fmt: skip
     data = {"metrics": metrics, "updates": total}
@@ -113,6 +119,7 @@ class Bench:
     progress: Progress
     sampling: Sampling
     total: int
+    ptx: list[TokenRow]  # demonstrations of the language-modelling loss that is mixed in
 
     @property
     def device(self) -> torch.device:
@@ -137,6 +144,8 @@ def open_roles(roles: Roles, config: PpoConfig, inputs: Inputs) -> Roles:
     seed = derive(config.seed, "ppo", "adapter")
     roles.add("policy", start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed))
     roles.add("reference", frozen_copy(adapter_of(base, source, trainable=False)))
+    if config.advantage != "gae":
+        return roles  # no critic is loaded where none is used
     earlier = earlier_critic(config, inputs)
     if config.critic == "shared":
         head = ScalarHead(base.width).to(base.device) if earlier is None else head_of(base, earlier)
@@ -163,6 +172,8 @@ def earlier_critic(config: PpoConfig, inputs: Inputs) -> Path | None:
 
 def trained_parameters(roles: Roles, config: PpoConfig) -> dict[str, list]:
     """What is trained, by the name of its optimiser; a shared critic is a head alone."""
+    if config.advantage != "gae":
+        return {"policy": roles.parameters("policy")}
     critic = roles.parameters("critic") if config.critic == "adapter" else list(roles.heads["critic"].parameters())
     return {"policy": roles.parameters("policy"), "critic": critic}
 
@@ -187,17 +198,14 @@ def ppo_update(bench: Bench, prompts: list[PromptRow], step: int) -> dict[str, f
     clock.append(time.perf_counter())
     kl_coef = bench.progress.facts["kl_coef"]
     score = final_score(bench, experience)
-    rewards = shape_rewards(score, experience.logprobs - experience.reference_logprobs, experience.mask, kl_coef)
-    if config.whiten_rewards:
-        rewards = scale_to_unit_variance(rewards, experience.mask, ranks.sum)
-    advantages, returns = gae(rewards, experience.values, experience.mask, config.gamma, config.gae_lambda)
-    if config.whiten_advantages:
-        advantages = whiten(advantages, experience.mask, ranks.sum)
+    groups = torch.arange(len(score), device=bench.device) // config.responses_per_prompt
+    advantages, returns = estimate(config, experience, score, kl_coef, groups, ranks.sum)
     rate = learning_rate_at(step, bench.total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
-    judged = Judged(experience, advantages, returns)
-    learned = clipped_steps(config, bench.roles, ranks, bench.progress, judged, rate, step)
+    judged = Judged(experience, advantages, returns, kl_coef, train_policy=step >= config.critic_warmup)
+    also = partial(language_step, bench, step)
+    learned = clipped_steps(config, bench.roles, ranks, bench.progress, judged, rate, step, also)
     clock.append(time.perf_counter())
-    metrics = summarise(bench, experience, score, returns, kl_coef)
+    metrics = summarise(bench, experience, score, returns, kl_coef, groups)
     if config.kl_target is not None:
         episodes = config.batch_size * config.responses_per_prompt
         bench.progress.facts["kl_coef"] = next_kl_coef(
@@ -222,19 +230,38 @@ def judge(bench: Bench, rollout: Rollout) -> Experience:
     config, roles, device = bench.config, bench.roles, bench.device
     logprobs, entropy = role_logprobs(roles, "policy", rollout, config.temperature, config.micro_batch_size)
     reference, _ = role_logprobs(roles, "reference", rollout, config.temperature, config.micro_batch_size)
-    trunk = "critic" if config.critic == "adapter" else "policy"
-    values = role_values(roles, trunk, "critic", rollout, config.micro_batch_size)
+    values = critic_values(roles, rollout, config) if config.advantage == "gae" else torch.zeros_like(logprobs)
     score = bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
     return Experience(rollout, rollout.mask.to(device), logprobs, reference, values, score.to(device), entropy)
 
 
+def critic_values(roles: Roles, rollout: Rollout, config: PpoConfig) -> Tensor:
+    """Values (B, T) of the critic, on its own trunk or the policy's."""
+    trunk = "critic" if config.critic == "adapter" else "policy"
+    return role_values(roles, trunk, "critic", rollout, config.micro_batch_size)
+
+
 def final_score(bench: Bench, experience: Experience) -> Tensor:
-    """Scores (B,) as they enter the rewards: a missing end is charged first, then the clip."""
-    config = bench.config
-    ended = experience.rollout.ended.to(experience.score.device)
+    """Scores (B,) as they enter the rewards: normalised, charged for length and for a missing end, then clipped."""
+    config, score = bench.config, experience.score
+    if config.normalise_scores:
+        score = normalise(bench, score)
+    if config.length_penalty:
+        lengths = experience.mask.sum(dim=1)
+        score = score - length_penalty(lengths, config.length_limit, config.length_penalty)
+    ended = experience.rollout.ended.to(score.device)
     how = charge_of(bench, ended) if config.missing_eos == AUTO else config.missing_eos
-    score = charge_missing_eos(experience.score, ended, config.missing_eos_penalty, how)
-    return score if config.score_clip is None else score.clamp(-config.score_clip, config.score_clip)
+    score = charge_missing_eos(score, ended, config.missing_eos_penalty, how)
+    return score if config.score_clip is None else clip_score(score, config.score_clip)
+
+
+def normalise(bench: Bench, score: Tensor) -> Tensor:
+    """Scores (B,) by the running mean and spread of all that were seen, these included."""
+    facts = bench.progress.facts
+    names = ("scores_count", "scores_mean", "scores_m2")
+    moments = RunningMoments(*(facts.get(name, 0.0) for name in names)).updated(score, bench.ranks.sum)
+    facts |= dict(zip(names, (moments.count, moments.mean, moments.m2), strict=True))
+    return moments.normalise(score)
 
 
 def charge_of(bench: Bench, ended: Tensor) -> str:
@@ -250,9 +277,30 @@ def charge_of(bench: Bench, ended: Tensor) -> str:
     return "floor" if facts["responses_end"] else "subtract"
 
 
-def summarise(bench: Bench, experience: Experience, score: Tensor, returns: Tensor, kl_coef: float) -> dict[str, float]:
+def language_step(bench: Bench, step: int, number: int) -> dict[str, float]:
+    """Add the gradient of ptx_coef x language-modelling loss on as many demonstrations as a minibatch has prompts.
+
+    Source: PPO-ptx of Ouyang et al. 2022, eq. 2.
+    """
+    config, ranks = bench.config, bench.ranks
+    if not bench.ptx:
+        return {}
+    place = (step * config.ppo_epochs * config.minibatches + number) % (2**31)
+    size = max(1, config.batch_size // config.minibatches)
+    batch = [bench.ptx[i] for i in batch_at(place, len(bench.ptx), size, config.seed, "ptx")]
+    with bench.roles.use("policy"):
+        loss = learn_rows(
+            bench.roles, ranks.share(batch), count_targets(batch), config.micro_batch_size, config.ptx_coef
+        )
+    return {"ptx_loss": ranks.sum_floats({"loss": loss}, bench.device)["loss"]}
+
+
+def summarise(
+    bench: Bench, experience: Experience, score: Tensor, returns: Tensor, kl_coef: float, groups: Tensor
+) -> dict[str, float]:
     """What is worth knowing of a rollout, over all ranks."""
     rollout, mask = experience.rollout, experience.mask
+    critic, grouped = bench.config.advantage == "gae", bench.config.responses_per_prompt > 1
     kl = sequence_kl(experience.logprobs, experience.reference_logprobs, mask)
     each = {
         "score": experience.score.tolist(),
@@ -280,7 +328,8 @@ def summarise(bench: Bench, experience: Experience, score: Tensor, returns: Tens
         "truncated_rate": 1 - mean["ended"],
         "duplicate_rate": 1 - len(set(texts)) / len(texts),
         "score_length_corr": correlation(all_ranks["score"], all_ranks["length"]),
-        "explained_variance": explained_variance(experience.values, returns, mask),
+        **({"explained_variance": explained_variance(experience.values, returns, mask)} if critic else {}),
+        **({"dead_group_rate": dead_groups(score, groups, bench.ranks.sum)} if grouped else {}),
         "tokens": float(all_ranks["tokens"].sum()),
         "samples": float(len(texts)),
         "memory_gb": peak_memory_gb(bench.device),

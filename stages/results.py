@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -68,10 +69,12 @@ def facts_table(title: str, facts: dict[str, Any]) -> Table:
 
 
 def next_commands(stage: str, config: Any) -> tuple[str, ...]:
-    """What one runs after a training stage."""
+    """What one runs after a training stage, ready for a shell."""
+    output, model = shlex.quote(config.output), shlex.quote(config.model)
     if stage == "sft":
-        return (f"rlhf reward --model {config.output} --dataset COMPARISONS --output DIR",)
+        return (f"rlhf reward --model {output} --dataset COMPARISONS --output DIR",)
     if stage == "reward":
-        return (f"rlhf ppo --model {config.model} --reward {config.output} --dataset PROMPTS --output DIR",)
-    compare = f"--against {config.model} --reward {config.reward[0]} --dataset PROMPTS"
-    return (f"rlhf evaluate --model {config.output} {compare}", f"rlhf export --model {config.output} --output DIR")
+        return (f"rlhf ppo --model {model} --reward {output} --dataset PROMPTS --output DIR",)
+    reward = shlex.quote(config.reward[0]) if stage == "ppo" else "RM"
+    compare = f"--against {model} --reward {reward} --dataset PROMPTS"
+    return (f"rlhf evaluate --model {output} {compare}", f"rlhf export --model {output} --output DIR")

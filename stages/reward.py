@@ -18,7 +18,7 @@ from stages.models.roles import Roles, head_of, start_adapter
 from stages.models.tokens import Text, TokenRow
 from stages.results import Report, Result, next_commands
 from stages.training.batching import batch_at, epoch_at, steps_in
-from stages.training.comparing import TokenComparison, encode_comparison, report_on, report_tables, score_rows
+from stages.training.comparing import TokenComparison, encode_comparison, pairs_of, report_on, report_tables, score_rows
 from stages.training.devices import peak_memory_gb
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
@@ -147,20 +147,14 @@ def comparison_losses(
 
     scores (R,): one per response, comparison by comparison.
     """
-    better, worse, weight, probability, margin = [], [], [], [], []
-    start = 0
-    for comparison in comparisons:
-        for pair in comparison.pairs:
-            better.append(start + pair.better)
-            worse.append(start + pair.worse)
-            weight.append(1 / len(comparison.pairs))
-            probability.append(pair.probability + config.label_smoothing * (1 - 2 * pair.probability))
-            margin.append(pair.margin if config.loss_margin else 0.0)
-        start += len(comparison.responses)
-    winners, losers = scores[better], scores[worse]
+    pairs = pairs_of(comparisons)
+    winners, losers = scores[pairs.better], scores[pairs.worse]
     as_tensor = partial(torch.tensor, device=scores.device, dtype=torch.float32)
-    losses = pair_loss(winners, losers, as_tensor(probability), as_tensor(margin), config.centre_coef)
-    return losses * as_tensor(weight), winners, losers
+    probability = as_tensor(pairs.probability)
+    probability = probability + config.label_smoothing * (1 - 2 * probability)
+    margin = as_tensor(pairs.margin) if config.loss_margin else 0.0
+    losses = pair_loss(winners, losers, probability, margin, config.centre_coef)
+    return losses * as_tensor(pairs.weight), winners, losers
 
 
 def encode_demonstrations(inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int) -> list[TokenRow]:

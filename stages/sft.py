@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from stages.config import SftConfig
 from stages.inputs import Inputs
-from stages.maths.losses import token_nll
-from stages.models.forward import read_targets
 from stages.models.roles import Roles, start_adapter
 from stages.models.tokens import TokenRow
 from stages.results import Report, Result, metrics_table, next_commands
 from stages.rollout.samples import show_samples
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.devices import peak_memory_gb
-from stages.training.held_out import count_targets, held_out_loss, prompt_of
+from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
-from stages.training.passes import accumulate
 from stages.training.plan import plan_result
 from stages.training.seeds import derive
 from stages.training.session import (
@@ -59,7 +53,7 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         numbers = batch_at(step, len(rows), config.batch_size, config.seed, "sft")
         batch = [rows[i] for i in numbers]
         with roles.use("policy"):
-            loss = backward(roles, ranks.share(batch), count_targets(batch), config.micro_batch_size)
+            loss = learn_rows(roles, ranks.share(batch), count_targets(batch), config.micro_batch_size)
         loss = ranks.sum_floats({"loss": loss}, base.device)["loss"]
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
@@ -91,23 +85,6 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     )  # fmt: skip
     found = {"metrics": metrics, "steps": total}
     return Result("sft", "done", config.output, found, (metrics_table("sft", metrics),), next_commands("sft", config))
-
-
-def backward(roles: Roles, rows: list[TokenRow], denominator: int, micro_batch_size: int | str) -> float:
-    """Add the gradient of sum(token losses) / denominator under the active role; returns this loss.
-
-    `denominator` is the number of targets of the whole step, over every micro-batch and rank: means of means would
-    weight short rows more.
-    """
-
-    def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
-        chosen = [rows[i] for i in micro]
-        logprobs = read_targets(roles.base, [r.ids for r in chosen], [r.targets for r in chosen]).logprobs
-        loss = token_nll(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator)
-        return loss, {"loss": loss.item()}
-
-    on_cuda = roles.base.device.type == "cuda"
-    return accumulate([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda).get("loss", 0.0)
 
 
 def report_cuts(rows: list[TokenRow], limit: int, report: Report) -> None:

@@ -157,7 +157,7 @@ def judged_at_random(experience: Experience, seed: int = 0) -> Judged:
 def all_rows(judged: Judged) -> Minibatch:
     """The whole batch as one minibatch."""
     mask = judged.experience.mask
-    return Minibatch(judged, list(range(len(mask))), float(mask.sum()))
+    return Minibatch(judged, list(range(len(mask))), float(mask.sum()), float(len(mask)))
 
 
 def publish_checkpoint(

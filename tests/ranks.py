@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from stages import reward, sft
+from stages import reward
 from stages.maths.tensors import whiten
 from stages.models.base import load_base
 from stages.models.roles import Roles
@@ -19,7 +19,7 @@ from stages.models.source import open_source
 from stages.rollout.clipped import Judged, clipped_steps
 from stages.rollout.experience import Experience, lay_out
 from stages.training.devices import Ranks
-from stages.training.held_out import count_targets
+from stages.training.language import count_targets, learn_rows
 from stages.training.loop import apply_gradients
 from stages.training.session import open_progress
 from tests.parts import (
@@ -55,7 +55,7 @@ def sft_step(base, ranks):
     progress = open_progress(config, {"policy": roles.parameters("policy")})
     rows = token_rows()
     with roles.use("policy"):
-        loss = sft.backward(roles, ranks.share(rows), count_targets(rows), 2)
+        loss = learn_rows(roles, ranks.share(rows), count_targets(rows), 2)
     found = {"sft loss": ranks.sum_floats({"loss": loss}, CPU)["loss"]}
     optimizer = progress.optimizers["policy"]
     before = optimizer.gradient.clone()

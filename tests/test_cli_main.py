@@ -115,21 +115,21 @@ def test_overwrite_and_dry_run_are_passed_on(monkeypatch):
 
 def test_a_new_config_class_is_all_that_a_command_needs(monkeypatch):
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class DpoConfig(TrainingKnobs):
-        """Direct preference optimisation."""
+    class ProbeConfig(TrainingKnobs):
+        """A stage that there is not."""
 
-        beta: float = knob(0.1, "strength", "DPO", above=0)
+        beta: float = knob(0.1, "strength", "Probe", above=0)
 
     before = list(app.registered_commands)
-    monkeypatch.setitem(main.STAGES, "dpo", DpoConfig)
-    main.add_stage("dpo", DpoConfig)
+    monkeypatch.setitem(main.STAGES, "probe", ProbeConfig)
+    main.add_stage("probe", ProbeConfig)
     try:
-        ended, calls = invoke(monkeypatch, ["dpo", *SFT[1:], "--beta", "0.2"])
-        page = CliRunner().invoke(app, ["dpo", "--help"]).stdout
+        ended, calls = invoke(monkeypatch, ["probe", *SFT[1:], "--beta", "0.2"])
+        page = CliRunner().invoke(app, ["probe", "--help"]).stdout
     finally:
         app.registered_commands[:] = before
     assert ended.exit_code == 0 and calls[0].config.beta == 0.2
-    assert "rlhf dpo --model MODEL --dataset DATASET --output OUTPUT\n" in page and "--overwrite" in page
+    assert "rlhf probe --model MODEL --dataset DATASET --output OUTPUT\n" in page and "--overwrite" in page
 
 
 # --- mistakes in the command line ---------------------------------------------------------------------------------

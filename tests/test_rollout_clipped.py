@@ -90,7 +90,9 @@ def test_the_ratio_is_1_in_the_first_minibatch_of_every_update(open_tiny, text, 
         judged = judged_at_random(experience_of(roles, text, PROMPTS, seed=step), seed=step)
         same = backward(ppo_config(), roles, RANKS, all_rows(judged))
         assert same["ratio_max"] == 1 and same["approx_kl"] == 0  # the very same forward pass
-        found = backward(config, roles, RANKS, Minibatch(judged, [1, 3], float(judged.experience.mask[[1, 3]].sum())))
+        found = backward(
+            config, roles, RANKS, Minibatch(judged, [1, 3], float(judged.experience.mask[[1, 3]].sum()), 2.0)
+        )
         assert abs(found["ratio_max"] - 1) <= 1e-5 and abs(found["ratio_mean"] - 1) <= 1e-6
         assert abs(found["approx_kl"]) <= 1e-6 and found["clip_fraction"] == 0 and found["value_clip_fraction"] == 0
         for optimizer in progress.optimizers.values():
@@ -169,7 +171,7 @@ def test_a_mean_of_means_would_give_another_gradient(roles, judged):
     right = gradient(roles.parameters("policy"))
     for row in rows:
         tokens = float(judged.experience.mask[row].sum())
-        backward(config, roles, RANKS, Minibatch(judged, [row], tokens * len(rows)))
+        backward(config, roles, RANKS, Minibatch(judged, [row], tokens * len(rows), 1.0))
     assert relative(gradient(roles.parameters("policy")), right) > 0.01
 
 
@@ -179,7 +181,7 @@ def test_minibatches_have_their_own_tokens_as_denominator(roles, judged):
     parts = []
     for rows in ([0, 2], [3, 1]):
         tokens = float(mask[rows].sum())
-        backward(config, roles, RANKS, Minibatch(judged, rows, tokens))
+        backward(config, roles, RANKS, Minibatch(judged, rows, tokens, float(len(rows))))
         parts.append(gradient(roles.parameters("policy")) * tokens)
     backward(config, roles, RANKS, all_rows(judged))
     assert relative(sum(parts) / mask.sum(), gradient(roles.parameters("policy"))) <= 1e-5
@@ -288,7 +290,7 @@ def test_more_minibatches_than_responses_leave_some_out(roles, judged, monkeypat
     assert progress.optimizers["policy"].updates == 4
 
 
-STILL = {"policy_loss": 1.0, "approx_kl": 0.0, "ratio_mean": 1.0, "ratio_max": 1.0}
+STILL = {"policy_loss": 1.0, "approx_kl": 0.0, "ratio_mean": 1.0, "ratio_max": 1.0, "ratio_error": 0.0}
 
 
 def test_passes_end_once_the_policy_has_moved_too_far(roles, judged, monkeypatch):
@@ -327,9 +329,23 @@ def test_a_minibatch_with_a_wild_ratio_is_not_learned_from(roles, judged):
 
 def test_an_updates_numbers_are_means_but_for_the_largest_and_first_ratio():
     steps = [
-        {"policy_loss": 1.0, "ratio_max": 1.0, "ratio_mean": 1.0, "grad_norm": 3.0, "skipped_steps": 0.0},
-        {"policy_loss": 2.0, "ratio_max": 1.5, "ratio_mean": 1.1, "grad_norm": 5.0, "skipped_steps": 0.0},
-        {"policy_loss": 6.0, "ratio_max": 1.2, "ratio_mean": 1.2, "skipped_steps": 1.0},
+        {
+            "policy_loss": 1.0,
+            "ratio_max": 1.0,
+            "ratio_error": 0.2,
+            "ratio_mean": 1.0,
+            "grad_norm": 3.0,
+            "skipped_steps": 0.0,
+        },
+        {
+            "policy_loss": 2.0,
+            "ratio_max": 1.5,
+            "ratio_error": 0.5,
+            "ratio_mean": 1.1,
+            "grad_norm": 5.0,
+            "nonfinite_steps": 1.0,
+        },
+        {"policy_loss": 6.0, "ratio_max": 1.2, "ratio_error": 0.3, "ratio_mean": 1.2, "skipped_steps": 1.0},
     ]
     assert over_steps(steps) == pytest.approx(
         {
@@ -337,8 +353,10 @@ def test_an_updates_numbers_are_means_but_for_the_largest_and_first_ratio():
             "ratio_mean": 1.1,
             "ratio_max": 1.5,
             "ratio_first": 1.0,
+            "ratio_first_error": 0.2,
             "grad_norm": 4.0,
             "skipped_steps": 1.0,
+            "nonfinite_steps": 1.0,
         }
     )
 

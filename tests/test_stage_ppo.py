@@ -396,3 +396,76 @@ def test_a_longer_response_is_paid_for_and_comes(chain, tmp_path):
     line = ("ppo", "--model", chain().base, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)
     metrics = result(*line, "--output", tmp_path / "x", *flags)["metrics"]
     assert metrics["eval_score"] > 1.25 * metrics["eval_score_before"]
+
+
+# --- estimators without a critic, and what else changes the objective
+
+
+@pytest.mark.parametrize(
+    ("advantage", "more"),
+    [
+        ("rloo", ("--responses-per-prompt", 2)),
+        ("grpo", ("--responses-per-prompt", 2, "--loss-aggregation", "sequence")),
+        ("reinforce++", ()),
+        ("reinforce++-baseline", ("--responses-per-prompt", 2, "--loss-aggregation", "constant")),
+    ],
+)
+def test_estimators_without_a_critic_have_none(chain, tmp_path, advantage, more):
+    ppo(chain(), tmp_path / "x", "--advantage", advantage, *more)
+    assert not (tmp_path / "x" / "critic").exists()
+    last = metrics_of(tmp_path / "x")[-1]
+    assert last["value_loss"] == 0 and "explained_variance" not in last
+    assert ("dead_group_rate" in last) == ("--responses-per-prompt" in more)
+    assert metrics_of(tmp_path / "x")[1]["ratio_first_error"] <= 1e-6
+
+
+def test_rloo_raises_what_it_is_paid_for(chain, tmp_path):
+    (tmp_path / "vowels.py").write_text(VOWELS)
+    more = ("--advantage", "rloo", "--responses-per-prompt", 4, "--max-steps", 12, "--temperature", 1, *FAST)
+    found = ppo(chain(), tmp_path / "x", *more, "--missing-eos-penalty", 0, rm=f"{tmp_path / 'vowels.py'}:score")
+    assert found["metrics"]["eval_score"] > found["metrics"]["eval_score_before"] + 0.3
+
+
+def test_only_the_critic_learns_while_it_warms_up(chain, tmp_path):
+    for steps in (2, 0):
+        ppo(chain(), tmp_path / str(steps), "--critic-warmup", steps, *FAST)
+    start = weights(Path(chain().sft))
+    kept, moved = weights(tmp_path / "2"), weights(tmp_path / "0")
+    assert all(torch.equal(kept[name], start[name]) for name in start)
+    assert any(not torch.equal(moved[name], start[name]) for name in start)
+    critic, reward = weights(tmp_path / "2" / "critic"), weights(Path(chain().reward))
+    assert any(not torch.equal(critic[name], reward[name]) for name in critic)
+
+
+def test_demonstrations_can_be_mixed_in(chain, tmp_path):
+    ppo(chain(), tmp_path / "x", "--ptx-dataset", chain().demonstrations, "--ptx-coef", 5, *FAST)
+    ppo(chain(), tmp_path / "y", *FAST)
+    mixed, plain = metrics_of(tmp_path / "x")[-1], metrics_of(tmp_path / "y")[-1]
+    assert mixed["ptx_loss"] > 0 and "ptx_loss" not in plain
+    assert any(not torch.equal(a, b) for a, b in zip(*(weights(tmp_path / n).values() for n in "xy"), strict=True))
+
+
+def test_scores_are_charged_for_length_and_normalised(chain, tmp_path):
+    (tmp_path / "flat.py").write_text("def score(prompts, responses):\n    return [7.0] * len(responses)\n")
+    more = ("--length-penalty", "0.5", "--length-limit", 3, "--missing-eos-penalty", 0, "--kl-coef", 0)
+    ppo(chain(), tmp_path / "x", *more, rm=f"{tmp_path / 'flat.py'}:score")
+    line = metrics_of(tmp_path / "x")[1]
+    assert line["reward_score"] == 7 and line["reward_total"] <= 7 - 0.5 * (line["response_length"] - 3) + 1e-6
+    ppo(chain(), tmp_path / "y", "--normalise-scores", "--missing-eos-penalty", 0, "--kl-coef", 0)
+    assert abs(metrics_of(tmp_path / "y")[1]["reward_total"]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--advantage", "rloo"), "rloo compares the responses to one prompt"),
+        (("--advantage", "reinforce++", "--critic", "shared"), "reinforce++ has no critic"),
+        (("--kl-estimator", "k3"), "k3 in the reward does not have the gradient of the KL"),
+        (("--kl-placement", "loss", "--kl-estimator", "k1"), "k1 in the loss does not have the gradient of the KL"),
+        (("--dual-clip", "0.5"), "is too small"),
+    ],
+)
+def test_choices_that_cannot_work_are_refused(chain, tmp_path, flags, what):
+    line = ("--model", chain().sft, "--reward", chain().reward, "--dataset", chain().prompts)
+    said = refused("ppo", *line, "--output", tmp_path / "x", *flags)
+    assert what in said and not (tmp_path / "x").exists()

@@ -205,7 +205,7 @@ def test_gradients_are_clipped_together_and_then_forgotten():
     first.grad.fill_(3.0)
     second.grad.fill_(4.0)
     found = apply_gradients(progress, {"policy": 1.0, "critic": 10.0}, 1.0, RANKS, 1)
-    assert found == {"grad_norm": 5.0, "skipped_steps": 0.0}
+    assert found == {"grad_norm": 5.0, "skipped_steps": 0.0, "nonfinite_steps": 0.0}
     # Without memory Adam moves by rate * g / (|g| + eps): 0.6 / 1.6, and 10 * 0.8 / 1.8.
     assert first.item() == pytest.approx(-0.375, abs=1e-5) and second.item() == pytest.approx(-4.4444, abs=1e-4)
     assert first.grad.item() == second.grad.item() == 0.0

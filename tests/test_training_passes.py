@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from stages import reward, sft
+from stages import reward
 from stages.models.forward import read_targets, sequence_scores
 from stages.models.roles import Roles
 from stages.training import signals
-from stages.training.held_out import count_targets
+from stages.training.language import count_targets, learn_rows
 from stages.training.passes import accumulate, collect
 from tests.parts import (
     LENGTHS,
@@ -42,7 +42,7 @@ def roles(open_tiny):
 def sft_gradient(roles, size):
     rows = token_rows()
     with roles.use("policy"):
-        loss = sft.backward(roles, rows, count_targets(rows), size)
+        loss = learn_rows(roles, rows, count_targets(rows), size)
     return loss, gradient(roles.parameters("policy"))
 
 
@@ -76,7 +76,7 @@ def test_a_mean_of_means_would_be_another_gradient(roles):
     right = sft_gradient(roles, "auto")[1]
     with roles.use("policy"):
         for row in token_rows():
-            sft.backward(roles, [row], count_targets([row]) * len(LENGTHS), 1)
+            learn_rows(roles, [row], count_targets([row]) * len(LENGTHS), 1)
     assert relative(gradient(roles.parameters("policy")), right) > 0.01
 
 

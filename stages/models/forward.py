@@ -20,7 +20,7 @@ class Reading:
     """What one forward pass said of the target tokens of a micro-batch, laid end to end."""
 
     logprobs: Tensor  # (M,) fp32
-    entropy: Tensor  # (M,) fp32, detached
+    entropy: Tensor  # (M,) fp32; zeros where it was not asked for
     hidden: Tensor  # (M, H) states from which the targets were predicted
 
 
@@ -61,8 +61,7 @@ def _chunk(base: Base, hidden: Tensor, tokens: Tensor, temperature: float, want_
     logits = base.logits(hidden).float()
     if temperature != 1.0:
         logits = logits / (temperature + 1e-7)
-    with torch.no_grad():
-        spread = entropy(logits) if want_entropy else logits.new_zeros(len(logits))
+    spread = entropy(logits) if want_entropy else logits.new_zeros(len(logits))
     return token_logprobs(logits, tokens), spread
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.config import PpoConfig
-from stages.maths.losses import policy_loss, value_loss
+from stages.maths.losses import aggregate, kl_loss, policy_loss, token_weights, value_loss
 from stages.models.forward import pad, read_targets
 from stages.models.roles import Roles
 from stages.rollout.experience import Experience, read_values
@@ -19,6 +19,8 @@ from stages.training.passes import accumulate
 from stages.training.seeds import permutation
 
 Terms = tuple[Tensor, dict[str, float]]
+SUMS = ("loss", "policy_loss", "kl_loss", "value_loss", "clipped", "values_clipped", "moved", "ratios")
+NOT_AVERAGED = ("ratio_max", "ratio_error", "skipped_steps", "nonfinite_steps", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Judged:
     experience: Experience
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T) the critic's targets
+    kl_coef: float = 0.0  # weight of the KL where it is a loss
+    train_policy: bool = True  # False while only the critic warms up
 
 
 @dataclass(frozen=True)
@@ -37,32 +41,43 @@ class Minibatch:
     judged: Judged
     rows: list[int]
     tokens: float  # response tokens of the step over all ranks: what losses are divided by
+    sequences: float  # responses of the step over all ranks
     ratios: list[float] = field(default_factory=list)  # largest probability ratio of each forward pass
+    errors: list[float] = field(default_factory=list)  # largest distance of a ratio from 1
 
 
 def clipped_steps(
-    config: PpoConfig, roles: Roles, ranks: Ranks, progress: Progress, judged: Judged, rate: float, step: int
+    config: PpoConfig,
+    roles: Roles,
+    ranks: Ranks,
+    progress: Progress,
+    judged: Judged,
+    rate: float,
+    step: int,
+    also: Callable[[int], dict[str, float]] = lambda number: {},
 ) -> dict[str, float]:
     """`ppo_epochs` passes of `minibatches` steps each; ends early once the policy has moved too far.
 
     A minibatch is not learned from where its mean probability ratio exceeds `ratio_limit`, or where the policy has
-    moved more than 1.5 x `target_approx_kl` from the one that sampled. Returns the update's mean statistics.
+    moved more than 1.5 x `target_approx_kl` from the one that sampled. `also(number)` adds the gradient of another
+    loss to optimiser step `number` of the update. Returns the update's mean statistics.
     """
     device = roles.base.device
     rates = {
         "policy": rate,
         "critic": rate * (config.critic_learning_rate or config.learning_rate) / config.learning_rate,
     }
+    rates = {name: rates[name] for name in progress.optimizers if name == "critic" or judged.train_policy}
     history: list[dict[str, float]] = []
     for epoch in range(config.ppo_epochs):
         order = permutation(len(judged.experience.rollout.responses), config.seed, "ppo", step, epoch, ranks.rank)
         for part in range(config.minibatches):
             rows = order[part * len(order) // config.minibatches : (part + 1) * len(order) // config.minibatches]
-            own = {"tokens": float(judged.experience.mask[rows].sum())}
-            tokens = ranks.sum_floats(own, device)["tokens"]
-            if tokens == 0:  # more minibatches than any rank has responses
+            own = {"tokens": float(judged.experience.mask[rows].sum()), "sequences": float(len(rows))}
+            counts = ranks.sum_floats(own, device)
+            if counts["tokens"] == 0:  # more minibatches than any rank has responses
                 continue
-            minibatch = Minibatch(judged, rows, tokens)
+            minibatch = Minibatch(judged, rows, counts["tokens"], counts["sequences"])
             found = backward(config, roles, ranks, minibatch)
             moved_too_far = config.target_approx_kl and found["approx_kl"] > 1.5 * config.target_approx_kl
             if moved_too_far or found["ratio_mean"] > config.ratio_limit:
@@ -70,6 +85,7 @@ def clipped_steps(
                     optimizer.zero()
                 found |= {"skipped_steps": 1.0}
             else:
+                found |= also(len(history)) if judged.train_policy else {}
                 found |= apply_gradients(progress, rates, config.max_grad_norm, ranks, step + 1)
             history.append(found)
             if moved_too_far:
@@ -82,17 +98,21 @@ def backward(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch
 
     A critic with an adapter of its own is a second pass under its own role; a shared one reads the policy's states.
     """
-    if config.critic == "shared":
+    if config.advantage != "gae":
         passes: dict[str, Callable[[list[int]], Terms]] = {
-            "policy": lambda micro: both_terms(config, roles, minibatch, micro)
+            "policy": lambda micro: policy_terms(config, roles, minibatch, micro)[0]
         }
+    elif config.critic == "shared":
+        passes = {"policy": lambda micro: both_terms(config, roles, minibatch, micro)}
     else:
         passes = {
             "policy": lambda micro: policy_terms(config, roles, minibatch, micro)[0],
             "critic": lambda micro: value_terms(config, roles, minibatch, micro, None),
         }
+    if not minibatch.judged.train_policy:
+        passes = {"critic": passes["critic"]}
     sizes = [minibatch.judged.experience.rollout.sizes[i] for i in minibatch.rows]
-    sums = dict.fromkeys(("policy_loss", "value_loss", "clipped", "values_clipped", "moved", "ratios"), 0.0)
+    sums = dict.fromkeys(SUMS, 0.0)
     for role, terms in passes.items():
         with roles.use(role):
             sums |= accumulate(sizes, config.micro_batch_size, terms, on_cuda=roles.base.device.type == "cuda")
@@ -100,12 +120,14 @@ def backward(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch
     return {
         "policy_loss": sums["policy_loss"],
         "value_loss": sums["value_loss"],
-        "loss": sums["policy_loss"] + config.value_coef * sums["value_loss"],
+        "loss": sums["loss"] + config.value_coef * sums["value_loss"],
+        "kl_loss": sums["kl_loss"],
         "approx_kl": sums["moved"] / minibatch.tokens,
         "clip_fraction": sums["clipped"] / minibatch.tokens,
         "value_clip_fraction": sums["values_clipped"] / minibatch.tokens,
         "ratio_mean": sums["ratios"] / minibatch.tokens,
         "ratio_max": ranks.max(max(minibatch.ratios, default=0.0), roles.base.device),
+        "ratio_error": ranks.max(max(minibatch.errors, default=0.0), roles.base.device),
     }
 
 
@@ -119,20 +141,39 @@ def both_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: lis
 def policy_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int]) -> tuple[Terms, Tensor]:
     """The clipped surrogate of some rows of a minibatch, its sums, and the hidden states (M, H) it was read from."""
     rows, lengths, sequences, targets = cut(minibatch, micro)
-    reading = read_targets(roles.base, sequences, targets, temperature=config.temperature)
-    old, advantages, mask = (
+    bonus = config.entropy_coef > 0
+    reading = read_targets(roles.base, sequences, targets, temperature=config.temperature, want_entropy=bonus)
+    judged = minibatch.judged
+    old, reference, advantages, mask = (
         x[rows, : max(lengths)]
-        for x in (minibatch.judged.experience.logprobs, minibatch.judged.advantages, minibatch.judged.experience.mask)
+        for x in (
+            judged.experience.logprobs,
+            judged.experience.reference_logprobs,
+            judged.advantages,
+            judged.experience.mask,
+        )
     )
-    found = policy_loss(pad(reading.logprobs, lengths), old, advantages, mask, config.clip_range, minibatch.tokens)
+    logprobs = pad(reading.logprobs, lengths)
+    counts = {"tokens": minibatch.tokens, "sequences": minibatch.sequences, "max_length": config.max_response_tokens}
+    weights = token_weights(mask, config.loss_aggregation, **counts)
+    clips = {"clip_high": config.clip_range_high, "dual_clip": config.dual_clip}
+    found = policy_loss(logprobs, old, advantages, mask, config.clip_range, weights=weights, **clips)
     minibatch.ratios.append(float(found.ratio.max()))
+    minibatch.errors.append(float((found.ratio - 1)[mask].abs().max()))
+    total = found.loss
     counted = {
         "policy_loss": found.loss.item(),
         "clipped": float(found.clipped_count),
         "moved": float(found.approx_kl_sum),
         "ratios": float(found.ratio.sum()),
     }
-    return (found.loss, counted), reading.hidden
+    if config.kl_place == "loss":
+        distance = kl_loss(logprobs, reference, mask, config.kl_kind, weights=weights)
+        total = total + judged.kl_coef * distance
+        counted["kl_loss"] = distance.item()
+    if bonus:
+        total = total - config.entropy_coef * aggregate(pad(reading.entropy, lengths), mask, weights=weights)
+    return (total, counted | {"loss": total.item()}), reading.hidden
 
 
 def value_terms(
@@ -143,7 +184,11 @@ def value_terms(
     flat = read_values(roles, "critic", sequences, targets) if hidden is None else roles.heads["critic"](hidden)
     old, returns, mask = (
         x[rows, : max(lengths)]
-        for x in (minibatch.judged.experience.values, minibatch.judged.returns, minibatch.judged.experience.mask)
+        for x in (
+            minibatch.judged.experience.values,
+            minibatch.judged.returns,
+            minibatch.judged.experience.mask,
+        )
     )
     found = value_loss(pad(flat, lengths), old, returns, mask, config.value_clip_range, minibatch.tokens)
     counted = {"value_loss": found.loss.item(), "values_clipped": float(found.clipped_count)}
@@ -160,13 +205,14 @@ def cut(minibatch: Minibatch, micro: list[int]) -> tuple[Tensor, list[int], list
 
 
 def over_steps(history: list[dict[str, float]]) -> dict[str, float]:
-    """An update's statistics: means over its steps, the largest ratio, the first ratio, and how many were skipped."""
-    names = [n for n in history[0] if n not in ("ratio_max", "skipped_steps", "grad_norm")]
+    """An update's statistics: means over its steps, the largest and the first ratio, and how many were skipped."""
+    names = [n for n in history[0] if n not in NOT_AVERAGED]
     out = {name: sum(found[name] for found in history) / len(history) for name in names}
     norms = [found["grad_norm"] for found in history if "grad_norm" in found]
     return out | {
         "ratio_max": max(found["ratio_max"] for found in history),
         "ratio_first": history[0]["ratio_max"],
+        "ratio_first_error": history[0]["ratio_error"],
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
-        "skipped_steps": sum(found.get("skipped_steps", 0.0) for found in history),
+        **{n: sum(found.get(n, 0.0) for found in history) for n in ("skipped_steps", "nonfinite_steps")},
     }

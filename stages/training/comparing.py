@@ -47,6 +47,31 @@ class TokenComparison:
         return self.responses[self.pairs[0].better]
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Every pair of some comparisons, with responses numbered comparison by comparison."""
+
+    better: list[int]
+    worse: list[int]
+    weight: list[float]  # 1 / (number of pairs of its comparison)
+    probability: list[float]  # that the better one really is
+    margin: list[float]
+
+
+def pairs_of(comparisons: list[TokenComparison]) -> Pairs:
+    """The pairs of comparisons whose responses are laid end to end."""
+    pairs, start = Pairs([], [], [], [], []), 0
+    for comparison in comparisons:
+        for pair in comparison.pairs:
+            pairs.better.append(start + pair.better)
+            pairs.worse.append(start + pair.worse)
+            pairs.weight.append(1 / len(comparison.pairs))
+            pairs.probability.append(pair.probability)
+            pairs.margin.append(pair.margin)
+        start += len(comparison.responses)
+    return pairs
+
+
 def encode_comparison(row: Comparison, text: Text, max_tokens: int) -> TokenComparison:
     """Tokenise a comparison."""
     return TokenComparison(text.comparison(row, max_tokens), row.pairs)
@@ -71,11 +96,15 @@ def report_on(
     Source of the list: Stiennon et al. 2020 and Singhal et al. 2023 (accuracy, calibration, length bias).
     """
     rows = [row for c in comparisons for row in c.responses]
-    scores = score_rows(roles, role, rows, micro_batch_size)
+    return report_of(score_rows(roles, role, rows, micro_batch_size), comparisons)
+
+
+def report_of(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, object]:
+    """The same from scores (R,), one per response, comparison by comparison."""
+    rows = [row for c in comparisons for row in c.responses]
     lengths = torch.tensor([float(row.targets.sum()) for row in rows])
-    offsets = torch.tensor([0, *[len(c.responses) for c in comparisons]]).cumsum(0).tolist()
-    better = [start + p.better for start, c in zip(offsets, comparisons, strict=False) for p in c.pairs]
-    worse = [start + p.worse for start, c in zip(offsets, comparisons, strict=False) for p in c.pairs]
+    pairs = pairs_of(comparisons)
+    better, worse = pairs.better, pairs.worse
     delta = scores[better] - scores[worse]
     longer = lengths[better] - lengths[worse]
     accuracy = accuracy_of_pairs(delta)

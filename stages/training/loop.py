@@ -142,6 +142,8 @@ def apply_gradients(
 ) -> dict[str, float]:
     """Sum gradients over ranks, clip their joint norm, and step; a non-finite gradient is dropped and counted.
 
+    Only the optimisers that `learning_rates` names step; every gradient is forgotten.
+
     Raises TrainingStopped after several dropped in a row.
     """
     optimizers = list(progress.optimizers.values())
@@ -151,8 +153,8 @@ def apply_gradients(
     finite = math.isfinite(norm)
     if finite:
         progress.bad_steps = 0
-        for name, optimizer in progress.optimizers.items():
-            optimizer.step(learning_rates[name])
+        for name, learning_rate in learning_rates.items():
+            progress.optimizers[name].step(learning_rate)
     else:
         progress.bad_steps += 1
     for optimizer in optimizers:
@@ -163,7 +165,10 @@ def apply_gradients(
             step=step,
             advice="lower --learning-rate, or look for broken rows or an unstable base; the last saved state is kept",
         )
-    return {"grad_norm": norm if finite else float("nan"), "skipped_steps": 0.0 if finite else 1.0}
+    return {
+        "grad_norm": norm if finite else float("nan"),
+        **dict.fromkeys(("skipped_steps", "nonfinite_steps"), float(not finite)),
+    }
 
 
 def read_metrics(run: Run) -> list[dict[str, float]]:

@@ -1,21 +1,42 @@
-"""Loss on held-out demonstrations."""
+"""The language-modelling loss on demonstrations: learned from, or measured on held-out ones."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from stages.files.rows import Demonstration, Prompt
+from stages.maths.losses import token_nll
 from stages.models.forward import read_targets
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
-from stages.training.passes import collect
+from stages.training.passes import accumulate, collect
 
 
 def count_targets(rows: list[TokenRow]) -> int:
     """Tokens that are learned, over rows."""
     return sum(int(row.targets.sum()) for row in rows)
+
+
+def learn_rows(
+    roles: Roles, rows: list[TokenRow], denominator: int, micro_batch_size: int | str, weight: float = 1.0
+) -> float:
+    """Add the gradient of weight x sum(token losses) / denominator under the active role; returns the loss unweighted.
+
+    `denominator` is the number of targets of the whole step, over every micro-batch and rank: means of means would
+    weight short rows more.
+    """
+
+    def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
+        chosen = [rows[i] for i in micro]
+        logprobs = read_targets(roles.base, [r.ids for r in chosen], [r.targets for r in chosen]).logprobs
+        loss = token_nll(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator)
+        return weight * loss, {"loss": loss.item()}
+
+    on_cuda = roles.base.device.type == "cuda"
+    return accumulate([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda).get("loss", 0.0)
 
 
 def held_out_loss(roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: int | str) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 
 from stages.files.rows import Demonstration
 from stages.models.roles import Roles
-from stages.training.held_out import count_targets, held_out_loss, prompt_of
+from stages.training.language import count_targets, held_out_loss, prompt_of
 from tests.parts import LENGTHS, STARTS, roles_on, token_rows, whole_model
 
 
