@@ -163,8 +163,8 @@ def backward(roles: Roles, rows: list[Known], denominator: int, config: DpoConfi
 
     zeros = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
     with roles.use("policy"):
-        on_cuda = roles.base.device.type == "cuda"
-        return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
+        how = {"on_cuda": roles.base.device.type == "cuda", "gradients": roles.gradients()}
+        return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, **how)
 
 
 def comparison_losses(

@@ -42,6 +42,14 @@ class DeviceError(UserError):
     """A device or precision that this machine does not have."""
 
 
+class OutOfMemory(DeviceError):
+    """Not even one row, of so many `tokens`, fits into memory."""
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, tokens: int = 0):
+        self.tokens = tokens
+        super().__init__(what, where=where, fix=fix)
+
+
 class RewardError(UserError):
     """A reward source that cannot be loaded, raises, or returns something other than one finite number each."""
 

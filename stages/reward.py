@@ -135,9 +135,9 @@ def backward(roles: Roles, rows: list[TokenComparison], denominator: int, config
         counts |= {"score_chosen": better.detach().sum(), "score_rejected": worse.detach().sum()}
         return loss, {name: float(value) for name, value in counts.items()}
 
-    on_cuda = roles.base.device.type == "cuda"
+    how = {"on_cuda": roles.base.device.type == "cuda", "gradients": roles.gradients()}
     zeros = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
-    return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
+    return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, **how)
 
 
 def comparison_losses(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ConfigError
 from stages.files.atomic import write_json
@@ -64,6 +64,13 @@ class Roles:
         """What a role trains: its adapter's weights and its head's."""
         adapter, head = self.adapters[role], self.heads.get(role)
         return [*(adapter.parameters() if adapter else ()), *(head.parameters() if head else ())]
+
+    def gradients(self) -> list[Tensor]:
+        """The buffers that the gradients of everything trained lie in, each once."""
+        trained = [p.grad for role in self.adapters for p in self.parameters(role) if p.grad is not None]
+        trained += [p.grad for head in self.heads.values() for p in head.parameters() if p.grad is not None]
+        whole = [grad if grad._base is None else grad._base for grad in trained]
+        return list({id(buffer): buffer for buffer in whole}.values())
 
 
 def new_adapter(base: Base, rank: int | None, alpha: float | None, targets: list[str], seed: int) -> Adapter:

@@ -113,9 +113,10 @@ def backward(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch
         passes = {"critic": passes["critic"]}
     sizes = [minibatch.judged.experience.rollout.sizes[i] for i in minibatch.rows]
     sums = dict.fromkeys(SUMS, 0.0)
+    how = {"on_cuda": roles.base.device.type == "cuda", "gradients": roles.gradients()}
     for role, terms in passes.items():
         with roles.use(role):
-            sums |= accumulate(sizes, config.micro_batch_size, terms, on_cuda=roles.base.device.type == "cuda")
+            sums |= accumulate(sizes, config.micro_batch_size, terms, **how)
     sums = ranks.sum_floats(sums, roles.base.device)
     return {
         "policy_loss": sums["policy_loss"],

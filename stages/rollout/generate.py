@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.models.base import Base
 from stages.training import signals
+from stages.training.passes import divisor, out_of_memory, smaller
 from stages.training.seeds import noise
 
 ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
@@ -43,13 +44,24 @@ def generate(
     size = rows if isinstance(rows, int) else ROWS_AT_ONCE[base.device.type]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     out: list[Tensor | None] = [None] * len(prompts)
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        uniform = noise([keys[i] for i in chosen], sampling.max_tokens).to(base.device)
-        responses = _generate_batch(base, [prompts[i] for i in chosen], uniform, stop_ids, sampling)
+    done = 0
+    while done < len(order):
+        chosen = order[done : done + max(1, size // divisor())]
+        try:
+            uniform = noise([keys[i] for i in chosen], sampling.max_tokens).to(base.device)
+            responses = _generate_batch(base, [prompts[i] for i in chosen], uniform, stop_ids, sampling)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            responses, reason = None, str(error).splitlines()[0]
+        if responses is None:
+            tokens = len(prompts[chosen[0]]) + sampling.max_tokens
+            smaller(len(chosen), f"sampling one response, {tokens} tokens with its prompt: {reason}", tokens)
+            continue
         for i, response in zip(chosen, responses, strict=True):
             out[i] = response
-        progress(min(start + size, len(order)))
+        done += len(chosen)
+        progress(done)
     return out  # type: ignore[return-value]
 
 

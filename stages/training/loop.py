@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from stages.config import TrainingKnobs
-from stages.errors import Interrupted, TrainingStopped, UserError
+from stages.errors import Interrupted, OutOfMemory, TrainingStopped, UserError
 from stages.files.run import Run
 from stages.results import Report
 from stages.training import signals
 from stages.training.devices import Ranks
 from stages.training.optimizer import AdamW, clip
+from stages.training.passes import divisor
+from stages.training.plan import memory_text
 
 AHEAD = "ahead"  # in a state: the numbers of the update behind its weights, one step ahead of the logs
+SMALLER = "forward passes have 1/{} of their size from here on, and the result stays the same"
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients in a row before training stops itself
 
 
@@ -74,7 +77,7 @@ def train(
         ahead = state.facts.pop(AHEAD, None)
         progress.restore(state.tensors, state.facts)
         report.note(f"resuming after step {done} of {total}")
-    saved = max(done, 0)
+    saved, whole = max(done, 0), 1
     report.begin(title, total, saved)
     try:
         # The first rank stops at once and saves; the others go on until they miss it, so that it never waits for them.
@@ -85,6 +88,9 @@ def train(
                 if step < 0 or step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
                     metrics |= evaluate(step + 1)
                 done, ahead = step + 1, None
+                if divisor() > whole:
+                    whole = divisor()
+                    report.warn(f"step {done}: memory ran out; {SMALLER.format(whole)}")
                 _record(run, report, ranks, done, metrics)
                 # A bad step may come of weights that are bad already: the state before them is worth keeping.
                 if done and (done % config.save_every == 0 or done == total) and not progress.bad_steps:
@@ -96,10 +102,15 @@ def train(
             _save(run, progress, done, ahead)
             saved = done
         raise Interrupted(stop.number, step=saved, output=str(run.folder)) from None
-    except UserError:  # a reward function that failed, perhaps only this once; other ranks may be waiting elsewhere
+    except (
+        UserError
+    ) as error:  # a reward function that failed, perhaps only this once; other ranks may be waiting elsewhere
         if done >= 0 and ranks.size == 1:
             _save(run, progress, done, ahead)
             report.note(f"state of step {done} saved in {run.folder}")
+        if isinstance(error, OutOfMemory):
+            plan = memory_text(run.stage, config, error.tokens)
+            raise OutOfMemory(f"{error.what}\n    needed at least: {plan}", where=error.where, fix=error.fix) from None
         raise
     finally:
         report.end()

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from stages.models.roles import ADAPTER, DEFAULT_RANK
-from stages.models.source import Source
+from stages.models.source import Source, open_source
 from stages.results import Result, Table
 from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
 from stages.training.devices import pick_device, pick_dtype
 
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "shared")
+ADAPTERS = {"sft": 1, "reward": 1, "dpo": 2}  # others: policy, reference, critic and reward
+TRAINABLE = "trainable parameters"
 FP32 = 4
 LOGITS_AT_ONCE_BYTES = 2**27
 
@@ -41,8 +43,13 @@ def adapter_size(config: Any, source: Source, linear: dict[str, tuple[int, ...]]
     return sum((config.lora_rank or DEFAULT_RANK) * (a + b) for a, b in chosen)
 
 
-def memory_by_part(config: Any, source: Source, adapters: int, longest: int) -> dict[str, float]:
-    """Estimated bytes of the base, adapters with their gradients and moments, one pass's activations, and logits."""
+def memory_by_part(
+    config: Any, source: Source, adapters: int, longest: int, *, least: bool = False
+) -> dict[str, float]:
+    """Estimated bytes of the base, adapters with their gradients and moments, one pass's activations, and logits.
+
+    With `least` a pass is the smallest there is: one row of `longest` tokens.
+    """
     device = pick_device(config.device)
     width = pick_dtype(config.dtype, device).itemsize
     shapes = tensor_shapes(source.base)
@@ -51,26 +58,33 @@ def memory_by_part(config: Any, source: Source, adapters: int, longest: int) -> 
     trained = adapter_size(config, source, linear)
     on_cuda = device.type == "cuda"
     budget = max(longest, TOKENS_AT_ONCE_CUDA if on_cuda else TOKENS_AT_ONCE_CPU)
-    if isinstance(config.micro_batch_size, int):
-        budget = config.micro_batch_size * longest
+    if least or isinstance(config.micro_batch_size, int):
+        budget = longest * (1 if least else config.micro_batch_size)
     per_token = sum(a + b for a, b in linear.values()) * width * (0.15 if config.gradient_checkpointing else 1.0)
     parts = {
         "frozen base": weights * width,
         "adapters (weights)": adapters * trained * FP32,
-        "gradients and Adam moments": min(adapters, 2) * trained * FP32 * 3,
+        "gradients and Adam moments": max(1, adapters // 2) * trained * FP32 * 3,
         "activations of one forward pass": budget * per_token,
         "logits": LOGITS_AT_ONCE_BYTES * 2,
     }
-    return parts | {"trainable parameters": trained}
+    return parts | {TRAINABLE: trained}
+
+
+def memory_text(stage: str, config: Any, tokens: int) -> str:
+    """The same estimate in a line, for a pass over one row of so many tokens."""
+    known = ("sft", "reward", "ppo", "dpo")
+    source = open_source(config.model, stages=known, what="--model", trust_remote_code=config.trust_remote_code)
+    parts = memory_by_part(config, source, ADAPTERS.get(stage, 4), tokens, least=True)
+    return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items() if name != TRAINABLE)
 
 
 def plan_result(
     stage: str, config: Any, source: Source, sizes: list[int], total: int, left_out: dict[str, int]
 ) -> Result:
     """The plan of a stage that was resolved and checked but will not train."""
-    adapters = {"sft": 1, "reward": 1}.get(stage, 4)
-    parts = memory_by_part(config, source, adapters, max(sizes))
-    trained = int(parts.pop("trainable parameters"))
+    parts = memory_by_part(config, source, ADAPTERS.get(stage, 4), max(sizes))
+    trained = int(parts.pop(TRAINABLE))
     memory = {name: size / 1e9 for name, size in parts.items()} | {"total": sum(parts.values()) / 1e9}
     facts = {
         "rows": len(sizes),

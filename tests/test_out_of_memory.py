@@ -1,0 +1,146 @@
+"""Running out of memory: passes shrink, results stay the same, and a row too large for it is said to be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stages.models.base import Base
+from stages.rollout import generate
+from stages.training import passes
+from stages.training.passes import accumulate, collect
+from tests.commands import assert_same_weights, done, lines_of, refused
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
+RUN = (
+    "--batch-size",
+    8,
+    "--max-steps",
+    2,
+    "--lora-rank",
+    4,
+    "--samples",
+    0,
+    "--limit-rows",
+    40,
+    "--eval-fraction",
+    0.2,
+)
+MORE = {
+    "ppo": ("--max-response-tokens", 4, "--ppo-epochs", 2, "--learning-rate", "1e-3"),
+    "dpo": (),
+    "sft": (),
+    "reward": (),
+}
+
+
+@pytest.fixture(autouse=True)
+def whole_passes(monkeypatch):
+    monkeypatch.setattr(passes._Share, "divisor", 1)
+
+
+class OutOfMemoryInBackward(torch.autograd.Function):
+    """The identity, whose backward pass finds no memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise torch.OutOfMemoryError(FULL)
+
+
+def learn(rows_that_fit):
+    """Sum of squares of a weight per row, by `accumulate`; a larger pass fails when half its gradient is there."""
+    weight = torch.nn.Parameter(torch.tensor([3.0]))
+    weight.grad = torch.zeros(1)
+    sizes = []
+
+    def forward(rows):
+        sizes.append(len(rows))
+        loss = sum((i + 1) * weight.square().sum() for i in rows)
+        if len(rows) > rows_that_fit:
+            # the first term's backward adds its gradient before the second one's fails
+            loss = torch.stack([loss, OutOfMemoryInBackward.apply(loss * 1.0)]).sum()
+            loss.register_hook(lambda grad: weight.grad.add_(100.0) and None)
+        return loss, {"rows": float(len(rows))}
+
+    sums = accumulate([1] * 6, 6, forward, on_cuda=False, gradients=[weight.grad])
+    return float(weight.grad), sums, sizes
+
+
+def test_a_pass_that_fails_half_way_leaves_no_trace_in_the_gradient():
+    # d/dw of (1 + 2 + ... + 6) w^2 at 3 is 21 * 6
+    assert learn(6) == (126.0, {"rows": 6.0}, [6])
+    gradient, sums, sizes = learn(2)
+    assert (gradient, sums) == (126.0, {"rows": 6.0})
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1] and passes.divisor() == 4
+
+
+def test_results_come_in_order_however_the_batch_had_to_be_cut():
+    def forward(rows):
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError(FULL)
+        return [torch.tensor(float(row)) for row in rows]
+
+    found = collect([5, 9, 1, 7, 3], "auto", forward, on_cuda=False)
+    assert [float(x) for x in found] == [0, 1, 2, 3, 4]
+
+
+def test_other_failures_are_not_taken_for_it():
+    def forward(rows):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        collect([1, 2], "auto", forward, on_cuda=False)
+    assert passes.divisor() == 1
+
+
+def fits(monkeypatch, rows):
+    """Let a forward pass of more rows find no memory, in training and in sampling."""
+    hidden, batch = Base.hidden, generate._generate_batch
+
+    def small_hidden(base, sequences):
+        if len(sequences) > rows:
+            raise torch.OutOfMemoryError(FULL)
+        return hidden(base, sequences)
+
+    def small_batch(base, prompts, *rest):
+        if len(prompts) > rows:
+            raise torch.OutOfMemoryError(FULL)
+        return batch(base, prompts, *rest)
+
+    monkeypatch.setattr(Base, "hidden", small_hidden)
+    monkeypatch.setattr(generate, "_generate_batch", small_batch)
+
+
+def command(found, stage, output):
+    inputs = {
+        "sft": ("--model", found.base, "--dataset", found.demonstrations),
+        "reward": ("--model", found.sft, "--dataset", found.comparisons),
+        "dpo": ("--model", found.sft, "--dataset", found.comparisons),
+        "ppo": ("--model", found.sft, "--reward", found.reward, "--dataset", found.prompts),
+    }
+    return (stage, *inputs[stage], "--output", output, *RUN, *MORE[stage])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_a_run_in_too_little_memory_gives_the_same_result(chain, tmp_path, monkeypatch, stage):
+    done(*command(chain(), stage, tmp_path / "whole"))
+    fits(monkeypatch, 2)
+    ended = done(*command(chain(), stage, tmp_path / "small"))
+    assert "step 0: memory ran out; forward passes have 1/" in ended.stderr
+    assert ended.stderr.count("memory ran out") == 1
+    assert_same_weights(tmp_path / "small", tmp_path / "whole", within=2e-5)
+    losses = [[line["loss"] for line in lines_of(tmp_path / run / "metrics.jsonl")[1:]] for run in ("small", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_where_one_row_is_too_much_the_message_has_the_plan_and_the_knobs(chain, tmp_path, monkeypatch, stage):
+    fits(monkeypatch, 0)
+    said = refused(*command(chain(), stage, tmp_path / "out"))
+    assert "out of memory in" in said and FULL in said
+    assert "needed at least: frozen base 0.00 GB" in said and "activations of one forward pass" in said
+    assert "--gradient-checkpointing" in said and "--lora-rank" in said
