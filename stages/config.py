@@ -212,6 +212,9 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         "reward checkpoint, or file.py:function, each with an optional =weight; repeat for several",
         REWARD,
     )
+    reward_timeout: float = knob(
+        600.0, "seconds that a reward function may take for one call; 0 is no limit", REWARD, low=0, inert=True
+    )
     missing_eos_penalty: float = knob(1.0, "charge for a response that never ends; 0 turns it off", REWARD, low=0)
     missing_eos: str = knob(
         AUTO,
@@ -354,6 +357,9 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
     output: str | None = knob(None, "also write the report to this .json file", OUTPUT, inert=True)
     reward: list[str] = knob([], "reward source that scores responses", REWARD)
     gold: list[str] = knob([], "a second source, reported apart and never trained on", REWARD)
+    reward_timeout: float = knob(
+        600.0, "seconds that a reward function may take for one call; 0 is no limit", REWARD, low=0, inert=True
+    )
     against: str | None = knob(None, "checkpoint or base to compare with, prompt by prompt", EVALUATION)
     reference: str | None = knob(
         None, "where KL is measured from", EVALUATION, auto="the checkpoint that the policy was trained from"

@@ -66,7 +66,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
             fix=f"give at least {ranks.size}, or start fewer ranks",
         )
     roles = open_roles(Roles(base), config, inputs)
-    rewards = Rewards(inputs.rewards, roles, config.micro_batch_size)
+    rewards = Rewards(inputs.rewards, roles, config.micro_batch_size, timeout=config.reward_timeout)
     progress = open_progress(config, trained_parameters(roles, config))
     progress.facts["kl_coef"] = config.kl_coef
     sampling = Sampling(config.temperature, config.max_response_tokens, rows_at_once=config.rollout_batch_size)

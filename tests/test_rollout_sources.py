@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from stages.errors import RewardError
 from stages.models.roles import Roles
 from stages.models.source import open_source
 from stages.models.tokens import PromptRow
+from stages.rollout import sources
 from stages.rollout.sources import Rewards, call_function
 from stages.rollout.specs import Spec, load_function
 from tests.parts import publish_checkpoint, random_adapter, random_head, sequences_of
@@ -135,7 +138,7 @@ def test_a_function_that_raises_is_named_with_its_line(tmp_path):
     path.write_text("def score(prompts, responses):\n    x = {}\n    return [x[r] for r in responses]\n")
     name = f"{path}:score"
     said = refused(load_function(name, "--reward"), name)
-    assert said == f"it raised KeyError: '4' ({path}:3)"
+    assert said == f"it raised KeyError: '4' ({path}:3) for the response '4' to 'two and two?' (p.jsonl:1)"
 
 
 # --- several sources
@@ -220,3 +223,52 @@ def test_sources_of_two_lists_stand_side_by_side(base, roles, tmp_path):
     assert not torch.equal(gold.score(ROWS, RESPONSES, TEXTS, ended), alone)
     assert not any(p.requires_grad for role in ("reward", "gold", "gold1") for p in roles.parameters(role))
     assert base.switch.active is None
+
+
+# --- a function that fails or hangs at one response
+
+
+def endless():
+    while True:
+        pass
+
+
+def test_the_response_at_which_a_function_fails_is_named():
+    def score(prompts, responses):
+        return [float(text) for text in responses[:-1]] + [1 / (len(responses[-1]) - len(" three"))]
+
+    said = refused(score)
+    assert "ZeroDivisionError" in said and "for the response ' three' to \"[{'role': 'user'" in said
+    assert said.endswith("(p.jsonl:2)")
+
+
+def test_a_function_that_fails_at_all_of_them_together_names_none():
+    def score(prompts, responses):
+        if len(responses) > 1:
+            raise ValueError("too many")
+        return [0.0]
+
+    assert refused(score) == "it raised ValueError: too many"
+
+
+def test_a_function_that_hangs_is_stopped_and_the_response_named(monkeypatch):
+    monkeypatch.setattr(sources, "CULPRIT_SECONDS", 0.1)
+
+    def score(prompts, responses):
+        try:
+            return [endless() if "three" in text else 0.0 for text in responses]
+        except Exception:  # a user's function may swallow what it likes
+            return [0.0] * len(responses)
+
+    with pytest.raises(RewardError) as caught:
+        call_function(score, "f.py:score", ROWS, TEXTS, flag="--gold", timeout=0.1)
+    assert caught.value.where == "--gold f.py:score" and "--reward-timeout" in caught.value.fix
+    assert caught.value.what.startswith("it took longer than 0.1 seconds for 2 responses for the response ' three' to")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_function_that_is_quick_enough_is_left_alone():
+    before = signal.getsignal(signal.SIGALRM)
+    found = call_function(lambda prompts, responses: [1.0, 2.0], "f.py:score", ROWS, TEXTS, timeout=5)
+    assert found.tolist() == [1.0, 2.0]
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

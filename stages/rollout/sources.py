@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 
 import torch
@@ -17,13 +21,21 @@ from stages.rollout.specs import Spec, python_file, reason_of
 from stages.training.passes import collect
 
 LARGEST = torch.finfo(torch.float32).max
+CULPRIT_SECONDS = 30.0  # spent at most on finding the response at which a function fails
 
 
 class Rewards:
     """Scores responses with every source and adds them up, weighted."""
 
-    def __init__(self, specs: list[Spec], roles: Roles, micro_batch_size: int | str, prefix: str = "reward"):
-        self.specs, self.roles, self.micro_batch_size = specs, roles, micro_batch_size
+    def __init__(
+        self,
+        specs: list[Spec],
+        roles: Roles,
+        micro_batch_size: int | str,
+        prefix: str = "reward",
+        timeout: float = 0,
+    ):
+        self.specs, self.roles, self.micro_batch_size, self.timeout = specs, roles, micro_batch_size, timeout
         self.names = {id(s): f"{prefix}{i or ''}" for i, s in enumerate(x for x in specs if x.checkpoint)}
         for spec in specs:
             if spec.checkpoint is not None:
@@ -41,7 +53,8 @@ class Rewards:
             if spec.checkpoint is not None:
                 total += spec.weight * self._model_scores(self.names[id(spec)], prompts, responses, ended)
             else:
-                total += spec.weight * call_function(spec.function, spec.name, prompts, texts)
+                scores = call_function(spec.function, spec.name, prompts, texts, flag=spec.flag, timeout=self.timeout)
+                total += spec.weight * scores
         return total
 
     def _model_scores(self, role: str, prompts: list[PromptRow], responses: list[Tensor], ended: Tensor) -> Tensor:
@@ -61,32 +74,97 @@ class Rewards:
         return torch.stack(scores)
 
 
-def call_function(function: Callable[..., object], name: str, prompts: list[PromptRow], texts: list[str]) -> Tensor:
-    """Scores (B,) from a user's function; raises RewardError, with the prompt, for anything but finite numbers."""
-    columns = {key: [p.columns.get(key) for p in prompts] for key in sorted({k for p in prompts for k in p.columns})}
+def call_function(
+    function: Callable[..., object],
+    name: str,
+    prompts: list[PromptRow],
+    texts: list[str],
+    *,
+    flag: str = "--reward",
+    timeout: float = 0,
+) -> Tensor:
+    """Scores (B,) from a user's function.
+
+    Raises RewardError, with the prompt, where the function raises, takes longer than `timeout` seconds (0: no limit),
+    or returns anything but one finite number for each response.
+    """
+    where = f"{flag} {name}"
     try:
-        result = function([p.text for p in prompts], list(texts), **_accepted(function, columns))
-    except Exception as error:
-        path = python_file(name)
+        with time_limit(timeout):
+            result = _called(function, prompts, texts)
+    except TookTooLong:
+        slow = _culprit(function, prompts, texts, timeout)
         raise RewardError(
-            f"it raised {reason_of(error, path)}", where=f"--reward {name}", fix="mend the function"
+            f"it took longer than {timeout:g} seconds for {len(prompts)} responses{slow}",
+            where=where,
+            fix="mend the function, or give it longer with --reward-timeout",
         ) from None
+    except Exception as error:
+        guilty = _culprit(function, prompts, texts, timeout)
+        reason = reason_of(error, python_file(name))
+        raise RewardError(f"it raised {reason}{guilty}", where=where, fix="mend the function") from None
     result = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(result, (list, tuple)) or len(result) != len(prompts):
         got = f"{len(result)} numbers" if isinstance(result, (list, tuple)) else type(result).__name__
         raise RewardError(
-            f"it returned {got} for {len(prompts)} responses",
-            where=f"--reward {name}",
-            fix="return a list with one number each",
+            f"it returned {got} for {len(prompts)} responses", where=where, fix="return a list with one number each"
         )
     for prompt, text, number in zip(prompts, texts, result, strict=True):
         if isinstance(number, bool) or not isinstance(number, Real) or not abs(number) <= LARGEST:
             raise RewardError(
-                f"it returned {number!r} for the response {text[:80]!r} to {str(prompt.text)[:80]!r} ({prompt.where})",
-                where=f"--reward {name}",
+                f"it returned {number!r}{_for(prompt, text)}",
+                where=where,
                 fix="return a finite number for every response",
             )
     return torch.tensor(result, dtype=torch.float32)
+
+
+def _called(function: Callable[..., object], prompts: list[PromptRow], texts: list[str]) -> object:
+    columns = {key: [p.columns.get(key) for p in prompts] for key in sorted({k for p in prompts for k in p.columns})}
+    return function([p.text for p in prompts], list(texts), **_accepted(function, columns))
+
+
+def _for(prompt: PromptRow, text: str) -> str:
+    return f" for the response {text[:80]!r} to {str(prompt.text)[:80]!r} ({prompt.where})"
+
+
+def _culprit(function: Callable[..., object], prompts: list[PromptRow], texts: list[str], timeout: float) -> str:
+    """The first response at which a function fails by itself, in words; nothing where each by itself is well."""
+    limit = min(timeout or CULPRIT_SECONDS, CULPRIT_SECONDS)
+    began = now = time.monotonic()
+    for prompt, text in zip(prompts, texts, strict=True):
+        now = time.monotonic()
+        try:
+            with time_limit(max(0.001, limit - (now - began))):
+                _called(function, [prompt], [text])
+        except TookTooLong:  # the one that hangs, unless it only came last
+            return _for(prompt, text) if time.monotonic() - now > 0.5 * limit else ""
+        except Exception:
+            return _for(prompt, text)
+    return ""
+
+
+class TookTooLong(BaseException):
+    """A time limit was reached; not an Exception, so that no user code swallows it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TookTooLong within the block after so many seconds (0: never; nor where the system has no such clock)."""
+    if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: object) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _accepted(function: Callable[..., object], columns: dict[str, list]) -> dict[str, list]:

@@ -25,6 +25,7 @@ class Spec:
     checkpoint: Source | None
     function: Callable[..., object] | None
     digest: str  # of the checkpoint, or of the function's file
+    flag: str = "--reward"  # where it was named
 
 
 def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
@@ -53,7 +54,7 @@ def open_rewards(
     for flag in flags:
         name, weight = parse_reward(flag, what)
         if is_function(name):
-            specs.append(Spec(name, weight, None, load_function(name, what), file_digest(python_file(name))))
+            specs.append(Spec(name, weight, None, load_function(name, what), file_digest(python_file(name)), what))
             continue
         source = open_source(name, stages=("reward",), what=what, trust_remote_code=trust_remote_code)
         if source.manifest is None:
@@ -64,7 +65,7 @@ def open_rewards(
             )
         if policy is not None:
             same_base(policy, source, first_flag="--model", second_flag=what)
-        specs.append(Spec(name, weight, source, None, source.digest))
+        specs.append(Spec(name, weight, source, None, source.digest, what))
     return specs
 
 
