@@ -14,12 +14,12 @@ from torch import Tensor
 from stages.config import TrainingKnobs
 from stages.errors import Interrupted, TrainingStopped, UserError
 from stages.files.run import Run
+from stages.files.states import AHEAD
 from stages.results import Report
 from stages.training import signals
 from stages.training.devices import Ranks
 from stages.training.optimizer import AdamW, clip
 
-AHEAD = "ahead"  # in a state: the numbers of the update behind its weights, one step ahead of the logs
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients in a row before training stops itself
 
 
