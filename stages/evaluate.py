@@ -20,7 +20,7 @@ from stages.models.candidates import Candidate, candidate_of, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.results import Report, Result, Table, facts_table, metrics_table
-from stages.rollout.contest import contest, contest_tables
+from stages.rollout.contest import SIDE_BY_SIDE, contest, contest_tables
 from stages.rollout.frontier import curve_tables, describe_turn, frontier_plot, turning_point
 from stages.rollout.generate import Sampling
 from stages.rollout.measure import Bench, Measured, best_of_rows, measure, sampling_of, summarise
@@ -46,7 +46,8 @@ def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool
     if "comparisons" in rows:
         model = replace(candidate_of(config.model, source), reference=inputs.reference)
         reports = contest(roles, [model, *inputs.also], rows["comparisons"], report)
-        found |= {reports[0]["kind"]: reports[0]} | ({"compared": reports} if inputs.also else {})
+        own = {name: value for name, value in reports[0].items() if name not in SIDE_BY_SIDE}
+        found |= {reports[0]["kind"]: own} | ({"compared": reports} if inputs.also else {})
         tables = contest_tables(reports)
     if "demonstrations" in rows:
         roles.add("policy", adapter_of(base, source, trainable=False))

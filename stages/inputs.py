@@ -182,7 +182,7 @@ def _comparing_inputs(config: EvaluateConfig, source: Source, reference: Source 
         if getattr(config, name):
             raise ConfigError(
                 f"{config.model} is measured on comparisons, where nothing is sampled",
-                where=name,
+                where=f"--{name.replace('_', '-')}",
                 fix="leave it out, use --also to compare, or give a policy as --model with prompts as --dataset",
             )
     also = _also(config, source, ("reward", *IMPLICIT), "")

@@ -64,7 +64,9 @@ def read_run(path: str) -> dict[str, object]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError("no such folder", where=path, fix="give the folder that holds sft/, reward/, ppo/ or dpo/")
+        raise CheckpointError(
+            "no such folder", where=path, fix="give the folder that holds sft/, reward/, ppo/ or dpo/"
+        )
     manifests = {stage: read_json(folder / stage / MANIFEST) for stage in STAGES}
     own = read_json(folder / MANIFEST)
     if own:

@@ -15,6 +15,7 @@ from stages.training.comparing import TokenComparison, pairs_of, report_of, repo
 from stages.training.implicit import flatten, summed_logprobs
 
 ABSENT = "-"
+SIDE_BY_SIDE = ("model", "label", "kind", "agreement")  # what a report has beside others, and not alone
 
 
 def kind_of(candidate: Candidate) -> str:
