@@ -350,7 +350,7 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
-    """Measure a checkpoint: a policy on prompts or demonstrations, a reward model on comparisons."""
+    """Measure checkpoints: policies on prompts or demonstrations, reward models and DPO on comparisons."""
 
     output: str | None = knob(None, "also write the report to this .json file", OUTPUT, inert=True)
     reward: list[str] = knob([], "reward source that scores responses", REWARD)
@@ -588,8 +588,6 @@ def _parse_one(raw: object, kind: object) -> object:
 def _parse_numbers(raw: object) -> list[int]:
     """Whole numbers: `1,2,4`, one number, or a list of either."""
     parts = [part for item in (raw if isinstance(raw, (list, tuple)) else [raw]) for part in _split(item)]
-    if not parts:
-        raise ValueError
     return [_parse_one(part, int) for part in parts]  # type: ignore[misc]
 
 

@@ -298,7 +298,7 @@ def test_other_sampling_than_in_training_is_told(chain, scores):
         (("--best-of", "2,0", "--reward", "R"), ["--best-of: 0 is too small"]),
         (("--best-of", "2;3", "--reward", "R"), ["--best-of", "such as 1,2,4"]),
         (("--also", "R"), ["--also", "no policy", "--reward"]),
-        (("--also", "S/state"), ["--also: ", "state does not exist"]),
+        (("--also", "S/state"), ["--also: ", "state holds no state", "--keep-state"]),
         (("--plot", "x.svg", "--reward", "R"), ["--plot: one checkpoint alone is no curve"]),
         (("--plot", "x.svg", "--also", "S"), ["--plot: there is no score to draw"]),
         (("--plot", "x.png", "--also", "S", "--reward", "R"), ["--plot: x.png does not end in .svg"]),

@@ -68,7 +68,7 @@ def open_candidates(
     path = Path(name).expanduser()
     if (path / ABOUT).is_file():
         return [_open_state(name, path, stages, what, trust_remote_code)]
-    if path.name == STATE and path.is_dir() and not is_checkpoint(path):
+    if path.name == STATE and path.parent.is_dir() and not is_checkpoint(path):
         places = states_in(path)
         if not places:
             raise CheckpointError(f"{name} holds no state", where=what, fix="train with --keep-state --keep-states 10")
@@ -87,7 +87,11 @@ def run_of(state: Path) -> Path:
 
 def _open_state(name: str, place: Path, stages: tuple[str, ...], what: str, trusted: bool) -> Candidate:
     """One resume state, of a finished run or of one that is not."""
-    about, run = read_about(place), run_of(place)
+    run = run_of(place)
+    try:
+        about = read_about(place)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} is damaged: {error.what}", where=what, fix="give another state") from None
     if is_checkpoint(run):
         source = open_source(str(run), stages=stages, what=what, trust_remote_code=trusted)
         stage, knobs = source.manifest.stage, dict(source.manifest.config)
