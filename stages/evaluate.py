@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -132,8 +131,7 @@ def measure_policies(
             report.log(done := done + 1, {})
         report.log(done := done + 1, found[name])
     if inputs.also:
-        log = partial(report.log, done + len(inputs.also))
-        found |= measure_frontier(bench, [model, *inputs.also], measured["policy"], log)
+        found |= measure_frontier(bench, [model, *inputs.also], measured["policy"], report, done)
     report.end()
     if inputs.against is not None:
         scores = {name: side.scores for name, side in measured.items()}
@@ -163,16 +161,16 @@ def answer(bench: Bench, candidate: Candidate) -> Measured:
 
 
 def measure_frontier(
-    bench: Bench, candidates: list[Candidate], first: Measured, log: Callable[[dict[str, float]], None]
+    bench: Bench, candidates: list[Candidate], first: Measured, report: Report, done: int
 ) -> dict[str, object]:
     """A row per candidate by rising KL, and where the gold score turns; `first` is what the first one answered."""
     rows, gold = [], {}
-    for candidate, label in zip(candidates, labels_of(candidates), strict=True):
+    for number, (candidate, label) in enumerate(zip(candidates, labels_of(candidates), strict=True)):
         measured = first if not rows else answer(bench, candidate)
         summary = summarise(measured)
         rows.append({"model": candidate.name, "label": label} | summary)
         gold[candidate.name] = measured.scores.get("gold")
-        log(summary)
+        report.log(done + number, summary)
     rows.sort(key=lambda row: row["kl"])
     found: dict[str, object] = {"frontier": rows}
     if bench.judges.keys() >= {"score", "gold"}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.rollout.frontier import describe_turn, frontier_plot, turning_point
+from stages.rollout.frontier import by_run, describe_turn, frontier_plot, turning_point
 
 
 def rows(*numbers):
@@ -38,6 +38,17 @@ def test_nothing_turns(numbers):
 
 def test_rows_without_gold_are_passed_over():
     assert turning_point([{"model": "m", "kl": 1.0, "score": 2.0}, {"model": "n", "kl": 2.0, "gold": None}]) is None
+
+
+def test_the_states_of_a_run_are_one_line_with_its_checkpoint():
+    models = ["a/sft", "r/ppo/state/step-000002", "r/ppo", "q/ppo/state/step-000001", "x/dpo/state/step-000003", "x/rm"]
+    found = by_run([{"model": model} for model in models])
+    assert {name: [row["model"] for row in rows] for name, rows in found.items()} == {
+        "checkpoints": ["a/sft", "x/rm"],
+        "r/ppo": ["r/ppo/state/step-000002", "r/ppo"],
+        "q/ppo": ["q/ppo/state/step-000001"],
+        "dpo": ["x/dpo/state/step-000003"],
+    }
 
 
 def test_a_picture_needs_no_gold():

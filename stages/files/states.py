@@ -2,6 +2,8 @@
 
 state/step-000200/state.safetensors   weights and moments of every optimiser
 state/step-000200/state.json          the run it belongs to, step, facts, sizes of the logs, sha256 of both
+
+Beside the steps lies what a stage need not compute again, such as what the reference of `rlhf dpo` says of its rows.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ No torch: `rlhf report` reads the same rows from a file, where anything may be m
 from __future__ import annotations
 
 import math
+from pathlib import PurePath
 
 from stages.files.plot import Point, Series, scatter
 from stages.results import Table
@@ -114,15 +115,28 @@ def _name(row: Row) -> str:
 
 
 def frontier_plot(rows: list[Row], best_of: list[Row], title: str) -> str:
-    """Score (solid) and gold score (dashed) over the KL to the reference, as SVG."""
+    """Score (solid) and gold score (dashed) over the KL to the reference, as SVG: a line for each run with states."""
     series = []
-    for colour, (kind, points) in enumerate((("checkpoints", rows), ("best of n", best_of))):
+    for colour, (kind, points) in enumerate([*by_run(rows).items(), ("best of n", best_of)]):
         for key, dashed in (("score", False), ("gold", True)):
             found = [_point(row, key) for row in points if is_number(row.get(key))]
             if found:
                 series.append(Series(f"{key}, {kind}", found, dashed, colour))
     return scatter(series, title=title, x_label="KL to the reference, nats (square-root scale)", y_label="score",
                    x_scale="sqrt")  # fmt: skip
+
+
+def by_run(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows that belong to one line, by its name: the states of a run with its checkpoint, and all other checkpoints."""
+    runs = {str(row["model"]).rpartition("/state/step-")[0] for row in rows} - {""}
+    short = {run: PurePath(run).name for run in runs}
+    named = {run: name if list(short.values()).count(name) == 1 else run for run, name in short.items()}
+    out: dict[str, list[Row]] = {}
+    for row in rows:
+        model = str(row["model"])
+        run = model.rpartition("/state/step-")[0] or model.rstrip("/")
+        out.setdefault(named.get(run, "checkpoints"), []).append(row)
+    return out
 
 
 def _point(row: Row, key: str) -> Point:
