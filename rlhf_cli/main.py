@@ -144,7 +144,9 @@ REPORT = "What came of a run: every stage's held-out numbers, and SFT against PP
 
 @app.command("report", cls=PanelCommand, help=f"{REPORT}\n\n\b\nExample:\n  rlhf report runs/x", short_help=REPORT)
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="folder with sft, reward, ppo and evaluate.json")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN", help="folder with sft, reward, ppo, dpo and evaluate.json")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help=RUN_OPTIONS["json"][1])] = False,
     debug: Annotated[bool, typer.Option("--debug", help=RUN_OPTIONS["debug"][1])] = False,
 ) -> int:

@@ -38,7 +38,7 @@ def option(
 
 def _parameter(name: str, field: dataclasses.Field, about: Knob, kind: object) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
-    repeatable = " (repeatable)" if typing.get_origin(kind) is list else ""
+    repeatable = " (repeatable)" if kind == list[str] else ""
     text = f"{about.help}{repeatable}  {shown_default(default_of(field), about)}".rstrip()
     if kind is bool:
         return option(name, f"{flag}/--no-{flag[2:]}", text, bool | None, panel=about.panel)
@@ -54,7 +54,7 @@ def metavar(about: Knob, kind: object) -> str:
     if typing.get_origin(kind) is dict:
         return "NAME=COLUMN,..."
     if typing.get_origin(kind) is list:
-        return "TEXT"
+        return "N,N,..." if kind == list[int] else "TEXT"
     kinds = [k for k in typing.get_args(kind) or (kind,) if k is not type(None)]
     return "INTEGER|auto" if kinds == [int, str] else TYPE_NAMES[kinds[0]]
 

@@ -87,6 +87,7 @@ class TrainingKnobs(ModelKnobs, DataKnobs):
         REQUIRED, "folder for the checkpoint; the same command again resumes or says it is done", OUTPUT, inert=True
     )
     save_every: int = knob(50, "save resume state every N steps", OUTPUT, low=1, inert=True)
+    keep_states: int = knob(2, "resume states kept while training", OUTPUT, low=1, inert=True)
     keep_state: bool = knob(False, "keep the resume state after the run has finished", OUTPUT, inert=True)
 
     eval_dataset: str | None = knob(None, "held-out rows", DATA, auto="eval_fraction of the dataset")
@@ -352,7 +353,7 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
-    """Measure a checkpoint: a policy on prompts or demonstrations, a reward model on comparisons."""
+    """Measure checkpoints: policies on prompts or demonstrations, reward models and DPO on comparisons."""
 
     output: str | None = knob(None, "also write the report to this .json file", OUTPUT, inert=True)
     reward: list[str] = knob([], "reward source that scores responses", REWARD)
@@ -368,6 +369,16 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
     mask: str = knob(
         "completion", "which tokens count in perplexity", EVALUATION, choices=("completion", "assistant", "all")
     )
+    best_of: list[int] = knob(
+        [], "also take the best of this many responses by --reward, for each of these numbers", EVALUATION, low=1
+    )
+    also: list[str] = knob(
+        [],
+        "another checkpoint, base or resume state (RUN/state: all of them) in one table with --model: policies on "
+        "prompts; reward models, DPO and PPO policies on comparisons",
+        EVALUATION,
+    )
+    plot: str | None = knob(None, "draw scores over KL into this .svg file", OUTPUT, inert=True)
     examples: int = knob(3, "prompts shown with their responses", EVALUATION, low=0)
     temperature: float | None = knob(
         None, "sampling temperature", ROLLOUT, above=0, auto="what the policy was trained at, else 1.0"
@@ -382,6 +393,20 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
                 "a win rate needs something that scores responses",
                 where="against",
                 fix="give --reward (a reward checkpoint or file.py:function) or --gold",
+            )
+        if self.best_of and not self.reward:
+            raise ConfigError(
+                "the best of several responses needs something that scores them",
+                where="best_of",
+                fix="give --reward (a reward checkpoint or file.py:function)",
+            )
+        if self.plot and not (self.also or self.best_of):
+            raise ConfigError(
+                "one checkpoint alone is no curve", where="plot", fix="give --also CHECKPOINT, or --best-of 1,2,4,8"
+            )
+        if self.plot and not (self.reward or self.gold):
+            raise ConfigError(
+                "there is no score to draw", where="plot", fix="give --reward CHECKPOINT or --reward file.py:function"
             )
 
 
@@ -552,6 +577,8 @@ def _parse_one(raw: object, kind: object) -> object:
         if not isinstance(raw, (str, int, float)) or not str(raw).strip():
             raise TypeError
         return str(raw)
+    if kind == list[int]:
+        return _parse_numbers(raw)
     if typing.get_origin(kind) is list:
         items = [raw] if isinstance(raw, str) else raw
         if not isinstance(items, (list, tuple)) or not all(
@@ -562,6 +589,16 @@ def _parse_one(raw: object, kind: object) -> object:
     if typing.get_origin(kind) is dict:
         return _parse_pairs(raw)
     raise TypeError
+
+
+def _parse_numbers(raw: object) -> list[int]:
+    """Whole numbers: `1,2,4`, one number, or a list of either."""
+    parts = [part for item in (raw if isinstance(raw, (list, tuple)) else [raw]) for part in _split(item)]
+    return [_parse_one(part, int) for part in parts]  # type: ignore[misc]
+
+
+def _split(item: object) -> list[object]:
+    return list(item.split(",")) if isinstance(item, str) else [item]
 
 
 def _parse_pairs(raw: object) -> dict[str, str]:
@@ -580,7 +617,11 @@ def _parse_pairs(raw: object) -> dict[str, str]:
 
 
 def check_bounds(value: object, about: Knob, where: str) -> None:
-    """Raise ConfigError where a value lies outside its knob's bounds or choices."""
+    """Raise ConfigError where a value, or one of a list, lies outside its knob's bounds or choices."""
+    if isinstance(value, list):
+        for item in value:
+            check_bounds(item, about, where)
+        return
     if about.choices and value not in about.choices:
         near = difflib.get_close_matches(str(value), about.choices, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
@@ -608,6 +649,8 @@ def describe(kind: object) -> str:
         str: "a text that is not empty",
         type(None): "null",
     }
+    if kind == list[int]:
+        return "a list of whole numbers, such as 1,2,4"
     if typing.get_origin(kind) is list:
         return "a list of texts"
     if typing.get_origin(kind) is dict:

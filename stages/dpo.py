@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -12,16 +12,16 @@ from stages.config import DpoConfig
 from stages.files.atomic import write_json
 from stages.inputs import Inputs
 from stages.maths.preferences import dpo_loss, implicit_reward, ipo_loss, kto_baseline, kto_loss
-from stages.models.forward import read_targets
 from stages.models.roles import Roles, adapter_of, frozen_copy, start_adapter
 from stages.models.tokens import TokenRow
 from stages.results import Report, Result, next_commands
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import TokenComparison, encode_comparison, pairs_of, report_of, report_tables
 from stages.training.devices import Ranks, peak_memory_gb
+from stages.training.implicit import cached_logprobs, flatten, logprob_sums, summed_logprobs
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
-from stages.training.passes import accumulate, collect
+from stages.training.passes import accumulate
 from stages.training.plan import plan_result
 from stages.training.seeds import derive
 from stages.training.session import context_limit, encode_all, open_base, open_progress, open_text, publish
@@ -49,12 +49,22 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     roles.add("reference", frozen_copy(adapter_of(base, source, trainable=False)))
     progress = open_progress(config, {"policy": roles.parameters("policy")})
     report.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
-    known = reference_logprobs(roles, rows, config)
-    held_reference = summed_logprobs(roles, "reference", flatten(held), config.micro_batch_size) if held else None
+
+    @cache  # once the run has its folder, and what an earlier one knew has been looked for there
+    def reference_of(which: str) -> Tensor:
+        asked = flatten({"train": rows, "held_out": held}[which])
+        return cached_logprobs(out, which, roles, "reference", source.digest, asked, config.micro_batch_size, report)
+
+    @cache
+    def known() -> list[Tensor]:
+        return list(reference_of("train").split([len(row.responses) for row in rows]))
+
+    def held_out_report() -> dict[str, object]:
+        return report_of(implicit_scores(roles, held, reference_of("held_out"), config), held) if held else {}
 
     def update(step: int) -> dict[str, float]:
         numbers = batch_at(step, len(rows), config.batch_size, config.seed, "dpo")
-        batch = [Known(rows[i], known[i]) for i in numbers]
+        batch = [Known(rows[i], known()[i]) for i in numbers]
         sums = ranks.sum_floats(backward(roles, ranks.share(batch), len(batch), config, ranks), base.device)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
@@ -70,15 +80,16 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         }
 
     def evaluate(step: int) -> dict[str, float]:
-        if not held:
-            return {}
-        found = report_of(implicit_scores(roles, held, held_reference, config), held)
-        return {f"eval_{name}": found[name] for name in ("accuracy", "log_loss", "margin_mean", "score_length_corr")}
+        if step == 0:
+            known()  # before the clock of the first step runs
+        found = held_out_report()
+        names = ("accuracy", "log_loss", "margin_mean", "score_length_corr")
+        return {f"eval_{name}": found[name] for name in names if name in found}
 
     train(out, report, ranks, progress, config, title="dpo", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("dpo", "done", config.output, {})
-    found = report_of(implicit_scores(roles, held, held_reference, config), held) if held else {}
+    found = held_out_report()
     write_json(out.folder / REPORT_FILE, found)
     lines = read_metrics(out)
     numbers = {k: v for k, v in found.items() if isinstance(v, (int, float))}
@@ -109,34 +120,6 @@ class Known:
     @property
     def size(self) -> int:
         return self.comparison.size
-
-
-def flatten(comparisons: list[TokenComparison]) -> list[TokenRow]:
-    """Every response of every comparison, in order."""
-    return [row for comparison in comparisons for row in comparison.responses]
-
-
-def summed_logprobs(roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: int | str) -> Tensor:
-    """Log-probability (N,) of each row's target tokens together under a role, without gradient, on the CPU."""
-
-    def forward(micro: list[int]) -> list[Tensor]:
-        return list(logprob_sums(roles, [rows[i] for i in micro]).cpu())
-
-    with roles.use(role):
-        on_cuda = roles.base.device.type == "cuda"
-        return torch.stack(collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda))
-
-
-def logprob_sums(roles: Roles, rows: list[TokenRow]) -> Tensor:
-    """The same for one forward pass under the active role, with gradient."""
-    logprobs = read_targets(roles.base, [r.ids for r in rows], [r.targets for r in rows]).logprobs
-    return torch.stack([part.sum() for part in logprobs.split([int(r.targets.sum()) for r in rows])])
-
-
-def reference_logprobs(roles: Roles, rows: list[TokenComparison], config: DpoConfig) -> list[Tensor]:
-    """What the reference says of every training response, once: (K,) per comparison."""
-    sums = summed_logprobs(roles, "reference", flatten(rows), config.micro_batch_size)
-    return list(sums.split([len(row.responses) for row in rows]))
 
 
 def implicit_scores(roles: Roles, rows: list[TokenComparison], reference: Tensor, config: DpoConfig) -> Tensor:

@@ -1,33 +1,33 @@
-"""Measures a checkpoint: a reward model on comparisons, a policy on demonstrations or prompts."""
+"""Measures checkpoints: policies on prompts or demonstrations, reward models and implicit rewards on comparisons."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from stages.config import EvaluateConfig
 from stages.errors import DatasetError
-from stages.files.atomic import write_json
+from stages.files.atomic import write_json, write_text
 from stages.files.rows import Demonstration, Prompt
 from stages.inputs import Inputs
 from stages.maths.statistics import mean_with_error, wilson_interval
-from stages.models.roles import Roles, adapter_of, head_of
-from stages.models.source import Source
+from stages.models.candidates import Candidate, candidate_of, labels_of
+from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.results import Report, Result, Table, facts_table, metrics_table
-from stages.rollout.experience import Rollout, roll_out, rollout_kl
+from stages.rollout.contest import SIDE_BY_SIDE, contest, contest_tables
+from stages.rollout.frontier import curve_tables, describe_turn, frontier_plot, turning_point
 from stages.rollout.generate import Sampling
+from stages.rollout.measure import Bench, Measured, best_of_rows, measure, sampling_of, summarise
 from stages.rollout.samples import readable
 from stages.rollout.sources import Rewards
-from stages.training.comparing import encode_comparison, report_on, report_tables
+from stages.training.comparing import encode_comparison
 from stages.training.language import held_out_loss, prompt_of
 from stages.training.session import context_limit, encode_all, open_base, open_text
-
-DEFAULT_RESPONSE_TOKENS = 128
 
 
 def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -43,19 +43,25 @@ def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool
     found: dict[str, object] = {"model": config.model, "dataset": config.dataset}
     tables: tuple[Table, ...] = ()
     if "comparisons" in rows:
-        roles.add("reward", adapter_of(base, source, trainable=False), head_of(base, source.folder))
-        found["reward_model"] = report_on(roles, "reward", rows["comparisons"], "auto")
-        tables = report_tables(found["reward_model"])
+        model = replace(candidate_of(config.model, source), reference=inputs.reference)
+        reports = contest(roles, [model, *inputs.also], rows["comparisons"], report)
+        own = {name: value for name, value in reports[0].items() if name not in SIDE_BY_SIDE}
+        found |= {reports[0]["kind"]: own} | ({"compared": reports} if inputs.also else {})
+        tables = contest_tables(reports)
     if "demonstrations" in rows:
         roles.add("policy", adapter_of(base, source, trainable=False))
         found["perplexity"] = measure_perplexity(roles, rows["demonstrations"])
         tables = (metrics_table("perplexity", found["perplexity"]),)
     if "prompts" in rows:
-        found |= measure_policy(config, inputs, roles, text, rows["prompts"], report)
+        found |= measure_policies(config, inputs, roles, text, rows["prompts"], report)
         tables += policy_tables(found)
     if config.output:
         write_json(Path(config.output).expanduser(), found)
-    is_policy = source.manifest is not None and "comparisons" not in rows
+    if config.plot:
+        picture = frontier_plot(curve_of(found), found.get("best_of", []), f"{found['prompts']} prompts")
+        write_text(Path(config.plot).expanduser(), picture)
+        report.note(f"drew {config.plot}")
+    is_policy = source.manifest is not None and source.manifest.stage != "reward"
     further = (f"rlhf export --model {shlex.quote(config.model)} --output DIR",) if is_policy else ()
     return Result("evaluate", "done", config.output, found, tables, further)
 
@@ -67,7 +73,7 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report)
     """
     source, data = inputs.source, inputs.data
     encode = partial(encode_all, skip_bad=config.skip_bad_rows, report=report)
-    if source.manifest is not None and source.manifest.stage == "reward":
+    if data.kind in ("comparison", "rating"):
         read = partial(encode_comparison, text=text, max_tokens=context_limit(config.max_tokens, source, report))
         return {"comparisons": encode(data.rows, read, what="comparisons")}
     rows: dict[str, list] = {}
@@ -76,12 +82,18 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report)
         read = partial(text.demonstration, mask=config.mask, max_tokens=limit)
         rows["demonstrations"] = encode(data.rows, read, what="demonstrations")
     if data.kind == "prompt" or inputs.rewards or inputs.gold:
-        longest = min(config.max_prompt_tokens or 2**30, source.context - sampling_of(config, source).max_tokens)
+        sampling = sampling_of(source, config.temperature, config.max_response_tokens, config.rollout_batch_size)
+        longest = min(config.max_prompt_tokens or 2**30, source.context - sampling.max_tokens)
         asked = [row if isinstance(row, Prompt) else prompt_of(row) for row in data.rows if is_prompt(row)]
         if not asked:
             raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
         rows["prompts"] = encode(asked, partial(text.prompt, max_tokens=longest), what="prompts")
     return rows
+
+
+def is_prompt(row: object) -> bool:
+    """True where a row can be asked."""
+    return isinstance(row, Prompt) or (isinstance(row, Demonstration) and prompt_of(row) is not None)
 
 
 def measure_perplexity(roles: Roles, rows: list[TokenRow]) -> dict[str, float]:
@@ -90,69 +102,87 @@ def measure_perplexity(roles: Roles, rows: list[TokenRow]) -> dict[str, float]:
     return {"loss": found["eval_loss"], "perplexity": found["eval_perplexity"], "rows": len(rows)}
 
 
-def measure_policy(
+# --- policies on prompts
+
+
+def measure_policies(
     config: EvaluateConfig, inputs: Inputs, roles: Roles, text: Text, prompts: list[PromptRow], report: Report
 ) -> dict[str, object]:
-    """Score, KL, length of responses to prompts; against another checkpoint, both and the win rate."""
-    sampling = sampling_of(config, inputs.source)
-    sources = {"score": inputs.rewards, "gold": inputs.gold}
-    judges = {n: Rewards(specs, roles, "auto", prefix=f"{n} ") for n, specs in sources.items() if specs}
+    """Score, KL, length of --model's responses; beside those of --against and --also, and the best of several."""
+    source = inputs.source
+    judges = {"score": inputs.rewards, "gold": inputs.gold}
+    rewards = {name: Rewards(specs, roles, "auto", prefix=f"{name} ") for name, specs in judges.items() if specs}
     if inputs.reference is not None:
         roles.add("reference", adapter_of(roles.base, inputs.reference, trainable=False))
-    contenders = {"policy": adapter_of(roles.base, inputs.source, trainable=False)}
-    if inputs.against is not None:
-        contenders["against"] = adapter_of(roles.base, inputs.against, trainable=False)
-    report.begin("evaluate", len(contenders))
-    rollouts, scores, measures = {}, {}, {}
-    for done, (name, adapter) in enumerate(contenders.items(), 1):
-        roles.add("policy", adapter)
-        keys = [(config.seed, "evaluate", i) for i in range(len(prompts))]  # both answer with the same noise
-        rollouts[name] = roll_out(roles, "policy", text, prompts, keys, sampling)
-        scores[name] = {n: judge_rollout(judge, rollouts[name]) for n, judge in judges.items()}
-        kl = rollout_kl(roles, rollouts[name], sampling.temperature, "auto") if inputs.reference else None
-        measures[name] = summarise(rollouts[name], scores[name], kl)
-        report.log(done, measures[name])
+    sampling = sampling_of(source, config.temperature, config.max_response_tokens, config.rollout_batch_size)
+    bench = Bench(roles, text, prompts, sampling, rewards, config.seed)
+    model = candidate_of(config.model, source)
+    sides = {"policy": model} | ({"against": candidate_of(config.against, inputs.against)} if inputs.against else {})
+    warn_of_other_sampling([*sides.values(), *inputs.also], sampling, report)
+    report.begin("evaluate", len(sides) + bool(config.best_of) + len(inputs.also))
+    found: dict[str, object] = {"prompts": len(prompts), "temperature": sampling.temperature}
+    measured: dict[str, Measured] = {}
+    done = 0
+    for name, candidate in sides.items():
+        measured[name] = answer(bench, candidate)
+        found[name] = summarise(measured[name])
+        if name == "policy" and config.best_of:
+            found["best_of"] = best_of_rows(bench, measured[name], config.best_of)
+            report.log(done := done + 1, {})
+        report.log(done := done + 1, found[name])
+    if inputs.also:
+        found |= measure_frontier(bench, [model, *inputs.also], measured["policy"], report, done)
     report.end()
-    found: dict[str, object] = {"prompts": len(prompts), "temperature": sampling.temperature, **measures}
     if inputs.against is not None:
+        scores = {name: side.scores for name, side in measured.items()}
         found["compared_with"] = config.against
         found["win_rate"] = {
-            {"score": "reward"}.get(n, n): win_rate(scores["policy"][n], scores["against"][n]) for n in judges
+            {"score": "reward"}.get(n, n): win_rate(scores["policy"][n], scores["against"][n]) for n in rewards
         }
-    found["examples"] = examples(prompts, rollouts, scores, config.examples)
+    found["examples"] = examples(prompts, measured, config.examples)
     return found
 
 
-def is_prompt(row: object) -> bool:
-    """True where a row can be asked."""
-    return isinstance(row, Prompt) or (isinstance(row, Demonstration) and prompt_of(row) is not None)
+def warn_of_other_sampling(candidates: list[Candidate], sampling: Sampling, report: Report) -> None:
+    """Say where a policy is sampled in another way than it was trained: its KL and scores are not those of training."""
+    used = {"temperature": sampling.temperature, "max_response_tokens": sampling.max_tokens}
+    for candidate in candidates:
+        trained = {name: candidate.knobs.get(name) for name in used}
+        other = [f"{name} {trained[name]:g}" for name in used if trained[name] not in (None, used[name])]
+        if candidate.stage == "ppo" and other:
+            now = ", ".join(f"{name} {value:g}" for name, value in used.items())
+            report.note(f"{candidate.name} was trained at {' and '.join(other)}; all are measured at {now}")
 
 
-def sampling_of(config: EvaluateConfig, source: Source) -> Sampling:
-    """How to sample: as asked, else as the policy was trained, else temperature 1 and 128 tokens."""
-    trained = source.manifest.config if source.manifest is not None else {}
-    temperature = config.temperature or trained.get("temperature") or 1.0
-    default = min(DEFAULT_RESPONSE_TOKENS, source.context // 2)
-    tokens = config.max_response_tokens or trained.get("max_response_tokens") or default
-    return Sampling(temperature, tokens, rows_at_once=config.rollout_batch_size)
+def answer(bench: Bench, candidate: Candidate) -> Measured:
+    """A candidate's response to every prompt."""
+    bench.roles.add("policy", candidate_adapter(bench.roles.base, candidate))
+    return measure(bench, [0])
 
 
-def judge_rollout(judge: Rewards, rollout: Rollout) -> Tensor:
-    """Scores (B,) of a rollout's responses."""
-    return judge.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
+def measure_frontier(
+    bench: Bench, candidates: list[Candidate], first: Measured, report: Report, done: int
+) -> dict[str, object]:
+    """A row per candidate by rising KL, and where the gold score turns; `first` is what the first one answered."""
+    rows, gold = [], {}
+    for number, (candidate, label) in enumerate(zip(candidates, labels_of(candidates), strict=True)):
+        measured = first if not rows else answer(bench, candidate)
+        summary = summarise(measured)
+        rows.append({"model": candidate.name, "label": label} | summary)
+        gold[candidate.name] = measured.scores.get("gold")
+        report.log(done + number, summary)
+    rows.sort(key=lambda row: row["kl"])
+    found: dict[str, object] = {"frontier": rows}
+    if bench.judges.keys() >= {"score", "gold"}:
+        turn = turning_point(rows)
+        _, error = mean_with_error(gold[turn[0]["model"]] - gold[turn[1]["model"]]) if turn else (0.0, None)
+        found["over_optimisation"] = describe_turn(rows, error)
+    return found
 
 
-def summarise(rollout: Rollout, scores: dict[str, Tensor], kl: Tensor | None) -> dict[str, float]:
-    """Means and standard errors over prompts."""
-    out: dict[str, float] = {}
-    for name, values in scores.items():
-        out[name], out[f"{name}_error"] = mean_with_error(values.double())
-    if kl is not None:
-        out["kl"], out["kl_error"] = mean_with_error(kl.double().cpu())
-    lengths = torch.tensor(rollout.lengths, dtype=torch.float64)
-    out["length"] = float(lengths.mean())
-    out["eos_rate"] = float(rollout.ended.double().mean())
-    return out | {"duplicate_rate": 1 - len(set(rollout.texts)) / len(rollout.texts)}
+def curve_of(found: dict) -> list[dict[str, object]]:
+    """Rows of the frontier; where there is none, --model alone."""
+    return found.get("frontier") or [{"model": found["model"]} | found["policy"]]
 
 
 def win_rate(mine: Tensor, other: Tensor) -> dict[str, float]:
@@ -162,26 +192,28 @@ def win_rate(mine: Tensor, other: Tensor) -> dict[str, float]:
     return {"rate": wins / len(mine), "low": low, "high": high, "n": len(mine)}
 
 
-def examples(
-    prompts: list[PromptRow], rollouts: dict[str, Rollout], scores: dict[str, dict[str, Tensor]], count: int
-) -> list[dict[str, object]]:
-    """The first prompts with each contender's response and scores."""
+def examples(prompts: list[PromptRow], measured: dict[str, Measured], count: int) -> list[dict[str, object]]:
+    """The first prompts with each side's response and scores."""
     rows = []
     for i, prompt in enumerate(prompts[:count]):
-        row: dict[str, object] = {"prompt": prompt.text, "response": rollouts["policy"].texts[i]}
-        row |= {name: float(values[i]) for name, values in scores["policy"].items()}
-        if "against" in rollouts:
-            row["against"] = rollouts["against"].texts[i]
-            row |= {f"against_{name}": float(values[i]) for name, values in scores["against"].items()}
+        row: dict[str, object] = {"prompt": prompt.text, "response": measured["policy"].rollout.texts[i]}
+        row |= {name: float(values[i]) for name, values in measured["policy"].scores.items()}
+        if "against" in measured:
+            row["against"] = measured["against"].rollout.texts[i]
+            row |= {f"against_{name}": float(values[i]) for name, values in measured["against"].scores.items()}
         rows.append(row)
     return rows
+
+
+# --- for a person
 
 
 def policy_tables(found: dict) -> tuple[Table, ...]:
     """The measurements as tables for a person."""
     contenders = [name for name in ("against", "policy") if name in found]
     labels = {"score": "score", "gold": "gold score", "kl": "KL to the reference", "length": "response length",
-              "eos_rate": "ended by itself", "duplicate_rate": "duplicates"}  # fmt: skip
+              "eos_rate": "ended by itself", "duplicate_rate": "duplicates", "distinct_1": "distinct-1",
+              "distinct_2": "distinct-2"}  # fmt: skip
     rows = [
         (label, *(_cell(found[name], key) for name in contenders))
         for key, label in labels.items()
@@ -191,13 +223,14 @@ def policy_tables(found: dict) -> tuple[Table, ...]:
         rows.append((f"win rate by {name}", "", f"{rate['rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"))
     heads = side_names(str(found.get("compared_with")), str(found["model"])) if len(contenders) > 1 else {}
     main = Table(f"{found['prompts']} prompts", ("measure", *(heads.get(n, "value") for n in contenders)), tuple(rows))
+    tables = (main, *curve_tables(found))
     shown = tuple(
         (readable(row["prompt"]), *((str(row["against"]),) if "against" in row else ()), str(row["response"]))
         for row in found["examples"]
     )
     if not shown:
-        return (main,)
-    return main, Table("examples", ("prompt", *(heads.get(n, "response") for n in contenders)), shown)
+        return tables
+    return *tables, Table("examples", ("prompt", *(heads.get(n, "response") for n in contenders)), shown)
 
 
 def side_names(against: str, policy: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,18 @@ from stages.config import (
 from stages.errors import CheckpointError, ConfigError, DatasetError, ModelError, OutputError, UserError
 from stages.files import rows as files
 from stages.files.manifest import locate
+from stages.files.plot import MARK
 from stages.files.rows import Rows
 from stages.files.run import Run, open_run
 from stages.files.splits import split_held_out
+from stages.models.candidates import Candidate, candidate_of, open_candidates
 from stages.models.source import Source, open_source, same_base
 from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import Spec, open_rewards
 
 POLICIES = ("sft", "ppo", "dpo")
 RESPONSE_KEYS = ("prompt", "response", "index", "ended", "tokens")  # of a line that `rlhf sample` writes
+IMPLICIT = ("dpo", "ppo")  # policies that are optimal for a reward of their own: beta x log(policy / reference)
 REPORT_KEYS = ("model", "dataset")  # of what `rlhf evaluate` writes
 
 
@@ -50,6 +53,7 @@ class Inputs:
     demonstrations: Rows | None = None
     against: Source | None = None
     reference: Source | None = None
+    also: list[Candidate] = field(default_factory=list)  # measured beside `source`
     ptx: list = field(default_factory=list)  # demonstrations whose language-modelling loss PPO mixes in
     warnings: tuple[str, ...] = ()
 
@@ -122,48 +126,109 @@ def dpo_inputs(config: DpoConfig, overwrite: bool) -> Inputs:
 
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
-    source = open_source(
-        config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=config.trust_remote_code
-    )
     trusted = config.trust_remote_code
-    against = _other(config.against, "--against", source, trusted)
+    source = open_source(config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=trusted)
     reference = _other(config.reference, "--reference", source, trusted)
+    kind = files.detect_kind(config.dataset, map=config.map)
+    stage = source.manifest.stage if source.manifest is not None else None
+    compares = stage == "reward" or (kind in ("comparison", "rating") and not (config.reward or config.gold))
+    if compares:
+        return _comparing_inputs(config, source, reference, kind)
+    against = _other(config.against, "--against", source, trusted)
     rewards = open_rewards(config.reward, source, trust_remote_code=trusted)
     gold = open_rewards(config.gold, source, what="--gold", trust_remote_code=trusted)
     if config.max_response_tokens is not None:
         _response_fits(config.max_response_tokens, source)
-    read = files.read_prompts
-    kind = files.detect_kind(config.dataset, map=config.map)
-    if source.manifest is not None and source.manifest.stage == "reward":
-        if kind not in ("comparison", "rating"):
-            raise DatasetError(
-                f"{config.dataset} holds {kind}s; a reward model is measured on comparisons",
-                where="--dataset",
-                fix="give rows with prompt, chosen and rejected",
-            )
-        read = files.read_comparisons
-    elif kind == "demonstration":
-        read = files.read_demonstrations
-    elif kind != "prompt":
-        read = files.read_prompts if rewards or gold else _refuse_comparisons(config)
-    if config.output:
-        _writable_file(config, ".json", REPORT_KEYS)
-    data = _reader(read, config)(config.dataset)
+    answers = kind != "demonstration" or bool(rewards or gold)
+    also = _also(config, source, POLICIES, "give --reward {} to score by it, or comparisons as --dataset")
+    if also and not answers:
+        raise DatasetError(
+            f"{config.dataset} holds demonstrations; --also measures answers to prompts",
+            where="--dataset",
+            fix="give prompts, or --reward to have the demonstrations' prompts answered and scored",
+        )
+    _check_outputs(config)
+    data = _reader(files.read_demonstrations if kind == "demonstration" else files.read_prompts, config)(config.dataset)
     warnings = _left_out(data)
-    if reference is None and (data.kind == "prompt" or rewards or gold):
+    if reference is None and answers:
         try:
             reference = parent_of(source, trusted)
         except UserError as error:
+            if also or config.plot:
+                raise CheckpointError(
+                    f"KL cannot be measured: {error.what}", where="--reference", fix="name where KL is measured from"
+                ) from None
             warnings += (f"KL is not measured: {error.what}; name another --reference",)
-    return Inputs(source, data, rewards=rewards, gold=gold, against=against, reference=reference, warnings=warnings)
+    more = {"rewards": rewards, "gold": gold, "against": against, "reference": reference, "also": also}
+    return Inputs(source, data, warnings=warnings, **more)
 
 
-def _refuse_comparisons(config: EvaluateConfig) -> Any:
-    raise DatasetError(
-        f"{config.dataset} holds comparisons, but {config.model} is no reward model",
-        where="--dataset",
-        fix="give prompts or demonstrations, or a reward checkpoint as --model",
-    )
+def _comparing_inputs(config: EvaluateConfig, source: Source, reference: Source | None, kind: str) -> Inputs:
+    """Reward models and implicit rewards on comparisons."""
+    model = candidate_of(config.model, source)
+    if model.stage == "reward" and kind not in ("comparison", "rating"):
+        raise DatasetError(
+            f"{config.dataset} holds {kind}s; a reward model is measured on comparisons",
+            where="--dataset",
+            fix="give rows with prompt, chosen and rejected",
+        )
+    if model.stage not in ("reward", *IMPLICIT):
+        raise DatasetError(
+            f"{config.dataset} holds comparisons, but {config.model} is no reward model, and no DPO or PPO policy",
+            where="--dataset",
+            fix="give prompts or demonstrations, or a reward, dpo or ppo checkpoint as --model",
+        )
+    for name in ("against", "best_of", "plot"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{config.model} is measured on comparisons, where nothing is sampled",
+                where=f"--{name.replace('_', '-')}",
+                fix="leave it out, use --also to compare, or give a policy as --model with prompts as --dataset",
+            )
+    also = _also(config, source, ("reward", *IMPLICIT), "")
+    models = [_with_reference(c, reference, config.trust_remote_code) for c in (model, *also)]
+    _check_outputs(config)
+    data = _reader(files.read_comparisons, config)(config.dataset)
+    return Inputs(source, data, also=models[1:], reference=models[0].reference, warnings=_left_out(data))
+
+
+def _also(config: EvaluateConfig, source: Source, stages: tuple[str, ...], advice: str) -> list[Candidate]:
+    """What --also names, of one base with --model and of stages that can be measured beside it."""
+    found: list[Candidate] = []
+    for name in config.also:
+        opened = open_candidates(name, (*POLICIES, "reward"), "--also", trust_remote_code=config.trust_remote_code)
+        for candidate in opened:
+            if candidate.stage not in stages and not (candidate.stage is None and "sft" in stages):
+                what = f"a `{candidate.stage}` checkpoint" if candidate.stage else "a base model"
+                policy = "which has no score of its own, and cannot be measured on comparisons"
+                raise CheckpointError(
+                    f"{name} is {what}, {policy if 'reward' in stages else 'no policy that could answer prompts'}",
+                    where="--also",
+                    fix=advice.format(name) or "give reward, dpo or ppo checkpoints, or --reward to have it answer",
+                )
+            same_base(source, candidate.source, first_flag="--model", second_flag="--also")
+        found += opened
+    return found
+
+
+def _with_reference(candidate: Candidate, given: Source | None, trusted: bool) -> Candidate:
+    """A candidate with the reference of its implicit reward; raises a UserError where there is none to measure."""
+    if candidate.stage == "reward":
+        if candidate.state is not None:
+            raise CheckpointError(
+                f"{candidate.name} is of a `reward` run, whose states are not read",
+                where="--also",
+                fix="finish the run and give its folder",
+            )
+        return candidate
+    if not candidate.beta:
+        raise CheckpointError(
+            f"{candidate.name} was trained with kl_coef 0, so it has no implicit reward",
+            where="--model, --also",
+            fix="leave it out, or give a --reward to have it answer the prompts",
+        )
+    parent = candidate.source if candidate.is_unfinished else parent_of(candidate.source, trusted)
+    return replace(candidate, reference=given or parent)
 
 
 def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
@@ -281,30 +346,41 @@ def _response_fits(max_response_tokens: int, source: Source) -> None:
         )
 
 
-def _writable_file(config: Any, suffix: str, keys: tuple[str, ...]) -> None:
-    """Raise OutputError unless --output is a new file, or one that this command wrote before and does not read now."""
-    name, path = config.output, Path(config.output).expanduser()
-    another = f"give another file name ending in {suffix}"
+def _check_outputs(config: EvaluateConfig) -> None:
+    """The files that `rlhf evaluate` writes."""
+    if config.output:
+        _writable_file(config, ".json", REPORT_KEYS)
+    if config.plot:
+        _writable_file(config, ".svg", MARK, knob="plot")
+
+
+def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: str = "output") -> None:
+    """Raise OutputError unless a knob names a new file, or one that this command wrote before and does not read now."""
+    name, flag = getattr(config, knob), f"--{knob}"
+    path, another = Path(name).expanduser(), f"give another file name ending in {suffix}"
     if path.is_dir():
-        raise OutputError(f"{name} is a folder", where="--output", fix=another)
+        raise OutputError(f"{name} is a folder", where=flag, fix=another)
     if path.suffix != suffix:
-        raise OutputError(f"{name} does not end in {suffix}", where="--output", fix=another)
-    if path.exists() and not _wrote(path, keys):
-        raise OutputError(f"{name} belongs to something else, and stays as it is", where="--output", fix=another)
-    if path.exists() and os.path.samefile(path, Path(config.dataset).expanduser()):
-        raise OutputError(f"{name} is the dataset that is read", where="--output", fix=another)
+        raise OutputError(f"{name} does not end in {suffix}", where=flag, fix=another)
+    if path.exists() and not _wrote(path, ours):
+        raise OutputError(f"{name} belongs to something else, and stays as it is", where=flag, fix=another)
+    read = Path(config.dataset).expanduser()
+    if path.exists() and read.exists() and os.path.samefile(path, read):
+        raise OutputError(f"{name} is the dataset that is read", where=flag, fix=another)
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not place.is_dir():
-        raise OutputError(f"{place} is a file", where="--output", fix="give a path inside a folder")
+        raise OutputError(f"{place} is a file", where=flag, fix="give a path inside a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"nothing can be written into {place}", where="--output", fix="choose another place")
+        raise OutputError(f"nothing can be written into {place}", where=flag, fix="choose another place")
 
 
-def _wrote(path: Path, keys: tuple[str, ...]) -> bool:
-    """True where a file is empty, or begins with a JSON object of these keys."""
+def _wrote(path: Path, ours: tuple[str, ...] | str) -> bool:
+    """True where a file is empty, holds a text of ours, or begins with a JSON object of these keys."""
     try:
         text = path.read_text(encoding="utf-8")
+        if isinstance(ours, str):
+            return not text.strip() or ours in text
         value = json.loads(text if path.suffix == ".json" else text.partition("\n")[0]) if text.strip() else {}
     except (OSError, ValueError):
         return False
-    return isinstance(value, dict) and (not text.strip() or set(keys) <= value.keys())
+    return isinstance(value, dict) and (not text.strip() or set(ours) <= value.keys())

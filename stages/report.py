@@ -1,4 +1,4 @@
-"""What came of a run: the numbers its stages left in their manifests, and SFT against PPO side by side.
+"""What came of a run: the numbers its stages left in their manifests, and its policies side by side.
 
 Reads JSON alone, so it answers at once and needs neither model nor device.
 """
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from stages.errors import CheckpointError
 from stages.results import Report, Result, Table
+from stages.rollout.frontier import curve_tables
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "dpo")
 MANIFEST, EVALUATION = "checkpoint.json", "evaluate.json"
 ABSENT = "-"
 SHOWN = 600  # characters of an example in a table
@@ -39,7 +40,7 @@ def run(paths: list[str], report: Report) -> Result:
     for path, found in runs.items():
         label = f"{path}: " if len(runs) > 1 else ""
         tables += [stage_table(label, found), held_out_table(label, found)]
-        tables += [comparison_table(label, found)]
+        tables += [comparison_table(label, found), *curve_tables(found["evaluation"], label)]
         # Whole responses of several runs would bury the numbers; they stay in --json.
         tables += [examples_table(label, found)] if len(runs) == 1 else []
     advice = tuple(line for path, found in runs.items() for line in next_commands(path, found))
@@ -63,7 +64,9 @@ def read_run(path: str) -> dict[str, object]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError("no such folder", where=path, fix="give the folder that holds sft/, reward/ and ppo/")
+        raise CheckpointError(
+            "no such folder", where=path, fix="give the folder that holds sft/, reward/, ppo/ or dpo/"
+        )
     manifests = {stage: read_json(folder / stage / MANIFEST) for stage in STAGES}
     own = read_json(folder / MANIFEST)
     if own:
@@ -75,7 +78,7 @@ def read_run(path: str) -> dict[str, object]:
         raise CheckpointError(
             f"{' and '.join(unfinished)} did not finish yet" if unfinished else "nothing to report here",
             where=path,
-            fix=f"the report needs {path}/sft, reward or ppo with a {MANIFEST}, or {path}/{EVALUATION}",
+            fix=f"the report needs {path}/sft, reward, ppo or dpo with a {MANIFEST}, or {path}/{EVALUATION}",
         )
     return {"stages": stages, "evaluation": evaluation}
 
@@ -116,13 +119,11 @@ def stage_table(label: str, found: dict) -> Table:
 
 
 def held_out_table(label: str, found: dict) -> Table:
-    """What SFT and the reward model do on rows they were not trained on."""
-    sft, reward = (part(found["stages"], stage, "metrics") for stage in ("sft", "reward"))
+    """What each stage does on rows it was not trained on."""
+    sft, reward, ppo, dpo = (part(found["stages"], stage, "metrics") for stage in STAGES)
     rows = []
     if is_number(sft.get("eval_loss")):
-        before = sft.get("eval_loss_before")
-        change = f"{number(before, 3)} -> " if is_number(before) else ""
-        rows.append(("SFT: loss per token", f"{change}{number(sft['eval_loss'], 3)}", "lower is better"))
+        rows.append(("SFT: loss per token", change(sft, "eval_loss"), "lower is better"))
     if is_number(sft.get("eval_perplexity")):
         rows.append(("SFT: perplexity", number(sft["eval_perplexity"], 2), "1 would be certain of every token"))
     if is_number(reward.get("accuracy")):
@@ -133,6 +134,12 @@ def held_out_table(label: str, found: dict) -> Table:
     if is_number(reward.get("longer_wins_accuracy")):
         longer = share(reward["longer_wins_accuracy"])
         rows.append(("for comparison: always prefer the longer one", longer, "what length alone explains"))
+    if is_number(ppo.get("eval_score")):
+        kl = f"at KL {number(ppo['eval_kl'], 2)}" if is_number(ppo.get("eval_kl")) else "by what it was trained on"
+        rows.append(("PPO: score", change(ppo, "eval_score"), kl))
+    if is_number(dpo.get("accuracy")):
+        accuracy = share(dpo["accuracy"], dpo.get("accuracy_low"), dpo.get("accuracy_high"))
+        rows.append(("DPO: prefers the chosen response", accuracy, "by its implicit reward"))
     return Table(f"{label}on held-out rows", ("measure", "value", "note"), tuple(rows))
 
 
@@ -207,6 +214,12 @@ def number(value: object, digits: int) -> str:
     return f"{value:,.{digits}f}" if math.isfinite(value) else str(value)  # type: ignore[arg-type]
 
 
+def change(metrics: dict, name: str) -> str:
+    """A measure before training, where it was taken, and after."""
+    before = metrics.get(f"{name}_before")
+    return (f"{number(before, 3)} -> " if is_number(before) else "") + number(metrics[name], 3)
+
+
 def share(rate: object, low: object = None, high: object = None, note: str = "") -> str:
     """A share in per cent, with its interval where there is one."""
     if not is_number(rate):
@@ -271,12 +284,14 @@ def next_commands(path: str, found: dict) -> list[str]:
         return []
     if "reward" not in stages:
         return [f"rlhf reward --model {here['sft']} --dataset COMPARISONS --output {here['reward']}"]
-    if "ppo" not in stages:
+    policies = [stage for stage in ("ppo", "dpo") if stage in stages]
+    if not policies:
         return [f"rlhf ppo --model {here['sft']} --reward {here['reward']} --dataset PROMPTS --output {here['ppo']}"]
-    prompts = inner(stages["ppo"], "config", "dataset")
+    prompts = inner(stages.get("ppo"), "config", "dataset")
     prompts = shlex.quote(prompts) if isinstance(prompts, str) else "PROMPTS"
+    also = f" --also {here['dpo']}" if len(policies) > 1 else ""
     target = shlex.quote(str(folder / EVALUATION))
     return [
-        f"rlhf evaluate --model {here['ppo']} --against {here['sft']} --reward {here['reward']}"
+        f"rlhf evaluate --model {here[policies[0]]}{also} --against {here['sft']} --reward {here['reward']}"
         f" --dataset {prompts} --output {target}"
     ]

@@ -142,7 +142,10 @@ def test_the_evaluation_compares_both_on_the_same_prompts(chain, architecture):
     assert found["against"]["kl"] == 0.0 and found["policy"]["kl"] != 0.0
     assert found["win_rate"]["reward"]["n"] == 16
     for side in ("policy", "against"):
-        assert found[side].keys() == {"score", "score_error", "kl", "kl_error", "length", "eos_rate", "duplicate_rate"}
+        assert found[side].keys() == {
+            *("score", "score_error", "kl", "kl_error", "length", "eos_rate"),
+            *("duplicate_rate", "distinct_1", "distinct_2"),
+        }
 
 
 @EVERY

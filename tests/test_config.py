@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import yaml
 
 from stages.config import (
     REQUIRED,
@@ -180,6 +181,27 @@ def test_a_list_knob_takes_one_text_or_several(tmp_path):
     assert resolved(tmp_path, "lora_targets: [q_proj, v_proj]").lora_targets == ["q_proj", "v_proj"]
     assert resolved(tmp_path, "lora_targets: [a]", lora_targets=["b", "c"]).lora_targets == ["b", "c"]
     assert "is not a list of texts" in complaint(tmp_path, "lora_targets: {a: b}").what
+
+
+@pytest.mark.parametrize("given", ["1,2,4", "'1, 2,4'", "[1, 2, 4]", "['1', '2,4']", "[1.0, 2, 4]"])
+def test_whole_numbers_in_a_list(tmp_path, given):
+    flags = {"model": "m", "dataset": "d", "reward": ["r"]}
+    assert resolve(EvaluateConfig, recipe_of(tmp_path, f"best_of: {given}", EvaluateConfig), flags).best_of == [1, 2, 4]
+    assert resolve(EvaluateConfig, {}, flags | {"best_of": ["1,2", "4"]}).best_of == [1, 2, 4]
+
+
+@pytest.mark.parametrize("given", ["1,,2", "1.5", "a", "", "{1: 2}", "[true]", "[[1]]"])
+def test_what_is_no_list_of_whole_numbers(given):
+    with pytest.raises(ConfigError) as caught:
+        parse(yaml.safe_load(given) if given else "", list[int], "--best-of")
+    assert "is not a list of whole numbers, such as 1,2,4" in caught.value.what
+
+
+def test_every_number_of_a_list_has_the_knobs_bounds():
+    flags = {"model": "m", "dataset": "d", "reward": ["r"], "best_of": ["4,0"]}
+    with pytest.raises(ConfigError) as caught:
+        resolve(EvaluateConfig, {}, flags)
+    assert (caught.value.what, caught.value.where) == ("0 is too small", "--best-of")
 
 
 def test_map_takes_a_mapping_or_pairs(tmp_path):

@@ -10,6 +10,7 @@ from stages.maths.statistics import (
     accuracy_of_pairs,
     calibration_bins,
     correlation,
+    distinct_ngrams,
     explained_variance,
     log_loss_of_pairs,
     mean_with_error,
@@ -133,3 +134,11 @@ def test_explained_variance_of_what_does_not_vary_is_nan():
     constant = torch.full((1, 3), 0.1, dtype=torch.float64)
     assert math.isnan(explained_variance(torch.tensor([[1.0, 2.0, 3.0]]), constant, mask))
     assert math.isnan(explained_variance(constant, constant, ~mask))
+
+
+def test_distinct_runs_are_counted_over_all_sequences():
+    """Tokens 1 2 1, 2: {1, 2} of 4. Pairs (1 2), (2 1): 2 of 2; runs of four: none."""
+    sequences = [[1, 2, 1], [2], []]
+    assert distinct_ngrams(sequences, 1) == 0.5 and distinct_ngrams(sequences, 2) == 1.0
+    assert math.isnan(distinct_ngrams(sequences, 4))
+    assert distinct_ngrams([[7, 7, 7, 7], [7, 7]], 2) == 0.25

@@ -263,3 +263,54 @@ def test_the_next_command_follows_from_what_is_there(tmp_path):
     assert next_words() == [wanted]
     write(folder / "evaluate.json", {"policy": SIDE})
     assert next_words() == []
+
+
+# --- DPO, and several policies by KL --------------------------------------------------------------------------------
+
+
+def test_dpo_stands_beside_ppo(tmp_path):
+    path = whole_run(tmp_path)
+    learned = {"eval_score_before": 0.5, "eval_score": 1.75, "eval_kl": 3.456}
+    write(tmp_path / "ppo/checkpoint.json", manifest("ppo", **learned))
+    write(tmp_path / "dpo/checkpoint.json", manifest("dpo", accuracy=0.7, accuracy_low=0.6, accuracy_high=0.79))
+    result = report(path)
+    assert list(rows(result, "the stages")) == ["sft", "reward", "ppo", "dpo"]
+    held = rows(result, "on held-out rows")
+    assert held["PPO: score"] == ("0.500 -> 1.750", "at KL 3.46")
+    assert held["DPO: prefers the chosen response"] == ("70.0 % (60.0 to 79.0)", "by its implicit reward")
+    (line,) = result.next
+    assert f"--model {tmp_path / 'ppo'} --also {tmp_path / 'dpo'} --against {tmp_path / 'sft'}" in line
+    assert side_names({"model": "runs/x/dpo", "compared_with": "runs/x/sft"}) == ("SFT", "DPO")
+
+
+def test_dpo_without_ppo_is_evaluated_next(tmp_path):
+    for stage in ("sft", "reward", "dpo"):
+        write(tmp_path / stage / "checkpoint.json", manifest(stage))
+    (line,) = report(tmp_path).next
+    assert shlex.split(line)[:4] == ["rlhf", "evaluate", "--model", str(tmp_path / "dpo")] and "--also" not in line
+
+
+FRONTIER = [
+    {"model": "x/ppo", "label": "ppo", "kl": 4.0, "kl_error": 0.5, "score": 2.0, "gold": 0.25, "length": 30.0},
+    {"model": "x/sft", "label": "sft", "kl": 0.0, "score": 1.0, "gold": 0.5, "length": 20.0, "eos_rate": 0.975},
+]
+BEST = [{"n": 4, "kl": 0.63629, "score": 1.5, "score_error": 0.125, "gold": 0.75, "length": 21.0}]
+
+
+def test_policies_and_the_best_of_n_stand_in_one_table_by_kl(tmp_path):
+    result = report(whole_run(tmp_path, model="x/ppo", frontier=FRONTIER, best_of=BEST, over_optimisation="so it is"))
+    found = table(result, "by KL to the reference")
+    assert found.columns == ("model", "KL", "score", "gold", "length", "ended")
+    assert found.rows == (
+        ("sft", "0.00", "1.000", "0.500", "20.0", "0.97"),
+        ("best of 4", "0.64", "1.500 ± 0.125", "0.750", "21.0", ABSENT),
+        ("ppo", "4.00 ± 0.50", "2.000", "0.250", "30.0", ABSENT),
+    )
+    assert table(result, "best of n by score").rows == (("4", "0.64", "1.500 ± 0.125", "0.750", "21.0"),)
+    assert any(t.rows == (("so it is",),) for t in result.tables)
+
+
+@pytest.mark.parametrize("broken", [3, [3], [{"model": "x"}], [{"kl": 1.0}], {"kl": 1.0}, [{"model": "x", "kl": "1"}]])
+def test_rows_that_make_no_sense_are_left_out(tmp_path, broken):
+    result = report(whole_run(tmp_path, frontier=broken, best_of=broken, over_optimisation=broken))
+    assert not any("KL" in t.title or "best of" in t.title for t in result.tables)

@@ -8,7 +8,16 @@ import math
 import pytest
 import torch
 
-from tests.commands import done, lines_of, manifest, refused, result
+from tests.commands import (
+    assert_same_weights,
+    done,
+    lines_of,
+    manifest,
+    refused,
+    result,
+    rlhf,
+    without_times,
+)
 
 SMALL = ("--max-steps", 3, "--batch-size", 8, "--lora-rank", 4, "--eval-fraction", "0.2", "--samples", 0)
 
@@ -58,3 +67,95 @@ def test_smoothing_belongs_to_one_loss(chain, tmp_path):
     line = ("--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x")
     said = refused("dpo", *line, "--loss", "ipo", "--label-smoothing", "0.1")
     assert "label_smoothing belongs to the sigmoid loss" in said and not (tmp_path / "x").exists()
+
+
+# --- what the reference says, once per run -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many times each role was asked for whole log-probabilities."""
+    from stages.training import implicit
+
+    counted, real = [], implicit.summed_logprobs
+
+    def count(roles, role, *arguments, **more):
+        counted.append(role)
+        return real(roles, role, *arguments, **more)
+
+    monkeypatch.setattr(implicit, "summed_logprobs", count)  # as the cache asks; the policy is asked by name in dpo.py
+    return counted
+
+
+RESUMED = ("--learning-rate", "5e-3", "--save-every", 1)
+
+
+def interrupt(chain, output, monkeypatch, at: int = 2):
+    """Run until the line of a step stands, then stop as a signal would; the run can go on."""
+    import signal
+
+    from stages.files.run import Run
+
+    log = Run.log
+
+    def log_and_signal(run, step, metrics):
+        log(run, step, metrics)
+        if step == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    line = ("--model", chain.sft, "--dataset", chain.comparisons, "--output", output)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", log_and_signal)
+        assert rlhf("dpo", *line, *SMALL, *RESUMED).code == 143
+
+
+def test_a_resumed_run_asks_the_reference_nothing(chain, tmp_path, monkeypatch, passes):
+    """Two passes in a whole run, training and held-out rows; none once it goes on; the same bits at the end."""
+    dpo(chain(), tmp_path / "whole", *RESUMED)
+    assert passes == ["reference", "reference"]
+    passes.clear()
+    interrupt(chain(), tmp_path / "x", monkeypatch)
+    assert passes == ["reference", "reference"]
+    passes.clear()
+    dpo(chain(), tmp_path / "x", *RESUMED)
+    assert passes == []
+    assert_same_weights(tmp_path / "x", tmp_path / "whole")
+    assert without_times(tmp_path / "x" / "metrics.jsonl") == without_times(tmp_path / "whole" / "metrics.jsonl")
+    assert (tmp_path / "x" / "report.json").read_bytes() == (tmp_path / "whole" / "report.json").read_bytes()
+    assert not (tmp_path / "x" / "state").exists()
+
+
+def flipped(path):
+    """The last bit of a file changed: its tensors, which have no checksum in the format."""
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("harm", "warned"),
+    [
+        (flipped, True),
+        (lambda path: path.write_bytes(b"torn"), True),
+        (lambda path: path.write_bytes(b""), True),
+        (lambda path: path.unlink(), False),
+    ],
+)
+def test_a_damaged_memory_of_the_reference_is_made_again(chain, tmp_path, monkeypatch, passes, harm, warned):
+    dpo(chain(), tmp_path / "whole", *RESUMED)
+    interrupt(chain(), tmp_path / "x", monkeypatch)
+    harm(tmp_path / "x" / "state" / "reference-train.safetensors")
+    passes.clear()
+    line = ("--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x")
+    ended = done("dpo", *line, *SMALL, *RESUMED)
+    assert passes == ["reference"]
+    assert ("reference-train.safetensors is damaged and is made again" in ended.stderr) == warned
+    assert_same_weights(tmp_path / "x", tmp_path / "whole")
+
+
+def test_what_was_known_of_other_rows_is_never_used(chain, tmp_path, monkeypatch, passes):
+    """A sound file of the held-out rows in the training rows' place: as many or not, it is not theirs."""
+    interrupt(chain(), tmp_path / "x", monkeypatch)
+    state = tmp_path / "x" / "state"
+    (state / "reference-train.safetensors").write_bytes((state / "reference-held_out.safetensors").read_bytes())
+    passes.clear()
+    dpo(chain(), tmp_path / "x", *RESUMED)
+    assert passes == ["reference"]

@@ -2,7 +2,7 @@
 
     run.json       stage, knobs and inputs of the run that owns the folder, while it is unfinished
     run.lock       held by the process that writes
-    state/step-*   what a resumed run goes on from; the last two
+    state/step-*   what a resumed run goes on from; the last few
 
 A folder with checkpoint.json is finished, whatever else is in it; one with run.json alone is not; every other
 folder with something in it belongs to somebody else and is never touched.
@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import errno
 import fnmatch
-import hashlib
 import json
 import os
 import re
@@ -29,29 +28,18 @@ from stages.config import as_dict, differing
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, publish, read_manifest
-from stages.files.tensors import load_tensors, save_tensors
+from stages.files.states import STATE, State, owner_of, read_state, states_in, step_of, write_state
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
 
-RUN, LOCK, STATE = "run.json", "run.lock", "state"
+RUN, LOCK = "run.json", "run.lock"
 METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.yaml"
-_STATES_KEPT = 2
 _OURS = (  # what a stage writes into its folder, and so what --overwrite may remove
     METRICS, SAMPLES, CONFIG, STATE, "critic", "report.json", "adapter_model.safetensors", "adapter_config.json",
     "head.safetensors", "tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class State:
-    """What a resumed run goes on from."""
-
-    step: int
-    tensors: dict[str, Tensor]  # on the CPU, as they were saved
-    facts: dict[str, object]
-    sizes: dict[str, int]  # bytes of each log at that moment
 
 
 @dataclass
@@ -193,7 +181,7 @@ class Run:
     # --- resume state
 
     def save_state(self, step: int, tensors: dict[str, Tensor], facts: dict[str, object]) -> None:
-        """Save what a resumed run needs to go on after `step`; the two newest states are kept.
+        """Save what a resumed run needs to go on after `step`; the `keep_states` newest are kept.
 
         `facts` is JSON with text keys; its numbers come back exactly, infinities included. Raises OutputError.
         """
@@ -204,21 +192,15 @@ class Run:
             if path.exists():
                 atomic.sync(path)
             sizes[path.name] = path.stat().st_size if path.exists() else 0
-        with atomic.folder(self.folder / STATE / f"step-{step:06d}") as place:
-            save_tensors(place / "state.safetensors", tensors)
-            digest = atomic.sha256_of(place / "state.safetensors")
-            content = {"run": self._id(), "step": step, "sizes": sizes, "tensors": digest, "facts": facts}
-            content = json.loads(json.dumps(content))  # as it will be read, or the digest would not agree
-            text = json.dumps({"sha256": _digest(content), "content": content}, indent=2)
-            atomic.write_text(place / "state.json", text + "\n")
-        for old in self._states()[_STATES_KEPT:]:
+        write_state(self.folder / STATE / f"step-{step:06d}", self._id(), State(step, tensors, facts, sizes))
+        for old in self._states()[getattr(self.config, "keep_states", 2) :]:
             atomic.remove(old)
 
     def latest_state(self) -> State | None:
         """The newest sound state of this run, or None; a damaged one is passed over with a line in `warnings`."""
         for place in self._own_states():
             try:
-                return _read_state(place)
+                return read_state(place)
             except CheckpointError as error:
                 self.warnings.append(f"{place} is damaged and was passed over ({error.what})")
         return None
@@ -231,7 +213,7 @@ class Run:
         for name in (METRICS, SAMPLES):
             self._cut(self.folder / name, state.sizes[name] if state else 0)
         for place in self._states():
-            if state is None or _step_of(place) > state.step:
+            if state is None or step_of(place) > state.step:
                 atomic.remove(place)
         return state
 
@@ -249,44 +231,12 @@ class Run:
 
     def _states(self) -> list[Path]:
         """Folders of states, the newest first."""
-        return sorted((p for p in (self.folder / STATE).glob("step-*") if _step_of(p) >= 0), key=_step_of, reverse=True)
+        return states_in(self.folder / STATE)[::-1]
 
     def _own_states(self) -> list[Path]:
         """Those that this run wrote, or that are too damaged to say; not those of a run that was overwritten."""
         mine = self._id()
-        return [place for place in self._states() if _owner(place) in (mine, None)] if mine else []
-
-
-def _step_of(place: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)", place.name)
-    return int(match[1]) if match else -1
-
-
-def _owner(place: Path) -> object:
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return json.loads((place / "state.json").read_text("utf-8"))["content"]["run"]
-    return None
-
-
-def _read_state(place: Path) -> State:
-    """Read a state and check every byte of it. Raises CheckpointError."""
-    try:
-        stored = json.loads((place / "state.json").read_text("utf-8"))
-        content = stored["content"]
-        if stored["sha256"] != _digest(content):
-            raise CheckpointError("state.json is not what was saved", where=str(place))
-        if atomic.sha256_of(place / "state.safetensors") != content["tensors"]:
-            raise CheckpointError("state.safetensors is not what was saved", where=str(place))
-        tensors = load_tensors(place / "state.safetensors")
-        return State(content["step"], tensors, content["facts"], content["sizes"])
-    except OSError as error:
-        raise CheckpointError(f"{error.strerror or error}", where=str(place)) from error
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise CheckpointError("state.json is not what was saved", where=str(place)) from None
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return [place for place in self._states() if owner_of(place) in (mine, None)] if mine else []
 
 
 # --- what a folder holds already ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ that won a comparison minus the score of the one that lost. What has no answer, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from torch import Tensor
@@ -44,6 +44,16 @@ def correlation(x: Tensor, y: Tensor) -> float:
         return 0.0
     x, y = x - x.mean(), y - y.mean()
     return (x @ y / (x.norm() * y.norm())).item()
+
+
+def distinct_ngrams(sequences: Iterable[Sequence[int]], n: int) -> float:
+    """Share of all runs of n tokens that differ from each other, over all sequences; nan where there is none.
+
+    It falls as sequences are added, so compare like numbers of them. Source: Li et al. 2016, "A Diversity-Promoting
+    Objective Function for Neural Conversation Models" (distinct-1, distinct-2).
+    """
+    runs = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else math.nan
 
 
 def log_loss_of_pairs(delta: Tensor) -> float:

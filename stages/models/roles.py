@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ConfigError
 from stages.files.atomic import write_json
+from stages.files.states import read_state
 from stages.files.tensors import load_tensors, save_tensors
 from stages.models.base import Base
+from stages.models.candidates import Candidate
 from stages.models.heads import ScalarHead, head_from
 from stages.models.lora import Adapter, fresh, from_tensors, peft_config, targeted
 from stages.models.source import Source
@@ -136,6 +138,32 @@ def save_adapter(folder: Path, base: Base, adapter: Adapter, head: ScalarHead | 
         return [ADAPTER, ADAPTER_CONFIG]
     save_tensors(folder / HEAD, head.tensors())
     return [ADAPTER, ADAPTER_CONFIG, HEAD]
+
+
+def candidate_adapter(base: Base, candidate: Candidate) -> Adapter | None:
+    """The adapter of a checkpoint, or the one that a resume state holds; None for a plain base.
+
+    Raises CheckpointError where the state's weights are not as many as its run's knobs say.
+    """
+    source = candidate.source
+    if candidate.state is None:
+        return adapter_of(base, source, trainable=False)
+    if not candidate.is_unfinished:
+        adapter = adapter_of(base, source, trainable=True)
+    else:
+        shape = [candidate.knobs.get(name) for name in ("lora_rank", "lora_alpha")]
+        adapter = start_adapter(base, source, *shape, candidate.knobs.get("lora_targets") or [], seed=0)
+    flat = read_state(candidate.state).tensors.get("policy.weights")
+    if flat is None or flat.numel() != adapter.size:
+        raise CheckpointError(
+            "the state holds no policy of this run's shape", where=str(candidate.state), fix="give another state"
+        )
+    # The optimiser laid the weights end to end in the order of the adapter's own parameters.
+    parts = flat.split([p.numel() for p in adapter.parameters()])
+    for parameter, weights in zip(adapter.parameters(), parts, strict=True):
+        parameter.data.copy_(weights.view_as(parameter))
+        parameter.requires_grad_(False)
+    return adapter
 
 
 def frozen_copy(adapter: Adapter | None) -> Adapter | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from stages.config import TrainingKnobs
 from stages.errors import Interrupted, OutOfMemory, TrainingStopped, UserError
 from stages.files.run import Run
+from stages.files.states import AHEAD
 from stages.results import Report
 from stages.training import signals
 from stages.training.devices import Ranks
@@ -21,7 +22,6 @@ from stages.training.optimizer import AdamW, clip
 from stages.training.passes import divisor
 from stages.training.plan import memory_text
 
-AHEAD = "ahead"  # in a state: the numbers of the update behind its weights, one step ahead of the logs
 SMALLER = "forward passes have 1/{} of their size from here on, and the result stays the same"
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients in a row before training stops itself
 

@@ -1,0 +1,92 @@
+"""Resume state: what a run was after a step, as tensors and facts, each with the digest by which it is known sound.
+
+state/step-000200/state.safetensors   weights and moments of every optimiser
+state/step-000200/state.json          the run it belongs to, step, facts, sizes of the logs, sha256 of both
+
+Beside the steps lies what a stage need not compute again, such as what the reference of `rlhf dpo` says of its rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import CheckpointError
+from stages.files import atomic
+from stages.files.tensors import load_tensors, save_tensors
+
+if typing.TYPE_CHECKING:
+    from torch import Tensor
+
+STATE, ABOUT, TENSORS = "state", "state.json", "state.safetensors"
+AHEAD = "ahead"  # among the facts: numbers of an update that the weights have behind them, and the logs not yet
+
+
+@dataclass(frozen=True)
+class State:
+    """What a resumed run goes on from."""
+
+    step: int
+    tensors: dict[str, Tensor]  # on the CPU, as they were saved
+    facts: dict[str, object]
+    sizes: dict[str, int]  # bytes of each log at that moment
+
+
+def states_in(folder: Path) -> list[Path]:
+    """Folders of states in a folder, the oldest first."""
+    return sorted((place for place in folder.glob("step-*") if step_of(place) >= 0), key=step_of)
+
+
+def step_of(place: Path) -> int:
+    """The step that a state's folder is named after; -1 for another name."""
+    match = re.fullmatch(r"step-(\d+)", place.name)
+    return int(match[1]) if match else -1
+
+
+def owner_of(place: Path) -> object:
+    """The id of the run that saved a state; None where it is too damaged to say."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return json.loads((place / ABOUT).read_text("utf-8"))["content"]["run"]
+    return None
+
+
+def write_state(place: Path, run: object, state: State) -> None:
+    """Write a state of the run with this id, whole or not at all. Raises OutputError."""
+    with atomic.folder(place) as temporary:
+        save_tensors(temporary / TENSORS, state.tensors)
+        digest = atomic.sha256_of(temporary / TENSORS)
+        content = {"run": run, "step": state.step, "sizes": state.sizes, "tensors": digest, "facts": state.facts}
+        content = json.loads(json.dumps(content))  # as it will be read, or the digest would not agree
+        text = json.dumps({"sha256": _digest(content), "content": content}, indent=2)
+        atomic.write_text(temporary / ABOUT, text + "\n")
+
+
+def read_about(place: Path) -> dict[str, typing.Any]:
+    """What state.json says, once every byte of the state has been checked; no torch. Raises CheckpointError."""
+    try:
+        stored = json.loads((place / ABOUT).read_text("utf-8"))
+        content = stored["content"]
+        if stored["sha256"] != _digest(content):
+            raise CheckpointError(f"{ABOUT} is not what was saved", where=str(place))
+        if atomic.sha256_of(place / TENSORS) != content["tensors"]:
+            raise CheckpointError(f"{TENSORS} is not what was saved", where=str(place))
+        return {name: content[name] for name in ("run", "step", "facts", "sizes")}
+    except OSError as error:
+        raise CheckpointError(f"{error.strerror or error}", where=str(place)) from error
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise CheckpointError(f"{ABOUT} is not what was saved", where=str(place)) from None
+
+
+def read_state(place: Path) -> State:
+    """Read a state and check every byte of it. Raises CheckpointError."""
+    about = read_about(place)
+    return State(about["step"], load_tensors(place / TENSORS), about["facts"], about["sizes"])
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,127 @@
+"""What --model and --also name beside finished checkpoints: the resume states of a run, read as the policies they hold.
+
+Checked on disk before torch is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stages.errors import CheckpointError
+from stages.files.manifest import is_checkpoint
+from stages.files.states import ABOUT, AHEAD, STATE, read_about, states_in
+from stages.models.source import Source, open_source
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure beside others."""
+
+    name: str  # as the user gave it; a state by its own folder
+    source: Source  # of a state: its run's checkpoint once that is finished, else what the run started from
+    stage: str | None  # that trained it; None for a plain base
+    knobs: dict[str, Any] = field(default_factory=dict)  # of that stage
+    state: Path | None = None
+    step: int | None = None  # of a state
+    reference: Source | None = None  # where its implicit reward is measured from
+
+    @property
+    def is_unfinished(self) -> bool:
+        """True for a state whose run has no checkpoint: `source` is what it started from."""
+        return self.state is not None and not is_checkpoint(run_of(self.state))
+
+    @property
+    def beta(self) -> float:
+        """The weight of the KL that it was trained with; 0 where there was none."""
+        return float(self.knobs.get("beta" if self.stage == "dpo" else "kl_coef") or 0.0)
+
+    @property
+    def label(self) -> str:
+        """A short name, not always the only one of its kind."""
+        if self.state is not None:
+            return f"{run_of(self.state).name} step {self.step}"
+        return Path(self.name).name or self.name
+
+
+def labels_of(candidates: list[Candidate]) -> list[str]:
+    """Short names that tell candidates apart; where they do not, what the user gave."""
+    short = [candidate.label for candidate in candidates]
+    return [c.name if short.count(label) > 1 else label for c, label in zip(candidates, short, strict=True)]
+
+
+def candidate_of(name: str, source: Source) -> Candidate:
+    """A base or checkpoint that is open already."""
+    manifest = source.manifest
+    return Candidate(name, source, manifest.stage if manifest else None, dict(manifest.config) if manifest else {})
+
+
+def open_candidates(
+    name: str, stages: tuple[str, ...], what: str, *, trust_remote_code: bool = False
+) -> list[Candidate]:
+    """The candidates that one flag names: a base, a checkpoint, a resume state, or every state in a folder of them.
+
+    Raises ModelError or CheckpointError naming the flag `what`.
+    """
+    path = Path(name).expanduser()
+    if (path / ABOUT).is_file():
+        return [_open_state(name, path, stages, what, trust_remote_code)]
+    if path.name == STATE and path.parent.is_dir() and not is_checkpoint(path):
+        places = states_in(path)
+        if not places:
+            raise CheckpointError(f"{name} holds no state", where=what, fix="train with --keep-state --keep-states 10")
+        return [_open_state(str(Path(name) / p.name), p, stages, what, trust_remote_code) for p in places]
+    if (path / "run.json").is_file() and states_in(path / STATE) and not is_checkpoint(path):
+        raise CheckpointError(
+            f"{name} is an unfinished run", where=what, fix=f"finish it, or give its states: {Path(name) / STATE}"
+        )
+    return [candidate_of(name, open_source(name, stages=stages, what=what, trust_remote_code=trust_remote_code))]
+
+
+def run_of(state: Path) -> Path:
+    """The output folder of the run that saved a state."""
+    return Path(state).absolute().parent.parent
+
+
+def _open_state(name: str, place: Path, stages: tuple[str, ...], what: str, trusted: bool) -> Candidate:
+    """One resume state, of a finished run or of one that is not."""
+    run = run_of(place)
+    try:
+        about = read_about(place)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} is damaged: {error.what}", where=what, fix="give another state") from None
+    if is_checkpoint(run):
+        source = open_source(str(run), stages=stages, what=what, trust_remote_code=trusted)
+        stage, knobs = source.manifest.stage, dict(source.manifest.config)
+    else:
+        record = _read_run(run, what)
+        stage, knobs = record["stage"], record["config"]
+        if stage not in stages:
+            raise CheckpointError(f"{name} is of a `{stage}` run", where=what, fix=f"give one of {', '.join(stages)}")
+        if about["run"] != record["id"]:
+            raise CheckpointError(
+                f"{name} was saved by an earlier run in this folder", where=what, fix="give a state of the present one"
+            )
+        source = open_source(str(knobs["model"]), stages=stages, what=what, trust_remote_code=trusted)
+        if source.digest != record["inputs"].get("model"):
+            raise CheckpointError(
+                f"{name} was trained from another {knobs['model']} than stands there now",
+                where=what,
+                fix="put the old one back, or finish the run first",
+            )
+    step = int(about["step"]) + (AHEAD in about["facts"])
+    return Candidate(name, source, stage, knobs, place, step)
+
+
+def _read_run(run: Path, what: str) -> dict[str, Any]:
+    try:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        assert isinstance(record["stage"], str) and isinstance(record["config"]["model"], str)
+        assert isinstance(record["id"], str) and isinstance(record["inputs"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise CheckpointError(
+            f"{run} has neither checkpoint.json nor a sound run.json", where=what, fix="give a state inside its run"
+        ) from None
+    return record

@@ -1,0 +1,87 @@
+"""Reward models and implicit rewards on the same comparisons, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from stages.maths.preferences import implicit_reward
+from stages.models.candidates import Candidate, labels_of
+from stages.models.roles import Roles, adapter_of, candidate_adapter, head_of
+from stages.results import Report, Table
+from stages.training.comparing import TokenComparison, pairs_of, report_of, report_tables, score_rows
+from stages.training.implicit import flatten, summed_logprobs
+
+ABSENT = "-"
+SIDE_BY_SIDE = ("model", "label", "kind", "agreement")  # what a report has beside others, and not alone
+
+
+def kind_of(candidate: Candidate) -> str:
+    """How a candidate scores: the key of its report."""
+    return "reward_model" if candidate.stage == "reward" else "implicit_reward"
+
+
+def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenComparison]) -> Tensor:
+    """Scores (R,) of every response: a reward model's, or beta x log(policy / reference) of a DPO or PPO policy.
+
+    A PPO policy is read at the temperature that it was trained at, as its KL was.
+    Source of the implicit reward: Rafailov et al. 2023, eq. 5.
+    """
+    base, responses = roles.base, flatten(rows)
+    if candidate.stage == "reward":
+        adapter = adapter_of(base, candidate.source, trainable=False)
+        roles.add("reward", adapter, head_of(base, candidate.source.folder))
+        return score_rows(roles, "reward", responses, "auto")
+    temperature = float(candidate.knobs.get("temperature") or 1.0)
+    roles.add("policy", candidate_adapter(base, candidate))
+    roles.add("reference", adapter_of(base, candidate.reference, trainable=False))
+    sums = [summed_logprobs(roles, role, responses, "auto", temperature) for role in ("policy", "reference")]
+    return implicit_reward(sums[0] - sums[1], candidate.beta)
+
+
+def contest(
+    roles: Roles, candidates: list[Candidate], rows: list[TokenComparison], report: Report
+) -> list[dict[str, object]]:
+    """Each candidate's report on the comparisons, with how often it agrees with the first; the first is always 1."""
+    report.begin("evaluate", len(candidates))
+    pairs, first = pairs_of(rows), None
+    found = []
+    for done, (candidate, label) in enumerate(zip(candidates, labels_of(candidates), strict=True), 1):
+        if candidate.stage == "ppo" and candidate.knobs.get("kl_target"):
+            report.note(f"{candidate.name}: kl_coef moved in training; its margins are scaled by the first one")
+        scores = candidate_scores(roles, candidate, rows)
+        delta = scores[pairs.better] - scores[pairs.worse]
+        first = delta if first is None else first
+        about = {"model": candidate.name, "label": label, "kind": kind_of(candidate)}
+        found.append(about | report_of(scores, rows) | {"agreement": agreement(first, delta)})
+        report.log(done, {name: found[-1][name] for name in ("accuracy", "log_loss")})
+    report.end()
+    return found
+
+
+def agreement(one: Tensor, other: Tensor) -> float:
+    """Share of pairs on which two scores prefer the same response; where one of them has none, half."""
+    return float((0.5 + 0.5 * torch.sign(one) * torch.sign(other)).double().mean())
+
+
+def contest_tables(found: list[dict[str, object]]) -> tuple[Table, ...]:
+    """The first one's report in full; before it, where there are more, a row each."""
+    title = {"reward_model": "reward model", "implicit_reward": "implicit reward, beta x log(policy / reference)"}
+    main, *rest = report_tables(found[0])
+    tables = (replace(main, title=title[found[0]["kind"]]), *rest)
+    if len(found) == 1:
+        return tables
+    rows = [
+        (
+            str(one["label"]),
+            "reward model" if one["kind"] == "reward_model" else "implicit",
+            f"{one['accuracy']:.3f} [{one['accuracy_low']:.3f}, {one['accuracy_high']:.3f}]",
+            *(f"{one[name]:.3f}" for name in ("log_loss", "margin_mean", "score_length_corr", "agreement")),
+        )
+        for one in found
+    ]
+    rows.append(("always the longer", ABSENT, f"{found[0]['longer_wins_accuracy']:.3f}", *[ABSENT] * 4))
+    columns = ("model", "score", "accuracy [95 %]", "log-loss", "margin", "with length", "agrees")
+    return Table(f"{found[0]['pairs']} pairs, side by side", columns, tuple(rows)), *tables

@@ -1,0 +1,166 @@
+"""Measures policies on prompts: responses sampled with the same noise for each, scored, with their KL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.maths.best_of import best_of_kl, best_of_weights
+from stages.maths.statistics import distinct_ngrams, mean_with_error
+from stages.models.roles import Roles
+from stages.models.source import Source
+from stages.models.tokens import PromptRow, Text
+from stages.rollout.experience import Rollout, roll_out, rollout_kl
+from stages.rollout.generate import Sampling
+from stages.rollout.sources import Rewards
+
+DEFAULT_RESPONSE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every policy is measured with."""
+
+    roles: Roles  # with the role "reference" where KL is measured
+    text: Text
+    prompts: list[PromptRow]
+    sampling: Sampling
+    judges: dict[str, Rewards]  # "score" and "gold", as far as they are given
+    seed: int
+
+    @property
+    def measures_kl(self) -> bool:
+        return "reference" in self.roles.adapters
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Responses and what is known of each."""
+
+    rollout: Rollout
+    scores: dict[str, Tensor]  # by judge, (B,) fp32 on the CPU
+    kl: Tensor | None  # (B,) log-ratio of policy and reference, estimator k1, float64 on the CPU
+
+
+def sampling_of(
+    source: Source, temperature: float | None, max_response_tokens: int | None, rows_at_once: int | str
+) -> Sampling:
+    """How to sample: as asked, else as the policy was trained, else temperature 1 and 128 tokens."""
+    trained = source.manifest.config if source.manifest is not None else {}
+    default = min(DEFAULT_RESPONSE_TOKENS, source.context // 2)
+    tokens = max_response_tokens or trained.get("max_response_tokens") or default
+    return Sampling(temperature or trained.get("temperature") or 1.0, tokens, rows_at_once=rows_at_once)
+
+
+def measure(bench: Bench, draws: list[int]) -> Measured:
+    """Responses of the role "policy": number `k` to every prompt, for each k of `draws`, prompt by prompt.
+
+    Noise depends on prompt and k alone, so every policy answers with the same.
+    """
+    rows = [(i, k) for i in range(len(bench.prompts)) for k in draws]
+    keys = [(bench.seed, "evaluate", i, k) if k else (bench.seed, "evaluate", i) for i, k in rows]
+    asked = [bench.prompts[i] for i, _ in rows]
+    rollout = roll_out(bench.roles, "policy", bench.text, asked, keys, bench.sampling)
+    scores = {
+        name: judge.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
+        for name, judge in bench.judges.items()
+    }
+    kl = rollout_kl(bench.roles, rollout, bench.sampling.temperature, "auto") if bench.measures_kl else None
+    return Measured(rollout, scores, None if kl is None else kl.double().cpu())
+
+
+def summarise(measured: Measured) -> dict[str, float]:
+    """Means over one response to each prompt, with standard errors, and how much responses repeat themselves."""
+    rollout = measured.rollout
+    out: dict[str, float] = {}
+    for name, values in measured.scores.items():
+        out[name], out[f"{name}_error"] = mean_with_error(values)
+    if measured.kl is not None:
+        out["kl"], out["kl_error"] = mean_with_error(measured.kl)
+    out["length"] = sum(rollout.lengths) / len(rollout.lengths)
+    out["eos_rate"] = float(rollout.ended.double().mean())
+    return out | repetition(said(rollout))
+
+
+def said(rollout: Rollout) -> list[tuple[str, list[int]]]:
+    """Text and tokens of every response, without the token that ends it."""
+    ends = rollout.ended.tolist()
+    tokens = [response.tolist()[: -1 if end else None] for response, end in zip(rollout.responses, ends, strict=True)]
+    return list(zip(rollout.texts, tokens, strict=True))
+
+
+def repetition(responses: list[tuple[str, list[int]]]) -> dict[str, float]:
+    """Share of responses that repeat another, and of their tokens and pairs of tokens those that differ."""
+    tokens = [ids for _, ids in responses]
+    return {
+        "duplicate_rate": 1 - len({text for text, _ in responses}) / len(responses),
+        "distinct_1": distinct_ngrams(tokens, 1),
+        "distinct_2": distinct_ngrams(tokens, 2),
+    }
+
+
+# --- the best of several
+
+
+def best_of_rows(bench: Bench, first: Measured, counts: list[int]) -> list[dict[str, float]]:
+    """What the best of n responses by score is like, for every n of `counts`, from max(counts) responses per prompt.
+
+    `first` holds response number 0 to every prompt. Means take every response into account (`best_of_weights`).
+    """
+    size = max(counts)
+    groups = [first] if size == 1 else [first, measure(bench, list(range(1, size)))]
+    columns = {name: _side_by_side(groups, name) for name in ("score", "gold", "kl", "length", "ended")}
+    measures = {name: values for name, values in columns.items() if values is not None}
+    return [best_of_row(n, measures) | _repetition_of_best(n, groups, measures["score"]) for n in sorted(set(counts))]
+
+
+def best_of_row(n: int, measures: dict[str, Tensor]) -> dict[str, float]:
+    """One row from measures (P, N) of N responses to each of P prompts; "score" is what the best is chosen by.
+
+    `kl` is an upper bound: of the choice, ln n - (n - 1) / n, plus the log-ratio of policy and reference on what was
+    chosen, since KL(best || reference) = KL(best || policy) + E_best[log policy / reference].
+    """
+    weights = best_of_weights(measures["score"], n)
+    row: dict[str, float] = {"n": n, "kl": best_of_kl(n), "kl_choice": best_of_kl(n)}
+    for name, values in measures.items():
+        mean, error = mean_with_error((weights * values).sum(1))
+        if name == "kl":
+            row |= {"kl": row["kl_choice"] + mean, "kl_error": error, "kl_policy": mean}
+        elif name in ("score", "gold"):
+            row |= {name: mean, f"{name}_error": error}
+        else:
+            row[{"ended": "eos_rate"}.get(name, name)] = mean
+    return row
+
+
+def _side_by_side(groups: list[Measured], name: str) -> Tensor | None:
+    """A measure as (P, N) float64, response number 0 in the first column; None where it was not taken."""
+    prompts = len(groups[0].rollout.texts)
+    parts = []
+    for group in groups:
+        if name == "length":
+            values = torch.tensor(group.rollout.lengths)
+        else:
+            values = {"kl": group.kl, "ended": group.rollout.ended}.get(name, group.scores.get(name))
+        if values is None:
+            return None
+        parts.append(values.double().view(prompts, -1))
+    return torch.cat(parts, dim=1)
+
+
+def _repetition_of_best(n: int, groups: list[Measured], scores: Tensor) -> dict[str, float]:
+    """`repetition` of the best of n, averaged over as many disjoint sets of n responses as there are."""
+    prompts, size = scores.shape
+    per_prompt: list[list[tuple[str, list[int]]]] = [[] for _ in range(prompts)]
+    for group in groups:
+        responses = said(group.rollout)
+        each = len(responses) // prompts
+        for i, mine in enumerate(per_prompt):
+            mine += responses[i * each : (i + 1) * each]
+    found = []
+    for start in range(0, size - n + 1, n):
+        best = (start + scores[:, start : start + n].argmax(dim=1)).tolist()
+        found.append(repetition([mine[k] for mine, k in zip(per_prompt, best, strict=True)]))
+    return {name: sum(f[name] for f in found) / len(found) for name in found[0]}

@@ -1,0 +1,102 @@
+"""Log-probabilities of whole responses, and the reward that a policy trained by preferences or PPO implies."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.errors import CheckpointError
+from stages.files.run import Run
+from stages.files.states import STATE
+from stages.files.tensors import load_tensors, save_tensors, tensor_metadata
+from stages.models.forward import read_targets
+from stages.models.roles import Roles
+from stages.models.tokens import TokenRow
+from stages.results import Report
+from stages.training.comparing import TokenComparison
+from stages.training.passes import collect
+
+
+def flatten(comparisons: list[TokenComparison]) -> list[TokenRow]:
+    """Every response of every comparison, in order."""
+    return [row for comparison in comparisons for row in comparison.responses]
+
+
+def summed_logprobs(
+    roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: int | str, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability (N,) of each row's target tokens together under a role, without gradient, on the CPU."""
+
+    def forward(micro: list[int]) -> list[Tensor]:
+        return list(logprob_sums(roles, [rows[i] for i in micro], temperature).cpu())
+
+    with roles.use(role):
+        on_cuda = roles.base.device.type == "cuda"
+        return torch.stack(collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda))
+
+
+def logprob_sums(roles: Roles, rows: list[TokenRow], temperature: float = 1.0) -> Tensor:
+    """The same for one forward pass under the active role, with gradient."""
+    sequences, targets = [r.ids for r in rows], [r.targets for r in rows]
+    logprobs = read_targets(roles.base, sequences, targets, temperature=temperature).logprobs
+    return torch.stack([part.sum() for part in logprobs.split([int(t.sum()) for t in targets])])
+
+
+# --- once per run ---------------------------------------------------------------------------------------------------
+
+
+def cached_logprobs(
+    run: Run,
+    name: str,
+    roles: Roles,
+    role: str,
+    digest: str,
+    rows: list[TokenRow],
+    micro_batch_size: int | str,
+    report: Report,
+) -> Tensor:
+    """`summed_logprobs` of a frozen role, kept beside the run's resume state under `name` for when it is resumed.
+
+    `digest` identifies what the role computes with. A file made from anything else is never used; a damaged one is
+    made again, with a warning. Call it once the run has started: only then the folder is its own.
+    """
+    path = run.folder / STATE / f"{role}-{name}.safetensors"
+    key = _key(roles, digest, rows)
+    if path.exists():
+        try:
+            known = _read_cache(path, key, len(rows))
+        except CheckpointError as error:
+            report.warn(f"{path} is damaged and is made again ({error.what})")
+        else:
+            if known is not None:
+                return known
+    sums = summed_logprobs(roles, role, rows, micro_batch_size)
+    if run.writer:
+        save_tensors(path, {"sums": sums}, {"key": key, "sha256": _sha256(sums)})
+    return sums
+
+
+def _read_cache(path: Path, key: str, count: int) -> Tensor | None:
+    """The numbers in a file; None where they are of something else. Raises CheckpointError where it is damaged."""
+    about = tensor_metadata(path)
+    if about.get("key") != key:
+        return None
+    sums = load_tensors(path).get("sums")
+    if sums is None or sums.shape != (count,) or _sha256(sums) != about.get("sha256"):
+        raise CheckpointError("its numbers are not what was saved", where=str(path))
+    return sums
+
+
+def _key(roles: Roles, digest: str, rows: list[TokenRow]) -> str:
+    """Identifies the numbers: the model, its precision and device, and every token that is asked about."""
+    text = hashlib.sha256(f"1 {digest} {roles.base.dtype} {roles.base.device.type} {torch.__version__}".encode())
+    for row in rows:
+        text.update(f"{row.ids.tolist()} {row.targets.tolist()}".encode())
+    return text.hexdigest()
+
+
+def _sha256(numbers: Tensor) -> str:
+    return hashlib.sha256(str(numbers.tolist()).encode()).hexdigest()
