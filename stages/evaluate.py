@@ -111,7 +111,11 @@ def measure_policies(
     """Score, KL, length of --model's responses; beside those of --against and --also, and the best of several."""
     source = inputs.source
     judges = {"score": inputs.rewards, "gold": inputs.gold}
-    rewards = {name: Rewards(specs, roles, "auto", prefix=f"{name} ") for name, specs in judges.items() if specs}
+    rewards = {
+        name: Rewards(specs, roles, "auto", prefix=f"{name} ", timeout=config.reward_timeout)
+        for name, specs in judges.items()
+        if specs
+    }
     if inputs.reference is not None:
         roles.add("reference", adapter_of(roles.base, inputs.reference, trainable=False))
     sampling = sampling_of(source, config.temperature, config.max_response_tokens, config.rollout_batch_size)

@@ -22,7 +22,8 @@ from stages.files.tensors import load_tensors, save_tensors
 
 CONFIG = SftConfig(model="tiny", dataset="rows.jsonl", output="x")
 INPUTS = {"dataset": "1" * 64, "base": "2" * 64}
-FINAL = ["adapter_model.safetensors", "checkpoint.json", "config.yaml", "metrics.jsonl", "samples.jsonl"]
+LISTED = ["adapter_model.safetensors", "config.yaml", "metrics.jsonl", "samples.jsonl"]  # in the manifest
+FINAL = sorted([*LISTED, "checkpoint.json", "last_state"])
 METRICS = '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 4.0}\n{"step": 3, "loss": 11.0}\n{"step": 4, "loss": 26.0}\n'
 SAMPLES = '{"step": 2, "response": "é"}\n{"step": 4, "response": "é"}\n'
 
@@ -87,7 +88,7 @@ def train(folder, config=CONFIG, steps=4, overwrite=False, seen=None):
         run.release()
         return run
     save_tensors(Path(folder) / "adapter_model.safetensors", {"weight": weight})
-    run.finish(MANIFEST, [name for name in FINAL if name != "checkpoint.json"])
+    run.finish(MANIFEST, LISTED)
     return run
 
 
@@ -237,7 +238,7 @@ def test_starting_clears_what_a_kill_left_and_puts_back_a_state_that_was_put_asi
 def test_overwriting_removes_our_files_and_spares_a_persons(tmp_path):
     train(tmp_path)
     (tmp_path / "spiece.vocab").write_text("listed")
-    publish(tmp_path, read_manifest(tmp_path), [*(n for n in FINAL if n != "checkpoint.json"), "spiece.vocab"])
+    publish(tmp_path, read_manifest(tmp_path), [*LISTED, "spiece.vocab"])
     (tmp_path / "critic").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "plots").mkdir()
@@ -481,7 +482,7 @@ def test_a_log_that_lost_lines_is_a_warning(tmp_path):
 
 def test_keep_state_keeps_it(tmp_path):
     run = train(tmp_path, changed(keep_state=True))
-    assert names(tmp_path) == sorted([*FINAL, "state"])
+    assert names(tmp_path) == sorted([*LISTED, "checkpoint.json", "state"])
     assert names(tmp_path / "state") == ["step-000003", "step-000004"]
     opened(tmp_path, changed(keep_state=True)).tidy()
     assert names(tmp_path / "state") == ["step-000003", "step-000004"] and run.finished

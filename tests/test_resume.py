@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from tests.commands import (
     without_times,
 )
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "dpo")
 RUN = (
     "--batch-size", 8, "--max-steps", 5, "--lora-rank", 4, "--samples", 2, "--eval-fraction", 0.2, "--eval-limit", 6,
     "--eval-every", 2, "--save-every", 2, "--micro-batch-size", 3, "--learning-rate", "1e-2", "--warmup-ratio", 0.2,
@@ -34,6 +35,7 @@ RUN = (
 MORE = {
     "sft": (),
     "reward": ("--centre-coef", 0.01),
+    "dpo": (),
     "ppo": ("--max-response-tokens", 4, "--ppo-epochs", 2, "--minibatches", 2, "--kl-target", 0.1, "--kl-horizon", 20),
 }
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +64,7 @@ def command(found, stage: str, output: Path, *more: object) -> tuple:
     inputs = {
         "sft": ("--model", found.base, "--dataset", found.demonstrations),
         "reward": ("--model", found.sft, "--dataset", found.comparisons),
+        "dpo": ("--model", found.sft, "--dataset", found.comparisons),
         "ppo": ("--model", found.sft, "--reward", found.reward, "--dataset", found.prompts),
     }
     return (stage, *inputs[stage], "--output", output, *RUN, *MORE[stage], *more)
@@ -248,6 +251,22 @@ def test_a_reward_function_that_fails_once_costs_nothing(chain, tmp_path):
     assert_the_same_run(tmp_path / "x", tmp_path / "whole")
 
 
+def test_a_reward_function_may_be_mended_while_the_run_stands(chain, tmp_path):
+    """What is behind stays as it was scored; a finished run is another matter."""
+    path, mended = tmp_path / "f.py", "def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
+    counting = "calls = []\ndef score(prompts, responses):\n    calls.append(1)\n"
+    path.write_text(counting + "    assert len(calls) < 7, 'a bug'\n    return [float(len(r)) for r in responses]\n")
+    line = ["ppo", "--model", chain().sft, "--reward", path, "--dataset", chain().prompts, *RUN, *MORE["ppo"]]
+    assert "a bug" in refused(*line, "--output", tmp_path / "x")
+    path.write_text(mended)
+    ended = done(*line, "--output", tmp_path / "x")
+    assert ended.stderr.count("changed since this run began") == 1 and "resuming after step 3 of 5" in ended.stderr
+    done(*line, "--output", tmp_path / "whole")
+    assert_the_same_run(tmp_path / "x", tmp_path / "whole")
+    path.write_text(mended + "# another\n")
+    assert f"content of reward {path}" in refused(*line, "--output", tmp_path / "x")
+
+
 # --- again, otherwise, instead ---------------------------------------------------------------------------------------
 
 
@@ -365,3 +384,73 @@ def test_a_second_process_is_kept_out(chain, tmp_path):
     assert json.loads((tmp_path / "x" / "run.lock").read_text())["pid"] == child.pid
     assert os.listdir(tmp_path / "x") == ["run.lock"]
     done(*line)
+
+
+# --- going further than the run that was finished ---------------------------------------------------------------------
+
+FLAT = ("--lr-schedule", "constant", "--warmup-ratio", 0)  # a learning rate that does not depend on the end
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_run_goes_on_to_a_later_end(chain, tmp_path, stage):
+    straight, longer = tmp_path / "straight", tmp_path / "longer"
+    done(*command(chain(), stage, straight, *FLAT))
+    done(*command(chain(), stage, longer, *FLAT, "--max-steps", 2))
+    assert sorted(os.listdir(longer / "last_state")) == ["step-000002"] and not (longer / "state").exists()
+    ended = done(*command(chain(), stage, longer, *FLAT))
+    assert "resuming after step 2 of 5" in ended.stderr
+    assert contents(longer / "last_state").keys() == contents(straight / "last_state").keys()
+    assert_the_same_run(longer, straight)
+    assert "nothing" in done(*command(chain(), stage, longer, *FLAT)).stdout or manifest(longer)["steps"] == 5
+
+
+def test_a_run_that_goes_further_survives_a_kill(chain, tmp_path, monkeypatch):
+    straight, longer = tmp_path / "straight", tmp_path / "longer"
+    done(*command(chain(), "sft", straight, *FLAT))
+    done(*command(chain(), "sft", longer, *FLAT, "--max-steps", 2))
+    line = command(chain(), "sft", longer, *FLAT)
+    ended = in_a_process(signal.SIGKILL, 4, *line)
+    assert ended.returncode == -signal.SIGKILL
+    assert not (longer / "checkpoint.json").exists()
+    done(*line)
+    assert_the_same_run(longer, straight)
+
+
+@pytest.mark.parametrize("change", [("--max-steps", 4), ("--max-steps", 8, "--seed", 1)])
+def test_an_earlier_end_or_another_choice_beside_it_is_refused(chain, whole, change):
+    before = contents(whole("sft"))
+    said = refused(*command(chain(), "sft", whole("sft"), *change))
+    assert "max_steps: 5 -> " in said and "--overwrite" in said
+    assert contents(whole("sft")) == before
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_later_end_without_a_sound_state_is_refused(chain, tmp_path, how):
+    folder = tmp_path / "sft"
+    done(*command(chain(), "sft", folder, "--max-steps", 2))
+    tensors = folder / "last_state" / "step-000002" / "state.safetensors"
+    if how == "gone":
+        shutil.rmtree(folder / "last_state")
+    else:
+        tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
+    before = contents(folder)
+    said = refused(*command(chain(), "sft", folder))
+    assert ("its last state is gone" in said) == (how == "gone") and "max_steps: 2 -> 5" in said
+    assert contents(folder) == before
+
+
+def test_an_interrupted_run_may_be_given_a_later_end(chain, tmp_path):
+    straight, longer = tmp_path / "straight", tmp_path / "longer"
+    done(*command(chain(), "sft", straight, *FLAT))
+    ended = in_a_process(signal.SIGTERM, 2, *command(chain(), "sft", longer, *FLAT, "--max-steps", 4))
+    assert ended.returncode == 143
+    done(*command(chain(), "sft", longer, *FLAT))
+    assert_the_same_run(longer, straight)
+
+
+def test_a_run_whose_folder_was_moved_goes_on_there(chain, whole, tmp_path):
+    ended = in_a_process(signal.SIGTERM, 3, *command(chain(), "ppo", tmp_path / "here"))
+    assert ended.returncode == 143
+    (tmp_path / "here").rename(tmp_path / "there")
+    done(*command(chain(), "ppo", tmp_path / "there"))
+    assert_the_same_run(tmp_path / "there", whole("ppo"))

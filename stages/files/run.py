@@ -16,6 +16,7 @@ import datetime
 import errno
 import fnmatch
 import json
+import math
 import os
 import re
 import secrets
@@ -28,15 +29,16 @@ from stages.config import as_dict, differing
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, publish, read_manifest
-from stages.files.states import STATE, State, owner_of, read_state, states_in, step_of, write_state
+from stages.files.states import STATE, State, owner_of, read_about, read_state, states_in, step_of, write_state
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
 
 RUN, LOCK = "run.json", "run.lock"
+LAST = "last_state"  # of a finished run: what the same command with more steps goes on from
 METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.yaml"
 _OURS = (  # what a stage writes into its folder, and so what --overwrite may remove
-    METRICS, SAMPLES, CONFIG, STATE, "critic", "report.json", "adapter_model.safetensors", "adapter_config.json",
+    METRICS, SAMPLES, CONFIG, STATE, LAST, "critic", "report.json", "adapter_model.safetensors", "adapter_config.json",
     "head.safetensors", "tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -54,6 +56,7 @@ class Run:
     writer: bool = True
     manifest: Manifest | None = None  # of the checkpoint that is there already
     resuming: bool = False  # an unfinished run of the same command is there
+    amending: bool = False  # so is one with an earlier end, or a since mended reward function, to go on from
     warnings: list[str] = field(default_factory=list)
     _lock: int | None = None
 
@@ -82,7 +85,9 @@ class Run:
                     "another process has just finished this run", where=str(self.folder), fix="run the command again"
                 )
             self._clear_leftovers()
-            if not self.resuming:
+            if self.amending:
+                self._amend()
+            elif not self.resuming:
                 self._begin_anew()
             elif not self._own_states():  # killed before its first state, perhaps while clearing: the same as new
                 self._clear_old()
@@ -93,9 +98,19 @@ class Run:
     def _begin_anew(self) -> None:
         """Mark the folder as this run's first, so that a kill while clearing never leaves it without an owner."""
         old = _record(self.folder, MANIFEST) or {}
+        self._write_record(secrets.token_hex(8))
+        self._clear_old(old.get("files", {}))
+
+    def _amend(self) -> None:
+        """Make the folder's run an unfinished one of this command's choices; its last state is where it goes on."""
+        self._write_record(self._id() or owner_of(self._states()[0]))
+        atomic.remove(self.folder / MANIFEST)
+        atomic.sync(self.folder)
+
+    def _write_record(self, identity: object) -> None:
         record = {
             "format_version": FORMAT_VERSION,
-            "id": secrets.token_hex(8),
+            "id": identity,
             "stage": self.stage,
             "config": as_dict(self.config),
             "inputs": self.inputs,
@@ -103,7 +118,6 @@ class Run:
             "rlhf": __version__,
         }
         atomic.write_json(self.folder / RUN, record)
-        self._clear_old(old.get("files", {}))
 
     def _clear_old(self, listed: typing.Collection[str] = ()) -> None:
         """Remove what a stage wrote, `listed` or known by name; what else a person put here stays."""
@@ -144,9 +158,17 @@ class Run:
             return
         with contextlib.suppress(OutputError):
             if not self._keeps_state():
-                atomic.remove(self.folder / STATE)
+                self._put_last_aside()
             atomic.remove(self.folder / RUN)
             self._clear_leftovers()
+
+    def _put_last_aside(self) -> None:
+        """Leave of all states the last one, under another name."""
+        newest = states_in(self.folder / STATE)[-1:]
+        if newest:
+            atomic.remove(self.folder / LAST)
+            atomic.move(newest[0], self.folder / LAST / newest[0].name)
+        atomic.remove(self.folder / STATE)
 
     def _keeps_state(self) -> bool:
         return bool(getattr(self.config, "keep_state", False))
@@ -163,7 +185,7 @@ class Run:
             atomic.unlock(handle, self.folder / LOCK)
 
     def _clear_leftovers(self) -> None:
-        for where in (self.folder, self.folder / STATE, self.folder / "critic"):
+        for where in (self.folder, self.folder / STATE, self.folder / LAST, self.folder / "critic"):
             atomic.clear_leftovers(where)
 
     # --- logs
@@ -231,7 +253,7 @@ class Run:
 
     def _states(self) -> list[Path]:
         """Folders of states, the newest first."""
-        return states_in(self.folder / STATE)[::-1]
+        return sorted([p for name in (STATE, LAST) for p in states_in(self.folder / name)], key=step_of, reverse=True)
 
     def _own_states(self) -> list[Path]:
         """Those that this run wrote, or that are too damaged to say; not those of a run that was overwritten."""
@@ -279,7 +301,7 @@ def write_config(run: Run, config: object) -> None:
 
 def _judge(run: Run) -> None:
     """Set a run's `manifest` and `resuming` by what its folder holds. Raises as `open_run` does."""
-    run.manifest, run.resuming = None, False
+    run.manifest, run.resuming, run.amending = None, False, False
     if not _entries(run.folder):
         if run.writer:
             _check_writable(run.folder)
@@ -293,6 +315,11 @@ def _judge(run: Run) -> None:
             fix="choose another --output; nothing in this folder will be touched",
         )
     try:
+        if _goes_further(run, found) or (not finished and _mends_functions(run, found)):
+            run.resuming = run.amending = True
+            if finished:
+                read_manifest(run.folder)
+            return
         _compare(run, found)
         if finished:
             run.manifest = read_manifest(run.folder)
@@ -340,12 +367,57 @@ def _compare(run: Run, found: dict[str, typing.Any]) -> None:
             f"holds a run of `{found['stage']}`, not of `{run.stage}`", where=str(run.folder), fix=another
         )
     lines = differences(run.config, run.inputs, found.get("config", {}), found.get("inputs", {}))
+    ends = ("max_steps: ", "epochs: ")
+    if lines and all(line.startswith(ends) for line in lines) and not run._states():
+        another = f"its last state is gone, so it cannot go on from there: {another}"
     if lines:
         raise OutputError(
             "made with other choices:\n" + "\n".join(f"    {line}" for line in lines),
             where=str(run.folder),
             fix=f"repeat the old choices to go on, {another}",
         )
+
+
+def _goes_further(run: Run, found: dict[str, typing.Any]) -> bool:
+    """True where a folder's run is this one but for an earlier end, and the state to go on from is there."""
+    old = found.get("config", {})
+    lines = differences(run.config, run.inputs, old | _ends_of(run.config), found.get("inputs", {}))
+    same = found["format_version"] <= FORMAT_VERSION and found["stage"] == run.stage and not lines
+    return same and _ends_later(_ends_of(run.config), old, found.get("steps")) and _newest_is_sound(run)
+
+
+def _newest_is_sound(run: Run) -> bool:
+    with contextlib.suppress(CheckpointError):
+        return any(read_about(place) for place in run._states()[:1])
+    return False
+
+
+def _mends_functions(run: Run, found: dict[str, typing.Any]) -> bool:
+    """True where a folder's run is this one but for the content of Python files that score; says so in `warnings`."""
+    old = found.get("inputs", {})
+    mended = {n for n in run.inputs if n.startswith("reward ") and ".py" in n and old.get(n, "") != run.inputs[n]}
+    mended &= old.keys()
+    lines = differences(run.config, run.inputs, found.get("config", {}), old | {n: run.inputs[n] for n in mended})
+    same = found["format_version"] <= FORMAT_VERSION and found["stage"] == run.stage and not lines
+    if not (same and mended and _newest_is_sound(run)):
+        return False
+    names = ", ".join(sorted(name.removeprefix("reward ") for name in mended))
+    warning = f"{names} changed since this run began; the steps behind it were scored by the old one"
+    run.warnings += [warning] if warning not in run.warnings else []
+    return True
+
+
+def _ends_of(config: object) -> dict[str, object]:
+    return {name: getattr(config, name) for name in ("max_steps", "epochs") if hasattr(config, name)}
+
+
+def _ends_later(new: dict[str, typing.Any], old: dict[str, typing.Any], done: object) -> bool:
+    """Whether max_steps and epochs ask for more than before; `done` are the steps of a finished run."""
+    if not {"max_steps", "epochs"} <= new.keys() & old.keys():
+        return False
+    if new["max_steps"] is not None:
+        return new["max_steps"] > (done or old["max_steps"] or math.inf)
+    return old["max_steps"] is None and new["epochs"] > old["epochs"]
 
 
 def differences(
