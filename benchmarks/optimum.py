@@ -4,7 +4,7 @@ Each task is a tiny language model whose responses can all be listed, a reward f
 of the KL. There E_pi[R] - beta KL(pi || pi_ref) has one optimum, pi* ~ pi_ref exp(R / beta). What `rlhf ppo` makes of
 it from sampled responses is compared with what exact gradients of that objective make of it on the same adapter.
 
-    python benchmarks/optimum.py [--task NAME] [--quick] [--output FILE.json]
+    python benchmarks/optimum.py [--task NAME] [--estimator NAME] [--quick] [--output FILE.json]
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ PROMPTS = ("ab", "ba", "dea", "ced")
 TASKS = {
     task.name: task
     for task in (
-        Task("6 tokens, length 2, llama", 6, 2, 0.1, PROMPTS, steps=80, responses=256),
-        Task("16 tokens, length 1, gpt2", 16, 1, 0.1, PROMPTS, steps=60, responses=256, architecture="gpt2"),
+        Task("6 tokens, length 2, llama", 6, 2, 0.1, PROMPTS, steps=120, responses=256),
+        Task("16 tokens, length 1, gpt2", 16, 1, 0.1, PROMPTS, steps=200, responses=256, architecture="gpt2"),
         Task("10 tokens, length 2, llama", 10, 2, 0.3, PROMPTS),
         Task("6 tokens, length 3, llama", 6, 3, 1.0, PROMPTS, scale=3.0),
     )
@@ -340,6 +340,7 @@ def line(row: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, help="run only this one")
+    parser.add_argument("--estimator", choices=ESTIMATORS, help="run only this one")
     parser.add_argument("--quick", action="store_true", help="only the two smallest tasks, about two minutes")
     parser.add_argument("--output", type=Path, help="also write the rows to this .json file")
     given = parser.parse_args()
@@ -349,7 +350,7 @@ def main() -> int:
     for name in [given.task] if given.task else (QUICK if given.quick else TASKS):
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(Path(folder) / "task", TASKS[name])
-            for estimator in ESTIMATORS:
+            for estimator in [given.estimator] if given.estimator else ESTIMATORS:
                 rows.append(bench.run(estimator))
                 print(line(rows[-1]), flush=True)
     if given.output:

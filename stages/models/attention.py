@@ -70,8 +70,7 @@ def attend(
     runs = [(length, len(list(same))) for length, same in groupby(attention_mask.lengths)]
     pieces = (x.split([length * count for length, count in runs], dim=2) for x in (query, key, value))
     outs = [
-        _attend_run(*parts, length, scale, window, softcap)
-        for (length, _), *parts in zip(runs, *pieces, strict=True)
+        _attend_run(*parts, length, scale, window, softcap) for (length, _), *parts in zip(runs, *pieces, strict=True)
     ]
     return torch.cat(outs, dim=1), None
 
