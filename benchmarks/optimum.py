@@ -83,21 +83,13 @@ TASKS = {
 }
 QUICK = (tuple(TASKS)[0], tuple(TASKS)[-1])
 CONTROL = "rloo, k3 in reward"
+# Whitened advantages keep their size where there is nothing left to learn, so their noise does not die away there as
+# that of rloo does: twice the responses, and one plain step on each batch.
+PLAIN = ("--ppo-epochs", "1", "--minibatches", "1", "--learning-rate", "1e-2")
 ESTIMATORS = {
-    "gae": ("--gae-lambda", "1"),
+    "gae": ("--gae-lambda", "1", *PLAIN),
     "rloo": ("--advantage", "rloo"),
-    # Its baseline is the mean of the batch, whatever the prompt, so its noise does not die away at the optimum: twice
-    # the responses, and one plain step on each batch.
-    "reinforce++": (
-        "--advantage",
-        "reinforce++",
-        "--ppo-epochs",
-        "1",
-        "--minibatches",
-        "1",
-        "--learning-rate",
-        "1e-2",
-    ),
+    "reinforce++": ("--advantage", "reinforce++", *PLAIN),
     CONTROL: ("--advantage", "rloo", "--kl-estimator", "k3", "--kl-placement", "reward", "--force-biased-kl"),
 }
 LIMITS = {"gae": 0.02, "rloo": 0.03, "reinforce++": 0.03}  # of total variation beyond what exact gradients reach
@@ -310,7 +302,7 @@ class Bench:
         """The command line that trains with an estimator."""
         task, folder = self.task, self.folder
         group = 1 if estimator in ("gae", "reinforce++") else GROUP
-        responses = task.responses * (2 if estimator == "reinforce++" else 1)
+        responses = task.responses * (2 if group == 1 else 1)
         words = (
             "ppo", "--model", folder / "base", "--reward", f"{folder / 'reward.py'}:score",
             "--dataset", folder / "prompts.jsonl", "--output", output, "--kl-coef", task.beta,
