@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -46,10 +47,10 @@ def qkv(length, heads=4, kv_heads=4, seed=0):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_segments_attend_causally_to_themselves_alone(kv_heads, window, softcap):
-    lengths = [5, 1, 7]
+@pytest.mark.parametrize("lengths", [(5, 1, 7), (4, 4, 1, 1, 1, 2)])  # neighbours of one length attend side by side
+def test_segments_attend_causally_to_themselves_alone(kv_heads, window, softcap, lengths):
     q, k, v = qkv(13, kv_heads=kv_heads)
-    segments = Segments((5, 1, 7), torch.tensor([0, 5, 6, 13], dtype=torch.int32))
+    segments = Segments(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
     found, weights = attend(
         Layer(4 // kv_heads), q, k, v, segments, scaling=0.4, sliding_window=window, softcap=softcap
     )

@@ -43,6 +43,13 @@ def test_a_rollout_is_laid_out_by_response():
     assert rollout.lengths == [2, 3] and rollout.sizes == [5, 4]
 
 
+def test_lengths_and_sizes_are_counted_once():
+    """A step looks them up for every row: counted anew each time, a batch of many short responses is quadratic."""
+    rollout = lay_out(prompt_rows([torch.tensor([3, 4])]), [torch.tensor([5, 6, 2])], ["x"], torch.tensor([True]))
+    assert (rollout.lengths, rollout.sizes) == ([3], [5])
+    assert rollout.lengths is rollout.lengths and rollout.sizes is rollout.sizes
+
+
 def test_responses_are_sampled_under_the_role_and_read_back(roles, text, monkeypatch):
     logits = roles.base.logits
     ends = torch.where(torch.arange(300) == 2, 5.5, 0.0)

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -66,18 +67,26 @@ def attend(
         return _attend_capped(query, key, value, attention_mask, scale, softcap).transpose(1, 2).contiguous(), None
     if query.is_cuda and softcap is None and query.dtype != torch.float32:
         return _attend_varlen(query, key, value, attention_mask, scale, window), None
-    outs, start = [], 0
-    for length in attention_mask.lengths:
-        part = slice(start, start + length)
-        outs.append(_attend_one(query[:, :, part], key[:, :, part], value[:, :, part], scale, window, softcap))
-        start += length
-    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+    runs = [(length, len(list(same))) for length, same in groupby(attention_mask.lengths)]
+    pieces = (x.split([length * count for length, count in runs], dim=2) for x in (query, key, value))
+    outs = [
+        _attend_run(*parts, length, scale, window, softcap) for (length, _), *parts in zip(runs, *pieces, strict=True)
+    ]
+    return torch.cat(outs, dim=1), None
+
+
+def _attend_run(
+    q: Tensor, k: Tensor, v: Tensor, length: int, scale: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention within neighbouring sequences of one length, (1, heads, n L, D) each -> (1, n L, heads, D)."""
+    q, k, v = (x.unflatten(2, (-1, length))[0].transpose(0, 1) for x in (q, k, v))  # (n, heads, L, D)
+    return _attend_one(q, k, v, scale, window, softcap).transpose(1, 2).flatten(0, 1)[None]
 
 
 def _attend_one(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention within one sequence, (1, heads, L, D) each."""
+    """Causal attention within sequences of one length, (n, heads, L, D) each."""
     gqa = q.shape[1] != k.shape[1]
     length = q.shape[2]
     if softcap is None and (window is None or length <= window):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,12 +29,12 @@ class Rollout:
     targets: list[Tensor]  # B of (P_i + L_i,) bool: True on the response
     mask: Tensor  # (B, T) bool
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each response."""
         return [len(r) for r in self.responses]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Tokens of each prompt and response together."""
         return [len(s) for s in self.sequences]
