@@ -19,6 +19,10 @@ from stages.errors import ConfigError
 
 AUTO = "auto"
 CRITIC_FREE = ("rloo", "grpo", "reinforce++", "reinforce++-baseline")
+CONDITIONS = (  # what PPO is watched for; see stages/rollout/watchdog.py
+    "kl", "negative-kl", "ratio", "entropy", "length", "no-eos", "critic", "dead-groups", "nan", "reward-range",
+)  # fmt: skip
+NONE = "none"
 GROUPED = ("rloo", "grpo", "reinforce++-baseline")
 
 
@@ -289,6 +293,14 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         choices=("adapter", "shared"),
     )
 
+    stop_on: list[str] = knob(
+        ["kl", "nan"],
+        "conditions that end the run, or none; a wrong name lists them all",
+        PPO,
+        choices=CONDITIONS,
+        inert=True,
+    )
+
     learning_rate: float = knob(1e-5, "learning rate of the policy at the first update", OPTIMISER, above=0)
     critic_learning_rate: float | None = knob(
         None, "learning rate of the critic", OPTIMISER, above=0, auto="learning_rate"
@@ -498,6 +510,8 @@ def resolve(cls: type, recipe: dict[str, tuple[object, str]], flags: dict[str, o
         if raw is None and typing.get_origin(kind) in (list, dict):
             raw = default_of(f)
         values[name] = parse(raw, kind, origin[name])
+        if about.choices and typing.get_origin(kind) is list:
+            values[name] = split_choices(values[name])
         check_bounds(values[name], about, origin[name])
     config = cls(**values)
     if hasattr(config, "check"):
@@ -573,8 +587,20 @@ def _parse_pairs(raw: object) -> dict[str, str]:
     return {name.strip(): column.strip() for name, column in pairs}
 
 
+def split_choices(texts: list[str]) -> list[str]:
+    """The choices of a list knob: `a,b` is two of them, each stands once, and `none` alone is the empty list."""
+    chosen = [word.strip() for text in texts for word in text.split(",") if word.strip()]
+    return [] if chosen == [NONE] else list(dict.fromkeys(chosen))
+
+
 def check_bounds(value: object, about: Knob, where: str) -> None:
-    """Raise ConfigError where a value lies outside its knob's bounds or choices."""
+    """Raise ConfigError where a value, or one of a list, lies outside its knob's bounds or choices."""
+    if isinstance(value, list) and about.choices:
+        for one in value:
+            check_bounds(one, dataclasses.replace(about, choices=(*about.choices, NONE)), where)
+        if NONE in value:
+            raise ConfigError(f"`{NONE}` stands alone", where=where, fix=f"give {NONE}, or the conditions to stop on")
+        return
     if about.choices and value not in about.choices:
         near = difflib.get_close_matches(str(value), about.choices, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
