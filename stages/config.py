@@ -164,6 +164,10 @@ class RewardConfig(TrainingKnobs):
     demonstrations: str | None = knob(
         None, "demonstrations whose mean score becomes 0", REWARD, auto="the chosen responses of the training rows"
     )
+    sft_samples: int = knob(
+        32, "held-out prompts that the policy answers at the end, to see how its responses score; 0 for none",
+        REWARD, low=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +219,9 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         REQUIRED,
         "reward checkpoint, or file.py:function, each with an optional =weight; repeat for several",
         REWARD,
+    )
+    force: bool = knob(
+        False, "go on with a reward model that is no better than chance on held out pairs", REWARD, inert=True
     )
     missing_eos_penalty: float = knob(1.0, "charge for a response that never ends; 0 turns it off", REWARD, low=0)
     missing_eos: str = knob(

@@ -246,7 +246,9 @@ def test_every_stage_runs_on_a_base_in_bfloat16(chain, tmp_path):
     sft, reward, ppo = (tmp_path / name for name in ("sft", "reward", "ppo"))
     done("sft", "--model", found.base, "--dataset", found.demonstrations, "--output", sft, *half)
     done("reward", "--model", sft, "--dataset", found.comparisons, "--output", reward, *half)
-    done("ppo", "--model", sft, "--reward", reward, "--dataset", found.prompts, "--output", ppo, *half, *SHORT)
+    done(
+        "ppo", "--model", sft, "--reward", reward, "--dataset", found.prompts, "--output", ppo, *half, *SHORT, "--force"
+    )
     for folder in (sft, reward, ppo):
         assert manifest(folder)["dtype"] == "bfloat16"
         assert all(str(tensor.dtype) == "torch.float32" for tensor in weights(folder).values())

@@ -103,7 +103,9 @@ def test_both_ranks_stop_at_a_signal_and_go_on_to_the_same_bits(chain, tmp_path,
 
 def test_both_ranks_stop_at_an_alarm_and_go_on_to_the_same_bits(chain, tmp_path):
     """The KL of all ranks together trips at the second update: one state is kept, and neither rank waits for ever."""
-    (tmp_path / "vowels.py").write_text("def score(prompts, responses):\n    return [r.count('a') for r in responses]\n")
+    (tmp_path / "vowels.py").write_text(
+        "def score(prompts, responses):\n    return [r.count('a') for r in responses]\n"
+    )
     line = ["ppo", "--model", chain().base, "--reward", tmp_path / "vowels.py", "--dataset", chain().prompts]
     line += ["--batch-size", 8, "--max-steps", 3, "--max-response-tokens", 4, "--temperature", 0.3, "--clip-range", 1]
     line += ["--learning-rate", 0.05, "--target-approx-kl", "null", "--eval-fraction", 0, "--missing-eos-penalty", 0]
