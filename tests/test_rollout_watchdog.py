@@ -9,7 +9,7 @@ import pytest
 from stages.config import CONDITIONS as NAMES
 from stages.errors import TrainingStopped
 from stages.results import Silent
-from stages.rollout.watchdog import CONDITIONS, Course, kl_limit, watch
+from stages.rollout.watchdog import CONDITIONS, Course, watch
 from stages.rollout.watching import Watch, alarms_in, kept
 
 HEALTHY = {
@@ -44,13 +44,15 @@ def test_one_update_without_any_number_is_quiet():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "nats"),
-    [(1, 20), (10, 20), (20, 40), (25, 50), (53, 50), (100, 50), (101, 50.5), (2000, 1000)],
+    ("tokens", "warns", "stops"),
+    [(1, 20, 50), (10, 20, 50), (20, 40, 50), (25, 50, 50), (100, 50, 50), (101, 50.5, 50.5), (2000, 1000, 1000)],
 )
-def test_how_far_is_too_far_grows_with_the_response(tokens, nats):
-    assert kl_limit(tokens) == nats
-    assert names(course({"reward_kl": nats, "response_length": tokens})) == []
-    assert names(course({"reward_kl": nats + 0.1, "response_length": tokens})) == ["kl"]
+def test_how_far_is_too_far_grows_with_the_response(tokens, warns, stops):
+    def found(nats: float) -> list[tuple[str, bool]]:
+        return [(a.condition, a.grave) for a in watch(course({"reward_kl": nats, "response_length": tokens}))]
+
+    assert found(warns) == [] and found(warns + 0.1) == [("kl", warns == stops)]
+    assert found(stops + 0.1) == [("kl", True)]
 
 
 def test_reasoning_without_a_charge_for_kl_is_no_alarm():

@@ -31,6 +31,7 @@ PLAIN = (
     "--max-steps", 4,
 )  # fmt: skip
 WILD = ("--learning-rate", 0.05, "--clip-range", 1)
+FAR = (*WILD, "--max-response-tokens", 12)  # so that the KL is beyond 50 nats after one update
 GROUPS = ("--advantage", "rloo", "--responses-per-prompt", 2)
 SCORES = {
     "vowels": "[sum(letter in 'aeiou' for letter in r) for r in responses]",
@@ -77,10 +78,16 @@ def warned(ended: Ended, condition: str) -> str:
 
 def test_kl_of_a_policy_that_runs_away(run, tmp_path):
     """The default stops: the learning rate is a thousand times too high."""
-    ended, lines = run("vowels", *WILD)
+    ended, lines = run("vowels", *FAR)
     said = stopped(ended, "kl", 2)
     assert "nats" in said and "raise --kl-coef or lower --learning-rate" in said
     assert len(lines) == 1 and os.listdir(tmp_path / "x" / "state") == ["step-000001"]
+
+
+def test_kl_of_short_responses_is_warned_of_before_it_stops(run):
+    ended, lines = run("vowels", *WILD)
+    assert "warning: update 2: kl: " in ended.stderr and warned(ended, "kl")
+    assert all(20 < line["reward_kl"] < 50 for line in lines[1:])
 
 
 def test_negative_kl_where_another_policy_is_sampled_from(run, monkeypatch):
@@ -207,19 +214,33 @@ def test_a_run_that_is_well_says_nothing(run, tmp_path, more):
 
 def test_a_run_that_stopped_goes_on_to_the_same_bits(run, tmp_path):
     """It stops at its second update, and again when repeated as it was; told not to, it ends as if it never had."""
-    whole, expected = run("vowels", *WILD, "--stop-on", "none", folder="whole")
+    whole, expected = run("vowels", *FAR, "--stop-on", "none", folder="whole")
     assert whole.code == 0 and "warning: update 2: kl: " in whole.stderr
-    said = stopped(run("vowels", *WILD)[0], "kl", 2)
+    said = stopped(run("vowels", *FAR)[0], "kl", 2)
     assert f"the state of step 1, before this update, is kept in {tmp_path / 'x'}" in said
     assert said.rstrip().endswith("--stop-on nan goes on from it")
-    again = run("vowels", *WILD)[0]
+    again = run("vowels", *FAR)[0]
     assert stopped(again, "kl", 2) == said and "resuming after step 1 of 4" in again.stderr
-    ended, lines = run("vowels", *WILD, "--stop-on", "nan")
+    ended, lines = run("vowels", *FAR, "--stop-on", "nan")
     assert ended.code == 0 and "resuming after step 1 of 4" in ended.stderr, ended.stderr
     assert_same_weights(tmp_path / "x", tmp_path / "whole")
     assert without_times(tmp_path / "x" / "metrics.jsonl") == without_times(tmp_path / "whole" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and len(lines) == len(expected)
     assert manifest(tmp_path / "x")["metrics"] == manifest(tmp_path / "whole")["metrics"]
+
+
+def test_a_run_that_stops_in_its_first_update_goes_on_from_the_start(run, monkeypatch, tmp_path):
+    """Eight steps an update, all of them bad; once the fault is mended the run is the one that never had it."""
+    run("vowels", "--minibatches", 2, folder="whole")
+    with monkeypatch.context() as patch:
+        plant_inf(patch, 0)
+        said = stopped(run("vowels", "--minibatches", 2)[0], "nan", 1)
+    assert "the state of step 0, before this update, is kept in" in said
+    assert os.listdir(tmp_path / "x" / "state") == ["step-000000"]
+    ended, _ = run("vowels", "--minibatches", 2)
+    assert ended.code == 0 and "resuming after step 0 of 4" in ended.stderr
+    assert_same_weights(tmp_path / "x", tmp_path / "whole")
+    assert without_times(tmp_path / "x" / "metrics.jsonl") == without_times(tmp_path / "whole" / "metrics.jsonl")
 
 
 def test_a_resumed_run_does_not_repeat_what_was_said(run):

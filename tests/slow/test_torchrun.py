@@ -53,7 +53,8 @@ def test_two_ranks_end_with_the_weights_of_one(chain, tmp_path, stage, within):
     for name in ("loss", "grad_norm", "tokens", "lr"):
         assert two[1][name] == pytest.approx(one[1][name], rel=1e-4, abs=1e-6)
     for name, value in manifest(tmp_path / "one")["metrics"].items():
-        assert manifest(tmp_path / "two")["metrics"][name] == pytest.approx(value, rel=1e-2, abs=1e-3)
+        expected = pytest.approx(value, rel=1e-2, abs=1e-3) if isinstance(value, (int, float)) else value
+        assert manifest(tmp_path / "two")["metrics"][name] == expected
 
 
 def test_ppo_on_two_ranks_finishes_and_every_rank_samples_its_share(chain, tmp_path):
@@ -107,7 +108,7 @@ def test_both_ranks_stop_at_an_alarm_and_go_on_to_the_same_bits(chain, tmp_path)
         "def score(prompts, responses):\n    return [r.count('a') for r in responses]\n"
     )
     line = ["ppo", "--model", chain().base, "--reward", tmp_path / "vowels.py", "--dataset", chain().prompts]
-    line += ["--batch-size", 8, "--max-steps", 3, "--max-response-tokens", 4, "--temperature", 0.3, "--clip-range", 1]
+    line += ["--batch-size", 8, "--max-steps", 3, "--max-response-tokens", 12, "--temperature", 0.3, "--clip-range", 1]
     line += ["--learning-rate", 0.05, "--target-approx-kl", "null", "--eval-fraction", 0, "--missing-eos-penalty", 0]
     line = [*map(str, line), "--output"]
     whole = torchrun(["-m", "rlhf_cli"], [*line, str(tmp_path / "whole"), "--stop-on", "none"])
