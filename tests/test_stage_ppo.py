@@ -391,7 +391,7 @@ def test_a_longer_response_is_paid_for_and_comes(chain, tmp_path):
     flags = (
         "--max-steps", 60, "--batch-size", 16, "--max-response-tokens", 12, "--temperature", 1, "--kl-coef", 0,
         "--learning-rate", "2e-2", "--critic-learning-rate", "1e-2", "--missing-eos-penalty", 0,
-        "--eval-fraction", 0.3, "--eval-limit", 16,
+        "--eval-fraction", 0.3, "--eval-limit", 16, "--stop-on", "nan",
     )  # fmt: skip
     line = ("ppo", "--model", chain().base, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)
     metrics = result(*line, "--output", tmp_path / "x", *flags)["metrics"]
