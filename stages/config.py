@@ -220,9 +220,6 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         "reward checkpoint, or file.py:function, each with an optional =weight; repeat for several",
         REWARD,
     )
-    force: bool = knob(
-        False, "go on with a reward model that is no better than chance on held out pairs", REWARD, inert=True
-    )
     missing_eos_penalty: float = knob(1.0, "charge for a response that never ends; 0 turns it off", REWARD, low=0)
     missing_eos: str = knob(
         AUTO,
@@ -233,6 +230,9 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
     )
     normalise_scores: bool = knob(False, "divide scores by their running spread, after taking off their mean", REWARD)
     score_clip: float | None = knob(None, "clip scores to +- this", REWARD, above=0, auto="off")
+    force: bool = knob(
+        False, "go on with a reward model that is no better than chance on held out pairs", REWARD, inert=True
+    )
     length_penalty: float = knob(0.0, "charge per token beyond length_limit", REWARD, low=0)
     length_limit: int = knob(0, "response length that costs nothing", REWARD, low=0)
     ptx_dataset: str | None = knob(

@@ -46,15 +46,6 @@ def correlation(x: Tensor, y: Tensor) -> float:
     return (x @ y / (x.norm() * y.norm())).item()
 
 
-def lead_of_pairs(delta: Tensor, other: Tensor, z: float = 1.96) -> tuple[float, float, float]:
-    """How much more accurate `delta` (N,) is than `other` (N,) on the same pairs, and the ends of its interval.
-
-    Of the differences pair by pair, mean and mean +- z standard errors; z 1.96 covers 95 %.
-    """
-    mean, error = mean_with_error(_wins(delta) - _wins(other))
-    return mean, mean - z * error, mean + z * error
-
-
 def log_loss_of_pairs(delta: Tensor) -> float:
     """Mean of -log sigmoid(delta), in nats; ln 2 is what knowing nothing costs."""
     return -logsigmoid(_numbers(delta)).mean().item()
@@ -63,6 +54,15 @@ def log_loss_of_pairs(delta: Tensor) -> float:
 def accuracy_of_pairs(delta: Tensor) -> float:
     """Share of comparisons ranked as they were judged; a tie counts half."""
     return _wins(delta).mean().item()
+
+
+def lead_of_pairs(delta: Tensor, other: Tensor, z: float = 1.96) -> tuple[float, float, float]:
+    """How much more accurate `delta` (N,) is than `other` (N,) on the same pairs, and the ends of its interval.
+
+    Of the differences pair by pair, mean and mean +- z standard errors; z 1.96 covers 95 %.
+    """
+    mean, error = mean_with_error(_wins(delta) - _wins(other))
+    return mean, mean - z * error, mean + z * error
 
 
 def calibration_bins(
