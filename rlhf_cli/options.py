@@ -66,7 +66,7 @@ def shown_default(default: object, about: Knob) -> str:
     if default is None or default in ([], {}):
         return f"[default: {about.auto}]" if about.auto else ""
     if isinstance(default, list):
-        return f"[default: {','.join(default)}]"
+        return f"[default: {','.join(map(str, default))}]"
     if isinstance(default, bool):
         return f"[default: {str(default).lower()}]"
     return f"[default: {default:g}]" if isinstance(default, float) else f"[default: {default}]"
