@@ -49,12 +49,14 @@ def _parameter(name: str, field: dataclasses.Field, about: Knob, kind: object) -
 
 def metavar(about: Knob, kind: object) -> str:
     """What stands for an option's value in --help: its choices, else its type."""
-    if about.choices:
-        return "|".join(about.choices)
     if typing.get_origin(kind) is dict:
         return "NAME=COLUMN,..."
     if typing.get_origin(kind) is list:
+        if about.choices:
+            return "NAME,..."
         return "N,N,..." if kind == list[int] else "TEXT"
+    if about.choices:
+        return "|".join(about.choices)
     kinds = [k for k in typing.get_args(kind) or (kind,) if k is not type(None)]
     return "INTEGER|auto" if kinds == [int, str] else TYPE_NAMES[kinds[0]]
 
@@ -65,6 +67,8 @@ def shown_default(default: object, about: Knob) -> str:
         return "[required]"
     if default is None or default in ([], {}):
         return f"[default: {about.auto}]" if about.auto else ""
+    if isinstance(default, list):
+        return f"[default: {','.join(map(str, default))}]"
     if isinstance(default, bool):
         return f"[default: {str(default).lower()}]"
     return f"[default: {default:g}]" if isinstance(default, float) else f"[default: {default}]"

@@ -19,6 +19,10 @@ from stages.errors import ConfigError
 
 AUTO = "auto"
 CRITIC_FREE = ("rloo", "grpo", "reinforce++", "reinforce++-baseline")
+CONDITIONS = (  # what PPO is watched for; see stages/rollout/watchdog.py
+    "kl", "negative-kl", "ratio", "entropy", "length", "no-eos", "critic", "dead-groups", "nan", "reward-range",
+)  # fmt: skip
+NONE = "none"
 GROUPED = ("rloo", "grpo", "reinforce++-baseline")
 
 
@@ -161,6 +165,10 @@ class RewardConfig(TrainingKnobs):
     demonstrations: str | None = knob(
         None, "demonstrations whose mean score becomes 0", REWARD, auto="the chosen responses of the training rows"
     )
+    sft_samples: int = knob(
+        32, "held-out prompts that the policy answers at the end, to see how its responses score; 0 for none",
+        REWARD, low=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +234,9 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
     )
     normalise_scores: bool = knob(False, "divide scores by their running spread, after taking off their mean", REWARD)
     score_clip: float | None = knob(None, "clip scores to +- this", REWARD, above=0, auto="off")
+    force: bool = knob(
+        False, "go on with a reward model that is no better than chance on held out pairs", REWARD, inert=True
+    )
     length_penalty: float = knob(0.0, "charge per token beyond length_limit", REWARD, low=0)
     length_limit: int = knob(0, "response length that costs nothing", REWARD, low=0)
     ptx_dataset: str | None = knob(
@@ -291,6 +302,14 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         "an adapter of its own (starts as the reward model), or a value head shared with the policy's trunk",
         PPO,
         choices=("adapter", "shared"),
+    )
+
+    stop_on: list[str] = knob(
+        ["kl", "nan"],
+        "conditions that end the run, or none; a wrong name lists them all",
+        PPO,
+        choices=CONDITIONS,
+        inert=True,
     )
 
     learning_rate: float = knob(1e-5, "learning rate of the policy at the first update", OPTIMISER, above=0)
@@ -529,6 +548,8 @@ def resolve(cls: type, recipe: dict[str, tuple[object, str]], flags: dict[str, o
         if raw is None and typing.get_origin(kind) in (list, dict):
             raw = default_of(f)
         values[name] = parse(raw, kind, origin[name])
+        if about.choices and typing.get_origin(kind) is list:
+            values[name] = split_choices(values[name])
         check_bounds(values[name], about, origin[name])
     config = cls(**values)
     if hasattr(config, "check"):
@@ -616,11 +637,20 @@ def _parse_pairs(raw: object) -> dict[str, str]:
     return {name.strip(): column.strip() for name, column in pairs}
 
 
+def split_choices(texts: list[str]) -> list[str]:
+    """The choices of a list knob: `a,b` is two of them, each stands once, and `none` alone is the empty list."""
+    chosen = [word.strip() for text in texts for word in text.split(",") if word.strip()]
+    return [] if chosen == [NONE] else list(dict.fromkeys(chosen))
+
+
 def check_bounds(value: object, about: Knob, where: str) -> None:
     """Raise ConfigError where a value, or one of a list, lies outside its knob's bounds or choices."""
     if isinstance(value, list):
+        named = dataclasses.replace(about, choices=(*about.choices, NONE)) if about.choices else about
         for item in value:
-            check_bounds(item, about, where)
+            check_bounds(item, named, where)
+        if about.choices and NONE in value:
+            raise ConfigError(f"`{NONE}` stands alone", where=where, fix=f"give {NONE}, or the conditions to stop on")
         return
     if about.choices and value not in about.choices:
         near = difflib.get_close_matches(str(value), about.choices, n=1)

@@ -5,6 +5,7 @@ Every mistake of the user's that can be seen without a tokenizer is found here, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from stages.config import (
     SftConfig,
     TrainingKnobs,
 )
-from stages.errors import CheckpointError, ConfigError, DatasetError, ModelError, OutputError, UserError
+from stages.errors import CheckpointError, ConfigError, DatasetError, ModelError, OutputError, RewardError, UserError
 from stages.files import rows as files
 from stages.files.manifest import locate
 from stages.files.plot import MARK
@@ -56,6 +57,7 @@ class Inputs:
     also: list[Candidate] = field(default_factory=list)  # measured beside `source`
     ptx: list = field(default_factory=list)  # demonstrations whose language-modelling loss PPO mixes in
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what is worth saying, though nothing is wrong
 
     @property
     def rows_left_out(self) -> dict[str, int]:
@@ -116,7 +118,8 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
     if config.ptx_dataset:
         ptx = files.read_demonstrations(config.ptx_dataset, skip_bad_rows=config.skip_bad_rows)
         more["ptx_dataset"], extra["ptx"] = ptx.digest, list(ptx.rows)
-    return _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, **extra)
+    found = _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, **extra)
+    return found if found.done else _with_verdicts(found, config.force)
 
 
 def dpo_inputs(config: DpoConfig, overwrite: bool) -> Inputs:
@@ -253,6 +256,39 @@ def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} is not empty", where="--output", fix="give a new folder")
     return Inputs(source)
+
+
+# --- what is known of reward models
+
+
+def _with_verdicts(inputs: Inputs, force: bool) -> Inputs:
+    """Repeat the verdict on every reward model; raises RewardError for a no-go without `force`."""
+    notes, warnings = inputs.notes, inputs.warnings
+    for spec in inputs.rewards:
+        if spec.checkpoint is None:
+            continue
+        decision, reasons = verdict_of(spec.checkpoint.folder)
+        line = f"verdict on {spec.name}: {decision}" + (f"; {'; '.join(reasons)}" if reasons else "")
+        if decision == "no-go" and not force:
+            raise RewardError(
+                f"the verdict on {spec.name} is no-go: {'; '.join(reasons)}",
+                where="--reward",
+                fix="train it on more or better comparisons, or pass --force to go on all the same",
+            )
+        if decision in ("no-go", "caution"):
+            warnings += (line,)
+        else:
+            notes += (line,)
+    return dataclasses.replace(inputs, notes=notes, warnings=warnings)
+
+
+def verdict_of(folder: Path) -> tuple[str, list[str]]:
+    """The decision and its reasons that `rlhf reward` left in a checkpoint; ("none", why) where it left none."""
+    try:
+        verdict = json.loads((folder / "report.json").read_text(encoding="utf-8"))["verdict"]
+        return str(verdict["decision"]), [str(reason) for reason in verdict["reasons"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "none", ["its report.json has no verdict, so nothing is known of how good it is"]
 
 
 # --- parts

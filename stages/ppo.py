@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.config import AUTO, PpoConfig
-from stages.errors import ConfigError
+from stages.errors import ConfigError, TrainingStopped
 from stages.inputs import Inputs
 from stages.maths.advantages import dead_groups
 from stages.maths.kl import k3, next_kl_coef, sequence_kl
@@ -30,6 +30,7 @@ from stages.rollout.estimate import estimate
 from stages.rollout.experience import Experience, Rollout, role_logprobs, role_values, roll_out, rollout_kl
 from stages.rollout.generate import Sampling
 from stages.rollout.sources import Rewards
+from stages.rollout.watching import Watch, alarm_table, alarms_in, kept
 from stages.training.batching import batch_at
 from stages.training.devices import Ranks, peak_memory_gb
 from stages.training.language import count_targets, learn_rows
@@ -46,6 +47,8 @@ PTX_TOKENS = 1024
 def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train a policy against a reward and publish it, with its critic, as a checkpoint."""
     source, out = inputs.source, inputs.run
+    for line in inputs.notes:
+        report.note(line)
     text = open_text(source, config)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
@@ -71,12 +74,25 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     progress.facts["kl_coef"] = config.kl_coef
     sampling = Sampling(config.temperature, config.max_response_tokens, rows_at_once=config.rollout_batch_size)
     bench = Bench(config, roles, text, rewards, ranks, progress, sampling, total, ptx)
+    watch = Watch(
+        tuple(config.stop_on),
+        report,
+        earlier=lambda: read_metrics(out)[1:],
+        half=base.dtype != torch.float32,
+        ends_matter=config.missing_eos_penalty > 0,
+    )
 
     def update(step: int) -> dict[str, float]:
         chosen = [prompts[i] for i in prompts_at(step, len(prompts), config.batch_size, config.seed)]
         before = {name: tensor.clone() for name, tensor in progress.tensors().items()}, progress.stored()
         try:
             metrics = ppo_update(bench, chosen, step)
+            metrics |= watch.look(step, metrics)
+        except TrainingStopped as stop:
+            progress.restore(*before)
+            out.save_state(step, progress.tensors(), progress.stored())
+            ranks.wait()  # a rank that left earlier would take the one that saves with it
+            raise kept(stop, step, config.output, config.stop_on) from None
         except BaseException:  # a signal in the middle: the state to save is the one before this update
             progress.restore(*before)
             raise
@@ -95,6 +111,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         return Result("ppo", "done", config.output, {})
     lines = read_metrics(out)
     metrics = {**before_and_after(lines), **{k: lines[-1].get(k) for k in ("reward_score", "reward_kl", "entropy")}}
+    alarms = alarms_in(lines)
+    metrics["alarms"] = sorted(alarms)
     parents = [("model", source), *(("reward", spec.checkpoint) for spec in inputs.rewards if spec.checkpoint)]
     publish(
         out, "ppo", config, roles, text,
@@ -102,8 +120,9 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         critic=(roles.adapters.get("critic"), roles.heads["critic"]) if "critic" in roles.heads else None,
         parents=parents, datasets={"train": inputs.data}, metrics=metrics, lines=lines,
     )  # fmt: skip
-    data = {"metrics": metrics, "updates": total}
+    data = {"metrics": metrics, "updates": total, "alarms": alarms}
     tables = (start_and_end(metrics) if held else metrics_table("ppo", metrics),)
+    tables += (alarm_table(alarms, total),) if alarms else ()
     return Result("ppo", "done", config.output, data, tables, next_commands("ppo", config))
 
 
@@ -211,6 +230,7 @@ def ppo_update(bench: Bench, prompts: list[PromptRow], step: int) -> dict[str, f
         bench.progress.facts["kl_coef"] = next_kl_coef(
             kl_coef, metrics["reward_kl"], config.kl_target, episodes, config.kl_horizon
         )
+    metrics["nonfinite_in_a_row"] = float(bench.progress.bad_steps)
     names = ("time_rollout", "time_experience", "time_update")
     return metrics | learned | {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
 
@@ -319,6 +339,7 @@ def summarise(
         "reward_score": mean["score"],
         "reward_score_std": float(all_ranks["score"].std(unbiased=False)),
         "reward_kl": mean["kl"],
+        "reward_kl_std": float(all_ranks["kl"].std(unbiased=False)),
         "reward_total": mean["charged"] - kl_coef * mean["kl"],
         "kl_k3": mean["k3"],
         "kl_coef": kl_coef,
@@ -328,12 +349,19 @@ def summarise(
         "truncated_rate": 1 - mean["ended"],
         "duplicate_rate": 1 - len(set(texts)) / len(texts),
         "score_length_corr": correlation(all_ranks["score"], all_ranks["length"]),
-        **({"explained_variance": explained_variance(experience.values, returns, mask)} if critic else {}),
+        **({"explained_variance": explained(bench, experience, returns)} if critic else {}),
         **({"dead_group_rate": dead_groups(score, groups, bench.ranks.sum)} if grouped else {}),
         "tokens": float(all_ranks["tokens"].sum()),
         "samples": float(len(texts)),
         "memory_gb": peak_memory_gb(bench.device),
     }
+
+
+def explained(bench: Bench, experience: Experience, returns: Tensor) -> float:
+    """How much of the returns' variance the critic foresaw, over the tokens of all ranks."""
+    of_tokens = (x[experience.mask].tolist() for x in (experience.values, returns))
+    values, goals = (torch.tensor(bench.ranks.gather(numbers), dtype=torch.float64) for numbers in of_tokens)
+    return explained_variance(values, goals, torch.ones_like(values, dtype=torch.bool))
 
 
 # --- held-out prompts

@@ -10,15 +10,26 @@ from torch import Tensor
 from stages.config import RewardConfig
 from stages.errors import DatasetError
 from stages.files.atomic import write_json
+from stages.files.rows import Prompt
 from stages.inputs import Inputs
 from stages.maths.losses import pair_loss
 from stages.models.forward import sequence_scores
 from stages.models.heads import ScalarHead
-from stages.models.roles import Roles, head_of, start_adapter
+from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
 from stages.models.tokens import Text, TokenRow
 from stages.results import Report, Result, next_commands
+from stages.rollout.spread import sample_spread
+from stages.training.baselines import baselines
 from stages.training.batching import batch_at, epoch_at, steps_in
-from stages.training.comparing import TokenComparison, encode_comparison, pairs_of, report_on, report_tables, score_rows
+from stages.training.comparing import (
+    TokenComparison,
+    encode_comparison,
+    pairs_of,
+    report_of,
+    report_on,
+    report_tables,
+    score_rows,
+)
 from stages.training.devices import peak_memory_gb
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
@@ -26,10 +37,11 @@ from stages.training.passes import accumulate
 from stages.training.plan import plan_result
 from stages.training.seeds import derive
 from stages.training.session import context_limit, encode_all, open_base, open_progress, open_text, publish
+from stages.training.verdict import judge
 
 ROLE = "reward"
 DEMONSTRATIONS = 256  # rows whose mean score becomes 0
-REPORT_FILE = "report.json"
+REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 
 
 def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -88,9 +100,11 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     if not ranks.first:
         return Result("reward", "done", config.output, {})
     centre(roles, demonstrations, config.micro_batch_size)
-    found = report_on(roles, ROLE, held, config.micro_batch_size) if held else {}
-    served = score_rows(roles, ROLE, demonstrations, config.micro_batch_size)
-    found |= {"demonstrations_mean": float(served.mean()), "demonstrations_std": float(served.std(unbiased=False))}
+    found = final_report(roles, inputs, rows, held, demonstrations, config.micro_batch_size)
+    if config.sft_samples and held:
+        found |= spread_on_samples(roles, text, inputs, config)
+    verdict = judge(found)
+    found["verdict"] = verdict.stored()
     write_json(out.folder / REPORT_FILE, found)
     lines = read_metrics(out)
     numbers = {k: v for k, v in found.items() if isinstance(v, (int, float))}
@@ -99,15 +113,48 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
         **before_and_after(lines),
         **numbers,
         "eval_pairs": found.get("pairs"),
+        "verdict": verdict.decision,
     }
     publish(
         out, "reward", config, roles, text,
         adapter=adapter, head=head, parents=[("model", source)], datasets={"train": inputs.data},
         metrics=metrics, lines=lines, extra_files=(REPORT_FILE,),
     )  # fmt: skip
-    tables = report_tables(found) if held else ()
+    tables = (*(report_tables(found) if held else ()), verdict.table())
     data = {"metrics": metrics, "report": found, "steps": total}
-    return Result("reward", "done", config.output, data, tables, next_commands("reward", config))
+    advice = () if verdict.decision == "no-go" else next_commands("reward", config)
+    return Result("reward", "done", config.output, data, tables, advice)
+
+
+def final_report(
+    roles: Roles,
+    inputs: Inputs,
+    rows: list[TokenComparison],
+    held: list[TokenComparison],
+    demonstrations: list[TokenRow],
+    micro_batch_size: int | str,
+) -> dict[str, object]:
+    """What held-out comparisons, demonstrations and annotators say of the trained model."""
+    found: dict[str, object] = {}
+    if held:
+        scores = score_rows(roles, ROLE, [row for c in held for row in c.responses], micro_batch_size)
+        found |= report_of(scores, held) | {"baselines": baselines(scores, held, rows)}
+    served = score_rows(roles, ROLE, demonstrations, micro_batch_size)
+    found |= {"demonstrations_mean": float(served.mean()), "demonstrations_std": float(served.std(unbiased=False))}
+    agreed, both = inputs.data.agreement
+    return found | ({"annotator_agreement": agreed / both, "annotator_pairs": both} if both else {})
+
+
+def spread_on_samples(roles: Roles, text: Text, inputs: Inputs, config: RewardConfig) -> dict[str, object]:
+    """How the answers of the policy that training started from score; empty where --model is no policy."""
+    source = inputs.source
+    if source.manifest is not None and source.manifest.stage == "reward":
+        return {}
+    roles.add("policy", frozen_copy(adapter_of(roles.base, source, trainable=False)))
+    prompts = [Prompt(row.where, row.prompt) for row in inputs.held_out]
+    spread = sample_spread(roles, text, prompts, config.sft_samples, config.seed, config.micro_batch_size)
+    roles.remove("policy")
+    return {"samples": spread} if spread else {}
 
 
 def start_head(roles: Roles, inputs: Inputs, seed: int) -> ScalarHead:

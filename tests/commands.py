@@ -147,7 +147,8 @@ def run_chain(folder: Path, base: Path, *, chat: bool = False) -> Chain:
     sft, reward, ppo = (folder / name for name in ("sft", "reward", "ppo"))
     lines = {
         "sft": ("sft", "--model", base, *data["demonstrations"], "--output", sft, *SMALL),
-        "reward": ("reward", "--model", sft, *data["comparisons"], "--output", reward, *SMALL),
+        # Three steps teach nothing; on so few held-out rows that is not known either, so PPO takes it.
+        "reward": ("reward", "--model", sft, *data["comparisons"], "--output", reward, *SMALL, "--eval-limit", 16),
         "ppo": ("ppo", "--model", sft, "--reward", reward, *data["prompts"], "--output", ppo, *SMALL, *SHORT),
         "evaluate": (
             "evaluate", "--model", ppo, "--against", sft, "--reward", reward, *data["prompts"],

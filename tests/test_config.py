@@ -54,7 +54,7 @@ def test_every_knob_has_help_and_a_panel_and_a_default_within_its_bounds(stage, 
     assert about.help and about.panel and not about.help.endswith(".")
     default = default_of(field)
     if about.choices:
-        assert default in about.choices
+        assert set(default if isinstance(default, list) else [default]) <= set(about.choices)
     if isinstance(default, (int, float)) and not isinstance(default, bool):
         assert about.low is None or default >= about.low
         assert about.above is None or default > about.above
@@ -389,3 +389,24 @@ def test_config_errors_are_user_errors_with_exit_code_2():
     error = ConfigError("wrong", where="--seed", fix="give another")
     assert isinstance(error, UserError) and error.exit_code == 2
     assert str(error) == "--seed: wrong\n  -> give another"
+
+
+@pytest.mark.parametrize(
+    ("given", "stops"),
+    [
+        (None, ["kl", "nan"]),
+        ("stop_on: none", []),
+        ("stop_on: []", []),
+        ("stop_on: kl, dead-groups", ["kl", "dead-groups"]),
+        ("stop_on: [nan, kl,nan]", ["nan", "kl"]),
+    ],
+)
+def test_conditions_to_stop_on_come_as_a_list_or_with_commas(tmp_path, given, stops):
+    path = tmp_path / "ppo.yaml"
+    path.write_text("model: m\ndataset: d\noutput: o\nreward: r.py\n" + (given or ""))
+    assert resolve(PpoConfig, read_recipe(path, PpoConfig), {}).stop_on == stops
+
+
+def test_another_condition_to_stop_on_is_the_same_run():
+    place = {"model": "m", "dataset": "d", "output": "o", "reward": ["r.py"]}
+    assert differing(PpoConfig(**place, stop_on=["kl"]), as_dict(PpoConfig(**place, stop_on=[]))) == []

@@ -11,6 +11,7 @@ from stages.files.comparisons import (
     Comparison,
     Pair,
     Rating,
+    annotator_agreement,
     compare_chosen,
     compare_ranked,
     compare_ratings,
@@ -323,6 +324,25 @@ def test_z_scores_are_per_annotator():
         rating("Q", "b", 9.0, "kind"),
     ]
     assert [r.rating for r in normalise_ratings(ratings)] == [-1.0, 1.0, 0.0, 0.0]  # strict: mean 2, deviation 1
+
+
+def test_annotators_agree_where_they_prefer_the_same_of_two():
+    ratings = [
+        *(rating("Q", r, n, "x") for r, n in (("a", 1), ("b", 2), ("c", 3))),  # c > b > a
+        *(rating("Q", r, n, "y") for r, n in (("a", 5), ("b", 9), ("b", 7), ("c", 7))),  # b (8) > c > a
+        *(rating("Q", r, n, "z") for r, n in (("a", 4), ("b", 4))),  # no preference
+        *(rating("R", r, n, "x") for r, n in (("a", 1), ("b", 2))),
+        *(rating("R", r, n, None) for r, n in (("a", 2), ("b", 1))),  # nobody knows whose these are
+    ]
+    assert annotator_agreement(ratings, 0) == (2, 3)  # x and y: on a-b and a-c, not on b-c
+    assert annotator_agreement(ratings, 1.0) == (1, 1)  # x tells a from c alone by more than 1
+
+
+def test_agreement_counts_prompts_whose_ratings_cancel_out(tmp_path):
+    rows = [("Q", "a", 1, "x"), ("Q", "b", 2, "x"), ("Q", "a", 2, "y"), ("Q", "b", 1, "y")]
+    rows += [("R", "a", 1, "x"), ("R", "b", 2, "x"), ("R", "a", 1, "y"), ("R", "b", 3, "y")]
+    found = read_comparisons(write_ratings(tmp_path, rows))
+    assert len(found.rows) == 1 and found.agreement == (1, 2)
 
 
 def write_ratings(folder, rows):

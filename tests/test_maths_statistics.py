@@ -9,9 +9,11 @@ from stages.maths.statistics import (
     accuracy_by_length_difference,
     accuracy_of_pairs,
     calibration_bins,
+    calibration_error,
     correlation,
     distinct_ngrams,
     explained_variance,
+    lead_of_pairs,
     log_loss_of_pairs,
     mean_with_error,
     wilson_interval,
@@ -102,6 +104,23 @@ def test_calibration_bins():
     assert [b["observed"] for b in filled] == pytest.approx([0.5, 1.0, 0.75])
     assert math.isnan(bins[2]["predicted"])
     assert math.isnan(bins[2]["observed"])
+
+
+def test_calibration_error_weighs_bins_by_their_count():
+    bins = [
+        {"count": 3, "predicted": 0.55, "observed": 0.35},
+        {"count": 0, "predicted": math.nan, "observed": math.nan},
+        {"count": 1, "predicted": 0.9, "observed": 1.0},
+    ]
+    assert calibration_error(bins) == pytest.approx((3 * 0.2 + 0.1) / 4)
+    assert math.isnan(calibration_error(bins[1:2]))
+
+
+def test_a_lead_is_measured_pair_by_pair():
+    # wins 1, 1, 0, .5 against 0, 1, 0, 1: differences 1, 0, 0, -.5, mean .125
+    found = lead_of_pairs(torch.tensor([1.0, 2.0, -1.0, 0.0]), torch.tensor([-1.0, 1.0, -1.0, 3.0]), z=2.0)
+    error = math.sqrt((0.875**2 + 2 * 0.125**2 + 0.625**2) / 3 / 4)
+    assert found == pytest.approx((0.125, 0.125 - 2 * error, 0.125 + 2 * error))
 
 
 def test_calibration_bins_follow_their_edges():

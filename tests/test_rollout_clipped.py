@@ -291,6 +291,7 @@ def test_more_minibatches_than_responses_leave_some_out(roles, judged, monkeypat
 
 
 STILL = {"policy_loss": 1.0, "approx_kl": 0.0, "ratio_mean": 1.0, "ratio_max": 1.0, "ratio_error": 0.0}
+STILL |= {"ratio_std": 0.0}
 
 
 def test_passes_end_once_the_policy_has_moved_too_far(roles, judged, monkeypatch):
@@ -347,6 +348,8 @@ def test_an_updates_numbers_are_means_but_for_the_largest_and_first_ratio():
         },
         {"policy_loss": 6.0, "ratio_max": 1.2, "ratio_error": 0.3, "ratio_mean": 1.2, "skipped_steps": 1.0},
     ]
+    for step, deviation in zip(steps, (0.1, 0.3, 0.2), strict=True):
+        step["ratio_std"] = deviation
     assert over_steps(steps) == pytest.approx(
         {
             "policy_loss": 3.0,
@@ -354,6 +357,7 @@ def test_an_updates_numbers_are_means_but_for_the_largest_and_first_ratio():
             "ratio_max": 1.5,
             "ratio_first": 1.0,
             "ratio_first_error": 0.2,
+            "ratio_first_std": 0.1,
             "grad_norm": 4.0,
             "skipped_steps": 1.0,
             "nonfinite_steps": 1.0,

@@ -386,12 +386,12 @@ def test_a_reward_function_that_is_broken_leaves_no_folder(chain, tmp_path):
 
 @pytest.mark.slow
 def test_a_longer_response_is_paid_for_and_comes(chain, tmp_path):
-    """Check 55: a reward for length raises it."""
+    """Check 55: a reward for length raises it, with nothing to hold the policy back."""
     (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [0.1 * len(r) for r in responses]\n")
     flags = (
         "--max-steps", 60, "--batch-size", 16, "--max-response-tokens", 12, "--temperature", 1, "--kl-coef", 0,
         "--learning-rate", "2e-2", "--critic-learning-rate", "1e-2", "--missing-eos-penalty", 0,
-        "--eval-fraction", 0.3, "--eval-limit", 16,
+        "--eval-fraction", 0.3, "--eval-limit", 16, "--stop-on", "nan",
     )  # fmt: skip
     line = ("ppo", "--model", chain().base, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)
     metrics = result(*line, "--output", tmp_path / "x", *flags)["metrics"]

@@ -18,7 +18,7 @@ from stages.rollout.experience import lay_out, role_values
 from stages.rollout.sources import Rewards
 from stages.rollout.specs import open_rewards
 from stages.training import comparing
-from stages.training.comparing import TokenComparison, encode_comparison, report_on, report_tables, score_rows
+from stages.training.comparing import TokenComparison, ceiling, encode_comparison, report_on, report_tables, score_rows
 from tests.parts import (
     open_tiny_text,
     ppo_config,
@@ -79,9 +79,18 @@ def test_the_report_by_hand(monkeypatch):
     assert found["longer_wins_accuracy"] == 0.2
     lengths = torch.tensor([3.0, 5.0, 4.0, 1.0, 2.0, 6.0, 7.0])
     assert found["score_length_corr"] == pytest.approx(torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item())
+    won = torch.tensor([1.0] * 5 + [0.0] * 5)  # of each side of each pair, with its length
+    sides = torch.tensor([3.0, 1.0, 2.0, 2.0, 7.0, 5.0, 4.0, 6.0, 7.0, 6.0])
+    assert found["label_length_corr"] == pytest.approx(torch.corrcoef(torch.stack([won, sides]))[0, 1].item())
+    assert found["confidence"] == pytest.approx(sum(1 / (1 + math.exp(-abs(x))) for x in leads) / 5)
+    assert found["agreement_ceiling"] == 1.0
     counts = {(b["low"], b["high"]): (b["count"], b["accuracy"]) for b in found["by_length_difference"] if b["count"]}
     assert counts == {(-10, 0): (4, 0.75), (0, 10): (1, 0.5)}
     assert sum(b["count"] for b in found["calibration"]) == 5
+
+
+def test_the_ceiling_of_uncertain_labels():
+    assert ceiling([1.0, 0.8, 0.3, 0.5]) == pytest.approx((1 + 0.8 + 0.7 + 0.5) / 4)
 
 
 def test_the_report_is_shown_without_empty_bins(monkeypatch):

@@ -211,6 +211,27 @@ def compare_ratings(ratings: Iterable[Rating], threshold: float) -> tuple[list[C
     return comparisons, problems
 
 
+def annotator_agreement(ratings: Iterable[Rating], threshold: float) -> tuple[int, int]:
+    """How often two annotators prefer the same of two responses to a prompt, and how often both prefer one at all.
+
+    Every two annotators count once for every two responses that both rated more than `threshold` apart.
+    """
+    given: dict[str, dict[str, dict[str, list[float]]]] = {}  # prompt -> annotator -> response -> ratings
+    for rating in ratings:
+        if rating.annotator is not None:
+            by_response = given.setdefault(_identity(rating.prompt), {}).setdefault(rating.annotator, {})
+            by_response.setdefault(_identity(rating.response), []).append(rating.rating)
+    agreed = both = 0
+    for raters in given.values():
+        means = [{response: fmean(numbers) for response, numbers in found.items()} for found in raters.values()]
+        for one, other in itertools.combinations(means, 2):
+            for a, b in itertools.combinations(one.keys() & other.keys(), 2):
+                mine, theirs = one[a] - one[b], other[a] - other[b]
+                if abs(mine) > threshold and abs(theirs) > threshold:
+                    agreed, both = agreed + (mine * theirs > 0), both + 1
+    return agreed, both
+
+
 def _compare_group(group: list[Rating], threshold: float) -> Comparison:
     responses: dict[str, Content] = {}
     given: dict[str, list[float]] = {}

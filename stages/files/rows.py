@@ -49,6 +49,7 @@ class Rows:
     digest: str
     skipped: int  # rows dropped as unusable, and prompts whose ratings gave no comparison
     problems: list[str]  # why, for the first few
+    agreement: tuple[int, int] = (0, 0)  # `annotator_agreement` of ratings
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,8 @@ def read_comparisons(
             fix="give several rated responses per prompt, or a lower rating_threshold",
         )
     problems = (rated.problems + ties)[:PROBLEMS_KEPT]
-    return Rows(usable[:limit_rows], "rating", source, found.digest, rated.skipped + len(ties), problems)
+    agreement = comparisons.annotator_agreement(ratings, rating_threshold)
+    return Rows(usable[:limit_rows], "rating", source, found.digest, rated.skipped + len(ties), problems, agreement)
 
 
 def detect_kind(source: str, *, map: Mapping[str, str] | None = None) -> str:

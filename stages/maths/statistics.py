@@ -66,6 +66,15 @@ def accuracy_of_pairs(delta: Tensor) -> float:
     return _wins(delta).mean().item()
 
 
+def lead_of_pairs(delta: Tensor, other: Tensor, z: float = 1.96) -> tuple[float, float, float]:
+    """How much more accurate `delta` (N,) is than `other` (N,) on the same pairs, and the ends of its interval.
+
+    Of the differences pair by pair, mean and mean +- z standard errors; z 1.96 covers 95 %.
+    """
+    mean, error = mean_with_error(_wins(delta) - _wins(other))
+    return mean, mean - z * error, mean + z * error
+
+
 def calibration_bins(
     delta: Tensor, edges: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ) -> list[dict[str, float | int]]:
@@ -87,6 +96,16 @@ def calibration_bins(
         }
         for low, high, inside in _bins(confidence, edges)
     ]
+
+
+def calibration_error(bins: Sequence[dict[str, float | int]]) -> float:
+    """Expected calibration error of `calibration_bins`: mean distance of predicted from observed, bins by their count.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 5.
+    """
+    filled = [b for b in bins if b["count"]]
+    total = sum(b["count"] for b in filled)
+    return sum(b["count"] * abs(b["predicted"] - b["observed"]) for b in filled) / total if total else math.nan
 
 
 def accuracy_by_length_difference(

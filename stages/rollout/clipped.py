@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,8 +20,8 @@ from stages.training.passes import accumulate
 from stages.training.seeds import permutation
 
 Terms = tuple[Tensor, dict[str, float]]
-SUMS = ("loss", "policy_loss", "kl_loss", "value_loss", "clipped", "values_clipped", "moved", "ratios")
-NOT_AVERAGED = ("ratio_max", "ratio_error", "skipped_steps", "nonfinite_steps", "grad_norm")
+SUMS = ("loss", "policy_loss", "kl_loss", "value_loss", "clipped", "values_clipped", "moved", "ratios", "squares")
+NOT_AVERAGED = ("ratio_max", "ratio_error", "ratio_std", "skipped_steps", "nonfinite_steps", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def clipped_steps(
                 found |= {"skipped_steps": 1.0}
             else:
                 found |= also(len(history)) if judged.train_policy else {}
-                found |= apply_gradients(progress, rates, config.max_grad_norm, ranks, step + 1)
+                found |= apply_gradients(progress, rates, config.max_grad_norm, ranks, step + 1, patience=math.inf)
             history.append(found)
             if moved_too_far:
                 return {"lr": rate, "early_stop": 1.0, **over_steps(history)}
@@ -129,6 +130,7 @@ def backward(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch
         "ratio_mean": sums["ratios"] / minibatch.tokens,
         "ratio_max": ranks.max(max(minibatch.ratios, default=0.0), roles.base.device),
         "ratio_error": ranks.max(max(minibatch.errors, default=0.0), roles.base.device),
+        "ratio_std": math.sqrt(sums["squares"] / minibatch.tokens),
     }
 
 
@@ -160,13 +162,15 @@ def policy_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: l
     clips = {"clip_high": config.clip_range_high, "dual_clip": config.dual_clip}
     found = policy_loss(logprobs, old, advantages, mask, config.clip_range, weights=weights, **clips)
     minibatch.ratios.append(float(found.ratio.max()))
-    minibatch.errors.append(float((found.ratio - 1)[mask].abs().max()))
+    off = (found.ratio - 1)[mask]
+    minibatch.errors.append(float(off.abs().max()))
     total = found.loss
     counted = {
         "policy_loss": found.loss.item(),
         "clipped": float(found.clipped_count),
         "moved": float(found.approx_kl_sum),
         "ratios": float(found.ratio.sum()),
+        "squares": float(off.square().sum()),
     }
     if config.kl_place == "loss":
         distance = kl_loss(logprobs, reference, mask, config.kl_kind, weights=weights)
@@ -214,6 +218,7 @@ def over_steps(history: list[dict[str, float]]) -> dict[str, float]:
         "ratio_max": max(found["ratio_max"] for found in history),
         "ratio_first": history[0]["ratio_max"],
         "ratio_first_error": history[0]["ratio_error"],
+        "ratio_first_std": history[0]["ratio_std"],
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
         **{n: sum(found.get(n, 0.0) for found in history) for n in ("skipped_steps", "nonfinite_steps")},
     }

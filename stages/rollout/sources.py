@@ -51,27 +51,34 @@ class Rewards:
         total = torch.zeros(len(prompts))
         for spec in self.specs:
             if spec.checkpoint is not None:
-                total += spec.weight * self._model_scores(self.names[id(spec)], prompts, responses, ended)
+                role = self.names[id(spec)]
+                total += spec.weight * model_scores(self.roles, role, prompts, responses, ended, self.micro_batch_size)
             else:
                 scores = call_function(spec.function, spec.name, prompts, texts, flag=spec.flag, timeout=self.timeout)
                 total += spec.weight * scores
         return total
 
-    def _model_scores(self, role: str, prompts: list[PromptRow], responses: list[Tensor], ended: Tensor) -> Tensor:
-        whole = []
-        for prompt, response, done in zip(prompts, responses, ended.tolist(), strict=True):
-            closed = torch.cat([response[:-1], torch.tensor([prompt.end_id])]) if done else response
-            whole.append(torch.cat([prompt.ids, closed]))
-        base = self.roles.base
 
-        def forward(rows: list[int]) -> list[Tensor]:
-            return list(sequence_scores(self.roles, role, [whole[i] for i in rows]).cpu())
+def model_scores(
+    roles: Roles,
+    role: str,
+    prompts: list[PromptRow],
+    responses: list[Tensor],
+    ended: Tensor,
+    micro_batch_size: int | str,
+) -> Tensor:
+    """Scores (B,) fp32 on the CPU of a reward model's role, for the arguments of `Rewards.score`."""
+    whole = []
+    for prompt, response, done in zip(prompts, responses, ended.tolist(), strict=True):
+        closed = torch.cat([response[:-1], torch.tensor([prompt.end_id])]) if done else response
+        whole.append(torch.cat([prompt.ids, closed]))
 
-        with self.roles.use(role):
-            scores = collect(
-                [len(w) for w in whole], self.micro_batch_size, forward, on_cuda=base.device.type == "cuda"
-            )
-        return torch.stack(scores)
+    def forward(rows: list[int]) -> list[Tensor]:
+        return list(sequence_scores(roles, role, [whole[i] for i in rows]).cpu())
+
+    with roles.use(role):
+        on_cuda = roles.base.device.type == "cuda"
+        return torch.stack(collect([len(w) for w in whole], micro_batch_size, forward, on_cuda=on_cuda))
 
 
 def call_function(

@@ -12,6 +12,7 @@ from stages.maths.statistics import (
     accuracy_by_length_difference,
     accuracy_of_pairs,
     calibration_bins,
+    calibration_error,
     correlation,
     log_loss_of_pairs,
     wilson_interval,
@@ -109,6 +110,8 @@ def report_of(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, o
     longer = lengths[better] - lengths[worse]
     accuracy = accuracy_of_pairs(delta)
     low, high = wilson_interval(accuracy * len(delta), len(delta))
+    bins = calibration_bins(delta)
+    won = torch.tensor([1.0] * len(better) + [0.0] * len(worse))
     return {
         "pairs": len(delta),
         "accuracy": accuracy,
@@ -123,9 +126,18 @@ def report_of(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, o
         "score_rejected_std": float(scores[worse].std(unbiased=False)),
         "longer_wins_accuracy": accuracy_of_pairs(longer),
         "score_length_corr": correlation(scores, lengths),
-        "calibration": calibration_bins(delta),
+        "label_length_corr": correlation(won, lengths[better + worse]),
+        "agreement_ceiling": ceiling(pairs.probability),
+        "calibration_error": calibration_error(bins),
+        "confidence": float(delta.double().abs().sigmoid().mean()),
+        "calibration": bins,
         "by_length_difference": accuracy_by_length_difference(delta, longer, LENGTH_EDGES),
     }
+
+
+def ceiling(probability: list[float]) -> float:
+    """The accuracy of whoever knows how likely each judgement is; 1 where all are certain."""
+    return sum(max(p, 1 - p) for p in probability) / len(probability)
 
 
 def report_tables(report: dict) -> tuple[Table, ...]:
@@ -135,6 +147,7 @@ def report_tables(report: dict) -> tuple[Table, ...]:
         ("held-out pairs", f"{report['pairs']}"),
         ("accuracy [95 % interval]", interval),
         ("accuracy of 'longer wins'", f"{report['longer_wins_accuracy']:.3f}"),
+        ("calibration error", f"{report['calibration_error']:.3f}"),
         ("log-loss (chance is 0.693)", f"{report['log_loss']:.4f}"),
         ("margin, mean and std", f"{report['margin_mean']:.3f}  {report['margin_std']:.3f}"),
         ("score of preferred, mean and std", f"{report['score_chosen_mean']:.3f}  {report['score_chosen_std']:.3f}"),

@@ -149,13 +149,19 @@ def _save(run: Run, progress: Progress, step: int, ahead: dict[str, float] | Non
 
 
 def apply_gradients(
-    progress: Progress, learning_rates: dict[str, float], max_norm: float, ranks: Ranks, step: int
+    progress: Progress,
+    learning_rates: dict[str, float],
+    max_norm: float,
+    ranks: Ranks,
+    step: int,
+    *,
+    patience: float = BAD_STEPS_IN_A_ROW,
 ) -> dict[str, float]:
     """Sum gradients over ranks, clip their joint norm, and step; a non-finite gradient is dropped and counted.
 
     Only the optimisers that `learning_rates` names step; every gradient is forgotten.
 
-    Raises TrainingStopped after several dropped in a row.
+    Raises TrainingStopped after `patience` dropped in a row.
     """
     optimizers = list(progress.optimizers.values())
     for optimizer in optimizers:
@@ -170,7 +176,7 @@ def apply_gradients(
         progress.bad_steps += 1
     for optimizer in optimizers:
         optimizer.zero()
-    if progress.bad_steps >= BAD_STEPS_IN_A_ROW:
+    if progress.bad_steps >= patience:
         raise TrainingStopped(
             f"the gradient was not finite {progress.bad_steps} times in a row",
             step=step,

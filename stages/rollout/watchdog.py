@@ -1,0 +1,246 @@
+"""Watches PPO while it runs: named conditions that say what is going wrong, why that happens, and which knob helps.
+
+Pure functions of the metrics so far, so that a resumed run says the same. Where a number comes from is said beside
+each condition; the rest are our own, wide enough to be silent on runs that learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Metrics = dict[str, float | None]
+
+IN_A_ROW = 3  # updates that a drifting condition must hold before it is named
+LONGER = 5  # the same for what is noisier
+WARM_UP = 10  # updates that a critic is given to learn
+BAD_STEPS = 5  # gradients in a row that are not finite before that is a reason to stop
+OF_EVERY_UPDATE = ("loss", "policy_loss", "value_loss", "reward_score", "reward_kl", "entropy")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One condition that holds now."""
+
+    condition: str
+    number: str  # what was measured
+    cause: str
+    advice: str
+    grave: bool = True  # a reason to stop, where stop_on names it
+
+    def __str__(self) -> str:
+        return f"{self.condition}: {self.number}; {self.cause}\n  -> {self.advice}"
+
+
+@dataclass(frozen=True)
+class Course:
+    """The metrics of every update so far, in order, and what the watch has to know of the run.
+
+    Numbers that are missing, None (as metrics.jsonl has them) or not finite are alike.
+    """
+
+    lines: list[Metrics]
+    half: bool = False  # the base computes in bfloat16 or float16
+    ends_matter: bool = True  # False where a response that never ends costs nothing
+
+    def first(self, name: str) -> float | None:
+        return _finite(self.lines[0].get(name))
+
+    def now(self, name: str) -> float | None:
+        return _finite(self.lines[-1].get(name))
+
+    def lately(self, name: str, count: int = IN_A_ROW) -> list[float]:
+        """The last `count` values; empty where one of them is missing."""
+        values = [_finite(line.get(name)) for line in self.lines[-count:]]
+        return values if len(values) == count and None not in values else []  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When something is wrong, and what to tell of it."""
+
+    holds: Callable[[Course], str | None]  # what was measured, in words, where it holds
+    cause: str
+    advice: str
+    grave: Callable[[Course], bool] = lambda course: True
+
+
+def watch(course: Course) -> list[Alarm]:
+    """Every condition that holds after the last update."""
+    alarms = []
+    for name, condition in CONDITIONS.items():
+        number = condition.holds(course)
+        if number is not None:
+            alarms.append(Alarm(name, number, condition.cause, condition.advice, condition.grave(course)))
+    return alarms
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+# --- conditions
+
+
+def kl_limit(length: float) -> float:
+    """Sequence KL in nats beyond which a policy is over-optimised, for responses of so many tokens.
+
+    50 for the summaries of some 50 tokens that the number comes from (Huang et al. 2024), where 2 to 19 are seen in
+    good runs. Beyond 100 tokens half a nat per token, since a KL adds up over tokens: reasoning in 2000 tokens, learned
+    with kl_coef 0, may go 1000 nats without a word.
+    """
+    return max(50.0, 0.5 * length)
+
+
+def kl_warning(length: float) -> float:
+    """Sequence KL that is worth a word: of responses shorter than 25 tokens 2 nats per token, 20 at least."""
+    return min(kl_limit(length), max(20.0, 2 * length))
+
+
+def _kl(course: Course) -> str | None:
+    kl, length = course.now("reward_kl"), course.now("response_length")
+    if kl is None or length is None or kl <= kl_warning(length):
+        return None
+    return f"the sequence KL to the reference is {kl:.1f} nats, {kl / max(length, 1):.2f} per token"
+
+
+def _kl_too_far(course: Course) -> bool:
+    """Short responses are warned of early; what stops a run is the limit."""
+    return (course.now("reward_kl") or 0) > kl_limit(course.now("response_length") or 0)
+
+
+def _negative_kl(course: Course) -> str | None:
+    """Around 0 a mean over few responses is negative half of the time, so it must also be so beyond its noise."""
+    kl, spread = course.lately("reward_kl", LONGER), course.lately("reward_kl_std", LONGER)
+    count = sum(course.lately("samples", LONGER))
+    if not kl or not spread or max(kl) >= 0 or not count:
+        return None
+    mean, error = sum(kl) / LONGER, math.sqrt(sum(s * s for s in spread) / LONGER / count)
+    if mean > -0.05 or mean > -4 * error:
+        return None
+    return f"the mean KL to the reference was negative {LONGER} times in a row, {mean:.2f} nats on average"
+
+
+def _ratio(course: Course) -> str | None:
+    """fp32 leaves rounding alone; in bf16 single tokens are off by much more, so their deviation counts: .05 is usual
+    between engines (TRL's notes on mismatch)."""
+    error, deviation = course.now("ratio_first_error"), course.now("ratio_first_std")
+    if course.half:
+        if deviation is not None and deviation > 0.05:
+            return f"before the first step the probability ratio deviates from 1 by {deviation:.2g}"
+    elif error is not None and error > 1e-3:
+        return f"before the first step a probability ratio is off 1 by {error:.2g}"
+    return None
+
+
+def _entropy(course: Course) -> str | None:
+    first, lately = course.first("entropy"), course.lately("entropy")
+    if first is not None and lately and first > 0.05 and max(lately) < 0.1 * first:
+        return f"the entropy fell from {first:.3f} to {lately[-1]:.4f} nats per token"
+    return None
+
+
+def _length(course: Course) -> str | None:
+    """That scores follow length is alarming where length then grows (Singhal et al. 2023)."""
+    lately = course.lately("score_length_corr")
+    first, now = course.first("response_length"), course.now("response_length")
+    if lately and first and now is not None and min(lately) > 0.5 and now > 1.3 * first:
+        return f"scores follow length (correlation {lately[-1]:.2f}), which grew from {first:.0f} to {now:.0f} tokens"
+    return None
+
+
+def _no_eos(course: Course) -> str | None:
+    lately = course.lately("truncated_rate")
+    if course.ends_matter and lately and min(lately) > 0.1:
+        return f"{lately[-1]:.0%} of the responses never ended"
+    return None
+
+
+def _critic(course: Course) -> str | None:
+    lately = course.lately("explained_variance", LONGER)
+    if lately and len(course.lines) >= WARM_UP and max(lately) < 0:
+        return f"the critic predicts returns worse than their mean would (explained variance {lately[-1]:.2f})"
+    return None
+
+
+def _dead_groups(course: Course) -> str | None:
+    lately = course.lately("dead_group_rate")
+    if lately and min(lately) > 0.8:
+        return f"for {lately[-1]:.0%} of the prompts every response had the same score"
+    return None
+
+
+def _not_finite(course: Course) -> str | None:
+    steps, line = course.now("nonfinite_steps"), course.lines[-1]
+    if steps:
+        in_a_row = course.now("nonfinite_in_a_row") or 0
+        return f"gradients that were not finite and were left out: {steps:.0f}, {in_a_row:.0f} in a row so far"
+    names = [name for name in OF_EVERY_UPDATE if name in line and _finite(line[name]) is None]
+    return f"{', '.join(names)} of this update not finite" if names else None
+
+
+def _many_not_finite(course: Course) -> bool:
+    """A single gradient that overflows is left out and forgotten; several in a row are not going to stop."""
+    return (course.now("nonfinite_in_a_row") or 0) >= BAD_STEPS
+
+
+def _reward_range(course: Course) -> str | None:
+    """Against the widest spread so far: a reward of 0 or 1 has little at first, and never moves far beyond its own."""
+    first, now = course.first("reward_score"), course.now("reward_score")
+    spread = max((_finite(line.get("reward_score_std")) or 0.0 for line in course.lines), default=0.0)
+    if first is None or now is None or not spread or abs(now - first) <= 4 * spread:
+        return None
+    return f"the mean score moved from {first:.3g} to {now:.3g}, {abs(now - first) / spread:.1f} standard deviations"
+
+
+CONDITIONS: dict[str, Condition] = {
+    "kl": Condition(
+        _kl,
+        "the policy has left the region where the reward can be trusted",
+        "raise --kl-coef or lower --learning-rate",
+        _kl_too_far,
+    ),
+    "negative-kl": Condition(
+        _negative_kl,
+        "responses are not drawn from the law whose log-probabilities are taken",
+        "this is a defect: report it, with the base model and the temperature",
+    ),
+    "ratio": Condition(
+        _ratio,
+        "log-probabilities taken while sampling and while training differ",
+        "use --dtype float32; where that is so already, report it",
+    ),
+    "entropy": Condition(
+        _entropy,
+        "the policy says the same again and again",
+        "raise --kl-coef or --entropy-coef, or lower --learning-rate",
+    ),
+    "length": Condition(
+        _length, "the reward pays for length", "balance the comparisons by length, or give a --length-penalty"
+    ),
+    "no-eos": Condition(
+        _no_eos,
+        "responses are cut before they end",
+        "raise --max-response-tokens or --missing-eos-penalty; a penalty of 0 says that ends do not matter",
+    ),
+    "critic": Condition(
+        _critic, "advantages are mostly noise", "change --critic-learning-rate, or set --gae-lambda to 1"
+    ),
+    "dead-groups": Condition(
+        _dead_groups,
+        "there is nothing to learn from those",
+        "take harder or easier prompts, or more --responses-per-prompt",
+    ),
+    "nan": Condition(
+        _not_finite,
+        "the loss left the range of numbers",
+        "lower --learning-rate, or use --dtype float32",
+        _many_not_finite,
+    ),
+    "reward-range": Condition(
+        _reward_range,
+        "scores are far from those at the start, and a reward model may be wrong there",
+        "raise --kl-coef, stop earlier, or train a fresh reward model on the policy's responses",
+    ),
+}

@@ -1,0 +1,83 @@
+"""What a run says and does about the conditions it is watched for: a warning when one begins, a stop where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from stages.errors import TrainingStopped
+from stages.results import Report, Table
+from stages.rollout.watchdog import CONDITIONS, IN_A_ROW, Alarm, Course, Metrics, watch
+
+FLAG = "alarm_"  # and a condition's name: 1 in the metrics of an update at which it holds
+COUNT = "alarms"  # how many hold
+
+
+@dataclass
+class Watch:
+    """Watches the updates of one run. What was said before is read from their metrics, so a resumed run says the same.
+
+    `earlier()` gives the metrics of the updates that stand in the log.
+    """
+
+    stop_on: tuple[str, ...]
+    report: Report
+    earlier: Callable[[], list[Metrics]]
+    half: bool = False
+    ends_matter: bool = True
+    lines: list[Metrics] = field(default_factory=list)
+
+    def look(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """Watch update `step`, counted from 0; returns the flags that go into its metrics.
+
+        Raises TrainingStopped where a condition holds that stop_on names. Everything watched is the same on all ranks,
+        and so is the answer.
+        """
+        if len(self.lines) != step:  # resumed
+            self.lines = self.earlier()
+        before = self.lines[-IN_A_ROW:]
+        alarms = watch(Course([*self.lines, metrics], self.half, self.ends_matter))
+        stops = [alarm for alarm in alarms if alarm.grave and alarm.condition in self.stop_on]
+        for alarm in alarms:
+            if alarm not in stops and not any(line.get(flag(alarm.condition)) for line in before):
+                self.report.warn(f"update {step + 1}: {alarm}")
+        if stops:
+            raise stopped(stops[0], step)
+        flags = {COUNT: float(len(alarms)), **{flag(alarm.condition): 1.0 for alarm in alarms}}
+        self.lines.append(metrics | flags)
+        return flags
+
+
+def flag(condition: str) -> str:
+    """The metric that says that a condition holds."""
+    return FLAG + condition.replace("-", "_")
+
+
+def stopped(alarm: Alarm, step: int) -> TrainingStopped:
+    """The end of a run at its update `step`, counted from 0."""
+    return TrainingStopped(f"{alarm.condition}: {alarm.number}; {alarm.cause}", step=step + 1, advice=alarm.advice)
+
+
+def kept(stop: TrainingStopped, step: int, folder: str, stop_on: list[str]) -> TrainingStopped:
+    """The same stop, saying where the state before the update is and how to go on from it."""
+    others = [name for name in stop_on if not stop.reason.startswith(f"{name}: ")]
+    advice = (
+        f"{stop.advice}\n  -> the state of step {step}, before this update, is kept in {folder}; the same command with "
+        f"--stop-on {','.join(others) or 'none'} goes on from it"
+    )
+    return TrainingStopped(stop.reason, step=stop.step, advice=advice)
+
+
+def alarms_in(lines: list[Metrics]) -> dict[str, list[int]]:
+    """The steps at which each condition held, by its name; conditions that never did are left out."""
+    steps = {name: [int(line["step"] or 0) for line in lines if line.get(flag(name))] for name in CONDITIONS}
+    return {name: held for name, held in steps.items() if held}
+
+
+def alarm_table(alarms: dict[str, list[int]], updates: int) -> Table:
+    """A line for each condition that held."""
+    rows = tuple(
+        (name, f"{len(steps)} of {updates}", f"{steps[0]}", f"{steps[-1]}", CONDITIONS[name].advice)
+        for name, steps in alarms.items()
+    )
+    return Table("alarms", ("condition", "updates", "first", "last", "what helps"), rows)
