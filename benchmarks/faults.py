@@ -54,12 +54,28 @@ def command(data: Path, stage: str, output: Path) -> list[str]:
     return [str(word) for word in (stage, *inputs[stage], "--output", output, *RUN, *MORE.get(stage, ()))]
 
 
+def warm(base: Path) -> None:
+    """Import, before any fork, all that a stage imports: libraries, ours, and what they load late."""
+    import torch
+    import transformers
+
+    from stages.inputs import open_inputs  # noqa: F401
+
+    for module in STAGES:
+        __import__(f"stages.{module}")
+    torch.set_num_threads(1)
+    transformers.AutoTokenizer.from_pretrained(base)
+    with torch.no_grad():
+        transformers.AutoModelForCausalLM.from_pretrained(base)(torch.tensor([[1, 2, 3]]))
+
+
 def prepare(data: Path) -> None:
     """A tiny random model, its data, and a finished sft and reward run to start the later stages from."""
     from tests.commands import write_data
     from tests.tiny import build_model
 
     build_model(data / "base", "llama")
+    warm(data / "base")
     write_data(data)
     for stage in ("sft", "reward"):
         assert run(command(data, stage, data / stage)) == 0, f"{stage} cannot be prepared; see {LOG}"
@@ -210,11 +226,6 @@ def expected(kind: str, code: int) -> bool:
 
 def campaign(stages: tuple[str, ...], per_stage: int, seed: int, say: Callable[[str], None]) -> list[dict]:
     """Disturb every stage `per_stage` times; a record per fault."""
-    import torch  # noqa: F401  before the forks: each of them is then there at once
-    import transformers  # noqa: F401
-
-    for module in ("sft", "reward", "ppo", "dpo", "inputs"):
-        __import__(f"stages.{module}")
     records, chance = [], random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="rlhf-faults-") as name:
         data = Path(name)

@@ -23,7 +23,7 @@ from stages.files.tensors import load_tensors, save_tensors
 CONFIG = SftConfig(model="tiny", dataset="rows.jsonl", output="x")
 INPUTS = {"dataset": "1" * 64, "base": "2" * 64}
 LISTED = ["adapter_model.safetensors", "config.yaml", "metrics.jsonl", "samples.jsonl"]  # in the manifest
-FINAL = sorted([*LISTED, "checkpoint.json", "last_state"])
+FINAL = sorted([*LISTED, "checkpoint.json"])
 METRICS = '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 4.0}\n{"step": 3, "loss": 11.0}\n{"step": 4, "loss": 26.0}\n'
 SAMPLES = '{"step": 2, "response": "é"}\n{"step": 4, "response": "é"}\n'
 

@@ -395,19 +395,16 @@ FLAT = ("--lr-schedule", "constant", "--warmup-ratio", 0)  # a learning rate tha
 def test_a_finished_run_goes_on_to_a_later_end(chain, tmp_path, stage):
     straight, longer = tmp_path / "straight", tmp_path / "longer"
     done(*command(chain(), stage, straight, *FLAT))
-    done(*command(chain(), stage, longer, *FLAT, "--max-steps", 2))
-    assert sorted(os.listdir(longer / "last_state")) == ["step-000002"] and not (longer / "state").exists()
+    done(*command(chain(), stage, longer, *FLAT, "--max-steps", 2, "--keep-state"))
     ended = done(*command(chain(), stage, longer, *FLAT))
     assert "resuming after step 2 of 5" in ended.stderr
-    assert contents(longer / "last_state").keys() == contents(straight / "last_state").keys()
     assert_the_same_run(longer, straight)
-    assert "nothing" in done(*command(chain(), stage, longer, *FLAT)).stdout or manifest(longer)["steps"] == 5
 
 
 def test_a_run_that_goes_further_survives_a_kill(chain, tmp_path, monkeypatch):
     straight, longer = tmp_path / "straight", tmp_path / "longer"
     done(*command(chain(), "sft", straight, *FLAT))
-    done(*command(chain(), "sft", longer, *FLAT, "--max-steps", 2))
+    done(*command(chain(), "sft", longer, *FLAT, "--max-steps", 2, "--keep-state"))
     line = command(chain(), "sft", longer, *FLAT)
     ended = in_a_process(signal.SIGKILL, 4, *line)
     assert ended.returncode == -signal.SIGKILL
@@ -427,15 +424,15 @@ def test_an_earlier_end_or_another_choice_beside_it_is_refused(chain, whole, cha
 @pytest.mark.parametrize("how", ["gone", "damaged"])
 def test_a_later_end_without_a_sound_state_is_refused(chain, tmp_path, how):
     folder = tmp_path / "sft"
-    done(*command(chain(), "sft", folder, "--max-steps", 2))
-    tensors = folder / "last_state" / "step-000002" / "state.safetensors"
+    done(*command(chain(), "sft", folder, "--max-steps", 2, "--keep-state"))
+    tensors = folder / "state" / "step-000002" / "state.safetensors"
     if how == "gone":
-        shutil.rmtree(folder / "last_state")
+        shutil.rmtree(folder / "state")
     else:
         tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
     before = contents(folder)
     said = refused(*command(chain(), "sft", folder))
-    assert ("its last state is gone" in said) == (how == "gone") and "max_steps: 2 -> 5" in said
+    assert ("its state was not kept" in said) == (how == "gone") and "max_steps: 2 -> 5" in said
     assert contents(folder) == before
 
 

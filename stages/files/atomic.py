@@ -163,14 +163,6 @@ def remove(path: str | Path) -> None:
                 os.unlink(path)
 
 
-def move(path: str | Path, target: str | Path) -> None:
-    """Rename a file or folder to a name that is free, in whatever folder. Raises OutputError."""
-    make_folder(Path(target).parent)
-    with explained(target):
-        os.rename(path, target)
-    sync(Path(target).parent)
-
-
 def sync(path: str | Path) -> None:
     """Have a file or a folder reach the disk before anything that follows. Raises OutputError."""
     with explained(path):

@@ -35,10 +35,9 @@ if typing.TYPE_CHECKING:
     from torch import Tensor
 
 RUN, LOCK = "run.json", "run.lock"
-LAST = "last_state"  # of a finished run: what the same command with more steps goes on from
 METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.yaml"
 _OURS = (  # what a stage writes into its folder, and so what --overwrite may remove
-    METRICS, SAMPLES, CONFIG, STATE, LAST, "critic", "report.json", "adapter_model.safetensors", "adapter_config.json",
+    METRICS, SAMPLES, CONFIG, STATE, "critic", "report.json", "adapter_model.safetensors", "adapter_config.json",
     "head.safetensors", "tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -158,17 +157,9 @@ class Run:
             return
         with contextlib.suppress(OutputError):
             if not self._keeps_state():
-                self._put_last_aside()
+                atomic.remove(self.folder / STATE)
             atomic.remove(self.folder / RUN)
             self._clear_leftovers()
-
-    def _put_last_aside(self) -> None:
-        """Leave of all states the last one, under another name."""
-        newest = states_in(self.folder / STATE)[-1:]
-        if newest:
-            atomic.remove(self.folder / LAST)
-            atomic.move(newest[0], self.folder / LAST / newest[0].name)
-        atomic.remove(self.folder / STATE)
 
     def _keeps_state(self) -> bool:
         return bool(getattr(self.config, "keep_state", False))
@@ -185,7 +176,7 @@ class Run:
             atomic.unlock(handle, self.folder / LOCK)
 
     def _clear_leftovers(self) -> None:
-        for where in (self.folder, self.folder / STATE, self.folder / LAST, self.folder / "critic"):
+        for where in (self.folder, self.folder / STATE, self.folder / "critic"):
             atomic.clear_leftovers(where)
 
     # --- logs
@@ -253,7 +244,7 @@ class Run:
 
     def _states(self) -> list[Path]:
         """Folders of states, the newest first."""
-        return sorted([p for name in (STATE, LAST) for p in states_in(self.folder / name)], key=step_of, reverse=True)
+        return states_in(self.folder / STATE)[::-1]
 
     def _own_states(self) -> list[Path]:
         """Those that this run wrote, or that are too damaged to say; not those of a run that was overwritten."""
@@ -369,7 +360,7 @@ def _compare(run: Run, found: dict[str, typing.Any]) -> None:
     lines = differences(run.config, run.inputs, found.get("config", {}), found.get("inputs", {}))
     ends = ("max_steps: ", "epochs: ")
     if lines and all(line.startswith(ends) for line in lines) and not run._states():
-        another = f"its last state is gone, so it cannot go on from there: {another}"
+        another = f"its state was not kept (--keep-state), so it cannot go on from there: {another}"
     if lines:
         raise OutputError(
             "made with other choices:\n" + "\n".join(f"    {line}" for line in lines),
