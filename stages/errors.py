@@ -67,7 +67,8 @@ class TrainingStopped(Exception):
 class Interrupted(Exception):
     """A signal asked the run to end; its state is saved and the same command goes on from it."""
 
-    def __init__(self, signal_number: int, *, step: int, output: str):
+    def __init__(self, signal_number: int, *, step: int | None, output: str):
         self.exit_code = 128 + signal_number
         self.step, self.output = step, output
-        super().__init__(f"interrupted; state of step {step} saved in {output}; run the same command again to go on")
+        saved = f"state of step {step} saved in {output}" if step is not None else f"nothing saved yet in {output}"
+        super().__init__(f"interrupted; {saved}; run the same command again to go on")

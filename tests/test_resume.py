@@ -136,7 +136,10 @@ def interrupt_and_go_on(monkeypatch, found, stage: str, folder: Path, at: int) -
     if ended.code == 0:
         return False
     assert ended.code == 143 and ended.stdout == "", ended.stderr
-    assert f"saved in {folder}; run the same command again to go on" in ended.stderr
+    assert f"in {folder}; run the same command again to go on" in ended.stderr
+    states = sorted((folder / "state").glob("step-*"))
+    said = f"state of step {int(states[-1].name[5:])} saved" if states else "nothing saved yet"
+    assert f"interrupted; {said} in {folder}" in ended.stderr
     assert not (folder / "checkpoint.json").exists() and (folder / "run.json").exists()
     done(*line)
     return True

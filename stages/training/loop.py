@@ -77,8 +77,9 @@ def train(
         ahead = state.facts.pop(AHEAD, None)
         progress.restore(state.tensors, state.facts)
         report.note(f"resuming after step {done} of {total}")
-    saved, whole = max(done, 0), 1
-    report.begin(title, total, saved)
+    saved: int | None = state.step if state is not None else None
+    whole = 1
+    report.begin(title, total, max(done, 0))
     try:
         # The first rank stops at once and saves; the others go on until they miss it, so that it never waits for them.
         with signals.listening(raises=ranks.first), _missing_the_first(ranks):
@@ -102,10 +103,8 @@ def train(
             _save(run, progress, done, ahead)
             saved = done
         raise Interrupted(stop.number, step=saved, output=str(run.folder)) from None
-    except (
-        UserError
-    ) as error:  # a reward function that failed, perhaps only this once; other ranks may be waiting elsewhere
-        if done >= 0 and ranks.size == 1:
+    except UserError as error:  # a reward function that failed, perhaps only this once, or memory that ran out
+        if done >= 0 and ranks.size == 1:  # other ranks may be waiting elsewhere
             _save(run, progress, done, ahead)
             report.note(f"state of step {done} saved in {run.folder}")
         if isinstance(error, OutOfMemory):
