@@ -104,10 +104,9 @@ def tokenizer_digest(folder: str | Path) -> str:
     fast, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if fast.exists():
         content = _read_json(fast)
-        parts = {part: content.get(part) for part in _TOKENIZER_PARTS}
-        if not isinstance(parts["model"], dict):
+        if not isinstance(content.get("model"), dict):
             raise ModelError("not a tokenizer", where=str(fast), fix="download or save the tokenizer again")
-        return _digest([_canonical(parts | {"model": _plain_model(parts["model"])})])
+        return tokenizer_content_digest(content)
     found = sorted({path for pattern in _VOCABULARIES for path in folder.glob(pattern)})
     lines = [f"{path.name} {file_digest(path)}" for path in found]
     if settings.exists():
@@ -117,6 +116,12 @@ def tokenizer_digest(folder: str | Path) -> str:
             "holds no tokenizer (tokenizer.json)", where=str(folder), fix="save the model's tokenizer there as well"
         )
     return _digest(lines)
+
+
+def tokenizer_content_digest(content: dict) -> str:
+    """The same for what a tokenizer.json holds, wherever it is."""
+    parts = {part: content.get(part) for part in _TOKENIZER_PARTS}
+    return _digest([_canonical(parts | {"model": _plain_model(parts["model"])})])
 
 
 def _plain_model(model: dict) -> dict:
