@@ -122,8 +122,7 @@ class Run:
         atomic.remove(self.folder / MANIFEST)
         atomic.sync(self.folder)  # from here on it is no checkpoint, even after a power cut
         for name in sorted(os.listdir(self.folder)):
-            ours = name in listed or any(fnmatch.fnmatchcase(name, pattern) for pattern in _OURS)
-            if ours and name not in (RUN, LOCK):
+            if (name in listed or _is_ours(name)) and name not in (RUN, LOCK):
                 atomic.remove(self.folder / name)
 
     def finish(self, manifest: Manifest, files: list[str]) -> Manifest | None:
@@ -175,8 +174,10 @@ class Run:
             atomic.unlock(handle, self.folder / LOCK)
 
     def _clear_leftovers(self) -> None:
-        for where in (self.folder, self.folder / STATE, self.folder / "critic"):
-            atomic.clear_leftovers(where)
+        atomic.clear_leftovers(self.folder)
+        for inner in (self.folder / STATE, self.folder / "critic"):
+            if not inner.is_symlink():
+                atomic.clear_leftovers(inner)
 
     # --- logs
 
@@ -277,12 +278,21 @@ def _read_state(place: Path) -> State:
             raise CheckpointError("state.json is not what was saved", where=str(place))
         if atomic.sha256_of(place / "state.safetensors") != content["tensors"]:
             raise CheckpointError("state.safetensors is not what was saved", where=str(place))
-        tensors = load_tensors(place / "state.safetensors")
-        return State(content["step"], tensors, content["facts"], content["sizes"])
+        step, facts, sizes = content["step"], content["facts"], content["sizes"]
+        if type(step) is not int or not isinstance(facts, dict) or not _are_sizes(sizes):
+            raise ValueError
+        return State(step, load_tensors(place / "state.safetensors"), facts, sizes)
     except OSError as error:
         raise CheckpointError(f"{error.strerror or error}", where=str(place)) from error
     except (ValueError, TypeError, KeyError, RecursionError):
         raise CheckpointError("state.json is not what was saved", where=str(place)) from None
+
+
+def _are_sizes(value: object) -> bool:
+    """True for the bytes of both logs."""
+    return isinstance(value, dict) and all(
+        type(value.get(name)) is int and value[name] >= 0 for name in (METRICS, SAMPLES)
+    )
 
 
 def _digest(content: object) -> str:
@@ -333,6 +343,7 @@ def _judge(run: Run) -> None:
     if not _entries(run.folder):
         if run.writer:
             _check_writable(run.folder)
+            _refuse_links(run.folder)
         return
     finished, begun = _record(run.folder, MANIFEST), _record(run.folder, RUN)
     found = finished or begun
@@ -354,6 +365,8 @@ def _judge(run: Run) -> None:
         _spare_inputs(run)
         if run.writer:
             _check_writable(run.folder)
+    if run.writer and not run.finished:
+        _refuse_links(run.folder)
 
 
 def _entries(folder: Path) -> list[str]:
@@ -437,6 +450,35 @@ def _spare_inputs(run: Run) -> None:
                         where=str(run.folder),
                         fix="choose another --output",
                     )
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise OutputError where something we would write or remove is a link: what it leads to is not ours."""
+    ours = [
+        name for name in _names(folder) if name in (RUN, LOCK, MANIFEST) or _is_ours(name) or atomic.is_leftover(name)
+    ]
+    places = [folder / name for name in ours]
+    for inner in (folder / STATE, folder / "critic"):
+        places += [inner / name for name in _names(inner)]
+    places += [state / name for state in (folder / STATE).glob("step-*") for name in _names(state)]
+    for place in places:
+        if place.is_symlink():
+            raise OutputError(
+                f"`{place.relative_to(folder)}` is a link to {os.readlink(place)}, and nothing is written through it",
+                where=str(folder),
+                fix="remove the link, or choose another --output",
+            )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _is_ours(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _OURS)
 
 
 def _check_writable(folder: Path) -> None:
