@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import typing
 from dataclasses import dataclass, field, fields
@@ -453,10 +454,12 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, tuple[object, str]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text) if node is not None else {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # Besides YAML's own errors: what a value that does not fit its tag (`!!bool x`) makes the loader trip over.
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        problem = problem if isinstance(error, yaml.YAMLError) else f"a value cannot be read ({problem})"
         raise ConfigError(
             f"not valid YAML: {problem}", where=f"{path}{line}", fix="write plain `key: value` lines"
         ) from None
@@ -504,6 +507,7 @@ def resolve(cls: type, recipe: dict[str, tuple[object, str]], flags: dict[str, o
         if raw is None and typing.get_origin(kind) in (list, dict):
             raw = default_of(f)
         values[name] = parse(raw, kind, origin[name])
+        check_characters(values[name], origin[name])
         check_bounds(values[name], about, origin[name])
     config = cls(**values)
     if hasattr(config, "check"):
@@ -577,6 +581,19 @@ def _parse_pairs(raw: object) -> dict[str, str]:
     if len({pair[0].strip() for pair in pairs}) < len(pairs):
         raise ValueError  # one name twice: which column is meant?
     return {name.strip(): column.strip() for name, column in pairs}
+
+
+def check_characters(value: object, where: str) -> None:
+    """Raise ConfigError for a text that can be no file's name and in no file: with a NUL, or half a character."""
+    for text in (
+        (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else (value,)
+    ):
+        try:
+            usable = not isinstance(text, str) or b"\0" not in os.fsencode(text)
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise ConfigError(f"{_short(text)} holds a character that no text may have", where=where, fix="take it out")
 
 
 def check_bounds(value: object, about: Knob, where: str) -> None:

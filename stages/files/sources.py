@@ -22,6 +22,7 @@ Content = str | tuple[Message, ...]  # plain text, or turns for the chat templat
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {"developer": "system", "human": "user", "gpt": "assistant"}
+NAME_SHOWN, NAMES_LISTED = 60, 20  # characters of a name, and how many names, in one message
 ROW_FIX = "correct the row, or drop such rows with --skip-bad-rows"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?")
 UTF8_BOM, UTF16_BOMS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
@@ -388,7 +389,7 @@ def _check_message(item: object, where: str) -> Message:
             raise bad_row(f"expected text in `{key}`, found {named(item.get(key))}", where)
     role = ROLE_ALIASES.get(item[role_key], item[role_key])
     if role not in ROLES:
-        raise bad_row(f"unknown role `{role}`; roles are {', '.join(ROLES)}", where)
+        raise bad_row(f"unknown role `{quoted(role)}`; roles are {', '.join(ROLES)}", where)
     if item.get("tool_calls"):
         raise bad_row("tool calls are not supported; write what the assistant says into `content`", where)
     return {"role": role, "content": item[content_key]}
@@ -405,9 +406,17 @@ def check_prompt(content: Content, where: str) -> Content:
     return content
 
 
+def quoted(name: object) -> str:
+    """A name as a file has it, short and in one line, for messages."""
+    text = str(name) if str(name).isprintable() else repr(str(name))[1:-1]
+    return text if len(text) <= NAME_SHOWN else text[:NAME_SHOWN] + "..."
+
+
 def listed(names: Iterable[str]) -> str:
-    """Names in backticks, for messages."""
-    return ", ".join(f"`{name}`" for name in names) or "no fields"
+    """Names in backticks, for messages; of many the first few."""
+    names = list(names)
+    more = f" and {len(names) - NAMES_LISTED} more" if len(names) > NAMES_LISTED else ""
+    return ", ".join(f"`{quoted(name)}`" for name in names[:NAMES_LISTED]) + more or "no fields"
 
 
 def named(value: object) -> str:
@@ -425,4 +434,4 @@ def named(value: object) -> str:
 def first_line(error: Exception) -> str:
     """An exception's message, cut to its first line."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:300] if lines else type(error).__name__
