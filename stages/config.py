@@ -190,6 +190,13 @@ class DpoConfig(TrainingKnobs):
                 where="label_smoothing",
                 fix="leave it out, or use --loss sigmoid",
             )
+        for name in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, name) != 1 and self.loss != "kto":
+                raise ConfigError(
+                    f"{name} belongs to the kto loss, not to {self.loss}",
+                    where=name,
+                    fix="leave it out, or use --loss kto",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,11 +329,37 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
             raise ConfigError(
                 f"{self.advantage} has no critic", where="advantage", fix="leave the critic's knobs out, or use gae"
             )
+        self._check_idle()
         if self.kl_is_biased and not self.force_biased_kl:
             raise ConfigError(
                 f"{self.kl_kind} in the {self.kl_place} does not have the gradient of the KL",
                 where="kl_estimator",
                 fix="use k1 in the reward, k2 or k3 in the loss; or pass --force-biased-kl",
+            )
+
+    def _check_idle(self) -> None:
+        """Raise ConfigError for a knob that another one leaves without effect."""
+        if self.kl_target is not None and not self.kl_coef:
+            raise ConfigError(
+                "kl_target multiplies kl_coef, which is 0 and so stays 0",
+                where="kl_target",
+                fix="give a --kl-coef above 0 to begin with, or leave kl_target out",
+            )
+        if self.length_limit and not self.length_penalty:
+            raise ConfigError(
+                "length_limit charges nothing, since length_penalty is 0",
+                where="length_limit",
+                fix="give a --length-penalty, or leave length_limit out",
+            )
+        if self.ptx_dataset and not self.ptx_coef:
+            raise ConfigError(
+                "ptx_dataset is not learned from, since ptx_coef is 0",
+                where="ptx_coef",
+                fix="give a --ptx-coef above 0, or leave ptx_dataset out",
+            )
+        if self.critic_learning_rate is not None and self.advantage in CRITIC_FREE:
+            raise ConfigError(
+                f"{self.advantage} has no critic", where="critic_learning_rate", fix="leave it out, or use gae"
             )
 
     @property

@@ -292,6 +292,8 @@ def _choose_format(found: Source, formats: Sequence[Format], skip_bad_rows: bool
 
 def _suggest_map(columns: Sequence[str], formats: Sequence[Format]) -> str:
     """Advice for columns that fit no format: the first renaming that would make them fit one."""
+    if len(columns) == 1 and any(mark in columns[0] for mark in (";", "\t", "|")):
+        return "separate the columns of a .csv file by commas"
     for candidate in formats:
         renamed: dict[str, str] = {}
         for name in candidate.columns:

@@ -175,12 +175,19 @@ def load_base(source: Source, *, device: torch.device, dtype: torch.dtype, trust
     }
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(source.base, **options)
+            model, loading = AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **options)
     except Exception as error:  # many kinds: unknown architecture, missing tensors, a damaged file
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the base cannot be loaded: {reason}", where=str(source.base), fix="check the folder's files"
         ) from None
+    absent = sorted(loading["missing_keys"])
+    if absent:  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"its weights lack {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""),
+            where=str(source.base),
+            fix="give a whole causal language model, not a classifier or a bare body",
+        )
     model = model.to(device).eval()
     _exchange_attention(model)
     return Base(model, source)

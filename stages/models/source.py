@@ -81,7 +81,7 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
         raise CheckpointError(
             f"{name} is a `{manifest.stage}` checkpoint",
             where=what,
-            fix=f"give one of: {', '.join(stages)}, or a base model",
+            fix=f"give one of: {', '.join(stages)}" + (", or a base model" if stages != ("reward",) else ""),
         )
     located = locate(path, manifest.base)
     base = Path(located) if Path(located).is_dir() else _download(str(located), what)

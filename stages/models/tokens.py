@@ -268,7 +268,11 @@ def load_text(folder: Path, *, chat_template: str | None, stop_ids: tuple[int, .
         )
     if chat_template is not None:
         tokenizer.chat_template = TEMPLATES.get(chat_template) or _read_template(chat_template)
-    return Text(tokenizer, stop_ids)
+    try:
+        return Text(tokenizer, stop_ids)
+    except DatasetError as error:  # not a row's fault: the template refuses a plain question and answer
+        where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
+        raise ModelError(error.what, where=where, fix="correct the template") from None
 
 
 def _read_template(name: str) -> str:
