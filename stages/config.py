@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import reprlib
 import typing
 from dataclasses import dataclass, field, fields
@@ -617,16 +616,19 @@ def _parse_pairs(raw: object) -> dict[str, str]:
 
 
 def check_characters(value: object, where: str) -> None:
-    """Raise ConfigError for a text that can be no file's name and in no file: with a NUL, or half a character."""
-    for text in (
-        (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else (value,)
-    ):
+    """Raise ConfigError for a text with a NUL, or that is not UTF-8: no manifest could hold it, no library open it."""
+    texts = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+    for text in (texts,) if isinstance(texts, (str, int, float, type(None))) else texts:
         try:
-            usable = not isinstance(text, str) or b"\0" not in os.fsencode(text)
+            usable = not isinstance(text, str) or b"\0" not in text.encode("utf-8")
         except UnicodeEncodeError:
             usable = False
         if not usable:
-            raise ConfigError(f"{_short(text)} holds a character that no text may have", where=where, fix="take it out")
+            raise ConfigError(
+                f"{_short(text)} holds a character that no text may have",
+                where=where,
+                fix="take it out; files need names in UTF-8",
+            )
 
 
 def check_bounds(value: object, about: Knob, where: str) -> None:

@@ -118,6 +118,9 @@ ROWS = {
     "half a character in a text": (
         EARLY, lambda c, p: sft(c, p, *recipe(p, 'chat_template: "\\ud800"\n')), ["a character that no text may have"],
     ),
+    "a name that is not UTF-8": (
+        EARLY, lambda c, p: [*sft(c, p), "--output", os.fsdecode(b"\xff")], ["--output", "names in UTF-8"],
+    ),
     "an empty output": (EARLY, lambda c, p: [*sft(c, p), "--output", ""], ["--output: '' is not a text"]),
     "a flag without its value": (EARLY, lambda c, p: [*sft(c, p), "--seed"], ["'--seed' requires an argument"]),
     "a value for a switch": (EARLY, lambda c, p: sft(c, p, "--skip-bad-rows=no"), ["does not take a value"]),

@@ -301,6 +301,15 @@ def test_a_manifest_cannot_name_files_outside_its_folder(chain, tmp_path, victim
     assert contents(victim) == before and name not in manifest(out)["files"]
 
 
+@pytest.mark.parametrize("name", ["../victim/model.safetensors", "/VICTIM/model.safetensors", "x/../../victim/m", ""])
+def test_an_index_of_weights_cannot_name_files_outside_its_folder(chain, tmp_path, victim, name):
+    found, base = chain(), copied(chain().base, tmp_path / "base")
+    (base / "model.safetensors").rename(victim / "model.safetensors")
+    index = {"weight_map": {"lm_head.weight": name.replace("/VICTIM", str(victim))}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors.index.json: not an index of weights" in refused(*sft(found, tmp_path / "out", model=base))
+
+
 def test_a_manifest_that_names_places_elsewhere_moves_nothing_there(chain, tmp_path, victim):
     """Parents and base are real paths, so they are looked at; overwriting their child leaves them alone."""
     found, out = chain(), copied(chain().ppo, tmp_path / "out")

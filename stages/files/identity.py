@@ -45,13 +45,18 @@ def _weight_files(folder: Path) -> list[Path]:
         return [whole]
     if index.exists():
         names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        if not isinstance(names, dict) or not all(_is_inside(name) for name in names.values()):
             raise ModelError("not an index of weights", where=str(index), fix="download the model again")
         return [folder / name for name in sorted(set(names.values()))]
     found = sorted(folder.glob("*.safetensors"))
     if found and found != [folder / "adapter_model.safetensors"]:
         return found
     raise _no_weights(folder, adapter=bool(found))
+
+
+def _is_inside(name: object) -> bool:
+    """True for a file's name that cannot lead out of its folder."""
+    return isinstance(name, str) and name != "" and not {"..", "/"} & {*Path(name).parts}
 
 
 def _no_weights(folder: Path, adapter: bool) -> ModelError:
