@@ -26,7 +26,7 @@ from tests.commands import rlhf, write_data
 
 # The same examples on every run and on every machine, so that a failure is the change's and nobody else's.
 FUZZ = settings(
-    derandomize=True, database=None, deadline=None, max_examples=100, suppress_health_check=list(HealthCheck)
+    derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
 )
 FEW = settings(FUZZ, max_examples=20)
 
