@@ -20,8 +20,10 @@ LINE_EVERY_SHARE = 0.05  # of a phase's steps
 LINES_APART = 2.0  # seconds, at least
 LINE_AFTER = 60.0  # seconds, even where a share of the steps takes longer
 
-# Control characters (C0 without newline and tab, DEL, C1), bidirectional overrides, and lone surrogates.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters (C0 without newline and tab, DEL, C1), bidirectional marks and overrides, and lone surrogates.
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def plain(text: object) -> str:

@@ -198,6 +198,13 @@ class DpoConfig(TrainingKnobs):
                 where="label_smoothing",
                 fix="leave it out, or use --loss sigmoid",
             )
+        for name in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, name) != 1 and self.loss != "kto":
+                raise ConfigError(
+                    f"{name} belongs to the kto loss, not to {self.loss}",
+                    where=name,
+                    fix="leave it out, or use --loss kto",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,11 +348,37 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
             raise ConfigError(
                 f"{self.advantage} has no critic", where="advantage", fix="leave the critic's knobs out, or use gae"
             )
+        self._check_idle()
         if self.kl_is_biased and not self.force_biased_kl:
             raise ConfigError(
                 f"{self.kl_kind} in the {self.kl_place} does not have the gradient of the KL",
                 where="kl_estimator",
                 fix="use k1 in the reward, k2 or k3 in the loss; or pass --force-biased-kl",
+            )
+
+    def _check_idle(self) -> None:
+        """Raise ConfigError for a knob that another one leaves without effect."""
+        if self.kl_target is not None and not self.kl_coef:
+            raise ConfigError(
+                "kl_target multiplies kl_coef, which is 0 and so stays 0",
+                where="kl_target",
+                fix="give a --kl-coef above 0 to begin with, or leave kl_target out",
+            )
+        if self.length_limit and not self.length_penalty:
+            raise ConfigError(
+                "length_limit charges nothing, since length_penalty is 0",
+                where="length_limit",
+                fix="give a --length-penalty, or leave length_limit out",
+            )
+        if self.ptx_dataset and not self.ptx_coef:
+            raise ConfigError(
+                "ptx_dataset is not learned from, since ptx_coef is 0",
+                where="ptx_coef",
+                fix="give a --ptx-coef above 0, or leave ptx_dataset out",
+            )
+        if self.critic_learning_rate is not None and self.advantage in CRITIC_FREE:
+            raise ConfigError(
+                f"{self.advantage} has no critic", where="critic_learning_rate", fix="leave it out, or use gae"
             )
 
     @property
@@ -497,10 +530,12 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, tuple[object, str]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text) if node is not None else {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # Besides YAML's own errors: what a value that does not fit its tag (`!!bool x`) makes the loader trip over.
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        problem = problem if isinstance(error, yaml.YAMLError) else f"a value cannot be read ({problem})"
         raise ConfigError(
             f"not valid YAML: {problem}", where=f"{path}{line}", fix="write plain `key: value` lines"
         ) from None
@@ -550,6 +585,7 @@ def resolve(cls: type, recipe: dict[str, tuple[object, str]], flags: dict[str, o
         values[name] = parse(raw, kind, origin[name])
         if about.choices and typing.get_origin(kind) is list:
             values[name] = split_choices(values[name])
+        check_characters(values[name], origin[name])
         check_bounds(values[name], about, origin[name])
     config = cls(**values)
     if hasattr(config, "check"):
@@ -641,6 +677,22 @@ def split_choices(texts: list[str]) -> list[str]:
     """The choices of a list knob: `a,b` is two of them, each stands once, and `none` alone is the empty list."""
     chosen = [word.strip() for text in texts for word in text.split(",") if word.strip()]
     return [] if chosen == [NONE] else list(dict.fromkeys(chosen))
+
+
+def check_characters(value: object, where: str) -> None:
+    """Raise ConfigError for a text with a NUL, or that is not UTF-8: no manifest could hold it, no library open it."""
+    texts = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+    for text in (texts,) if isinstance(texts, (str, int, float, type(None))) else texts:
+        try:
+            usable = not isinstance(text, str) or b"\0" not in text.encode("utf-8")
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise ConfigError(
+                f"{_short(text)} holds a character that no text may have",
+                where=where,
+                fix="take it out; files need names in UTF-8",
+            )
 
 
 def check_bounds(value: object, about: Knob, where: str) -> None:

@@ -9,7 +9,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
-        self.what, self.where, self.fix = what, where, fix
+        self.what, self.fix = what, fix
+        self.where = where.replace("\n", "\\n") if where else where  # a file's name may hold a line's end
         super().__init__(str(self))
 
     def __str__(self) -> str:

@@ -18,7 +18,8 @@ from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.tokens import Text
 from stages.results import Report, Result, Table, facts_table
 from stages.training.devices import DTYPES, pick_device
-from stages.training.session import open_text, probe_sequences
+from stages.training.reload import probe_sequences
+from stages.training.session import open_text
 
 TOLERANCE = {
     torch.float32: 1e-3,

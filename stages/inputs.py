@@ -360,8 +360,8 @@ def _rank_fits(config: TrainingKnobs, source: Source) -> None:
     if source.folder is None or config.lora_rank is None:
         return
     try:
-        stored = json.loads((source.folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-    except (OSError, ValueError, KeyError, TypeError):
+        stored = int(json.loads((source.folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise CheckpointError(
             "adapter_config.json cannot be read", where=str(source.folder), fix="train the checkpoint again"
         ) from None

@@ -203,8 +203,8 @@ def part(mapping: object, *keys: str) -> dict:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value from JSON is a number; true and false are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value from JSON is a number; true and false are not, nor is one too large to reckon with."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
 
 
 def number(value: object, digits: int) -> str:

@@ -586,13 +586,16 @@ def files_in(place: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_mistake_is_one_message_and_nothing_is_written(chain, tmp_path, monkeypatch, row):
-    early, build, says = ROWS[row]
-    found = chain()
-    arguments = build(found, tmp_path)
     if row == "CUDA on a machine without":
         import torch
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_refusal(chain(), tmp_path, monkeypatch, *ROWS[row])
+
+
+def check_refusal(found: Chain, tmp_path: Path, monkeypatch, early: bool, build, says: list[str]) -> None:
+    """A command line is refused with one message that says all of `says`, and no file anywhere changes."""
+    arguments = build(found, tmp_path)
     if early:
         monkeypatch.setattr(main, "load", heavy)
     monkeypatch.chdir(tmp_path)

@@ -15,8 +15,8 @@ from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.source import open_source
 from stages.results import Silent
+from stages.training.reload import check_reload
 from stages.training.session import (
-    check_reload,
     context_limit,
     encode_all,
     open_base,

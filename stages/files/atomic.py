@@ -65,6 +65,7 @@ def _output_error(path: str | Path, number: int | None, reason: str) -> OutputEr
         errno.ENOTDIR: "a file stands where a folder is needed: choose another place",
         errno.EISDIR: "a folder stands where a file is needed: choose another place",
         errno.ENAMETOOLONG: "choose a shorter name",
+        errno.ELOOP: "a link stands where a file of our own is needed: remove it",
     }
     fix = fixes.get(number or 0, "see that the disk is well, and run the same command again")
     return OutputError(f"cannot write: {reason}", where=str(path), fix=fix)
@@ -124,9 +125,9 @@ def _finite(value: object) -> object:
 
 
 def append_text(path: str | Path, text: str) -> None:
-    """Append to a log; what a full disk took only part of is taken back. Raises OutputError."""
+    """Append to a log, never through a link; what a full disk took only part of is taken back. Raises OutputError."""
     with explained(path):
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         try:
             size = os.fstat(log).st_size
             try:
@@ -142,7 +143,7 @@ def append_text(path: str | Path, text: str) -> None:
 def truncate(path: str | Path, size: int) -> None:
     """Cut a file to `size` bytes, durably. Raises OutputError."""
     with explained(path):
-        log = os.open(path, os.O_WRONLY)
+        log = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
         try:
             os.ftruncate(log, size)
             os.fsync(log)
@@ -347,7 +348,7 @@ def lock(path: str | Path) -> int | None:
     """
     for _ in range(5):
         with explained(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 if _flock(handle, fcntl.LOCK_EX) and _same_file(handle, path):
                     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -370,7 +371,7 @@ def lock(path: str | Path) -> int | None:
 def check_lock(path: str | Path) -> None:
     """Raise OutputError if a living process holds this lock, saying which; changes nothing."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return
     try:
@@ -384,7 +385,7 @@ def check_lock(path: str | Path) -> None:
     try:
         about = json.loads(holder)
         who = f"process {about['pid']} on {about['host']} (since {about['started']})"
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         who = "another process"
     raise OutputError(
         f"in use by {who}", where=str(Path(path).parent), fix="wait for it to end, stop it, or choose another --output"

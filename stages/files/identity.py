@@ -45,13 +45,18 @@ def _weight_files(folder: Path) -> list[Path]:
         return [whole]
     if index.exists():
         names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        if not isinstance(names, dict) or not all(_is_inside(name) for name in names.values()):
             raise ModelError("not an index of weights", where=str(index), fix="download the model again")
         return [folder / name for name in sorted(set(names.values()))]
     found = sorted(folder.glob("*.safetensors"))
     if found and found != [folder / "adapter_model.safetensors"]:
         return found
     raise _no_weights(folder, adapter=bool(found))
+
+
+def _is_inside(name: object) -> bool:
+    """True for a file's name that cannot lead out of its folder."""
+    return isinstance(name, str) and name != "" and not {"..", "/"} & {*Path(name).parts}
 
 
 def _no_weights(folder: Path, adapter: bool) -> ModelError:
@@ -104,10 +109,9 @@ def tokenizer_digest(folder: str | Path) -> str:
     fast, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if fast.exists():
         content = _read_json(fast)
-        parts = {part: content.get(part) for part in _TOKENIZER_PARTS}
-        if not isinstance(parts["model"], dict):
+        if not isinstance(content.get("model"), dict):
             raise ModelError("not a tokenizer", where=str(fast), fix="download or save the tokenizer again")
-        return _digest([_canonical(parts | {"model": _plain_model(parts["model"])})])
+        return tokenizer_content_digest(content)
     found = sorted({path for pattern in _VOCABULARIES for path in folder.glob(pattern)})
     lines = [f"{path.name} {file_digest(path)}" for path in found]
     if settings.exists():
@@ -117,6 +121,12 @@ def tokenizer_digest(folder: str | Path) -> str:
             "holds no tokenizer (tokenizer.json)", where=str(folder), fix="save the model's tokenizer there as well"
         )
     return _digest(lines)
+
+
+def tokenizer_content_digest(content: dict) -> str:
+    """The same for what a tokenizer.json holds, wherever it is."""
+    parts = {part: content.get(part) for part in _TOKENIZER_PARTS}
+    return _digest([_canonical(parts | {"model": _plain_model(parts["model"])})])
 
 
 def _plain_model(model: dict) -> dict:

@@ -146,7 +146,7 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     """
     folder = Path(folder)
     try:
-        content = json.loads((folder / MANIFEST).read_text("utf-8"))
+        content = json.loads(_inside(folder, MANIFEST).read_text("utf-8"))
     except OSError as error:
         raise _unreadable(folder, error) from error
     except (ValueError, RecursionError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from stages.errors import DatasetError
 from stages.files import comparisons
 from stages.files.comparisons import Comparison, Pair
-from stages.files.sources import Content, Message, RawRow, Source, bad_row, check_prompt, listed, read_source
+from stages.files.sources import Content, Message, RawRow, Source, bad_row, check_prompt, listed, quoted, read_source
 
 __all__ = [
     "Comparison", "Content", "Demonstration", "Message", "Pair", "Prompt", "Rows",
@@ -256,14 +256,16 @@ def _load(source: str, map: Mapping[str, str] | None, skip_bad_rows: bool) -> So
     columns = list(dict.fromkeys(name for row in found.rows for name in row.values))
     taken = set(columns) - set(map.values())
     for name, column in map.items():
-        where = f"{source}: --map {name}={column}"
+        where = f"{source}: --map {quoted(name)}={quoted(column)}"
         if column not in columns:
-            raise DatasetError(f"there is no column `{column}`", where=where, fix=f"columns are {listed(columns)}")
+            raise DatasetError(
+                f"there is no column `{quoted(column)}`", where=where, fix=f"columns are {listed(columns)}"
+            )
         if list(map.values()).count(column) > 1:
-            raise DatasetError(f"the column `{column}` gets two names", where=where, fix="map each column once")
+            raise DatasetError(f"the column `{quoted(column)}` gets two names", where=where, fix="map each column once")
         if name in taken:
             fix = f"rename the other one too, for example --map {name}={column},other_{name}={name}"
-            raise DatasetError(f"two columns would be called `{name}`", where=where, fix=fix)
+            raise DatasetError(f"two columns would be called `{quoted(name)}`", where=where, fix=fix)
     new_names = {column: name for name, column in map.items()}
     rows = [
         RawRow({new_names.get(name, name): value for name, value in row.values.items()}, row.where)
@@ -292,6 +294,8 @@ def _choose_format(found: Source, formats: Sequence[Format], skip_bad_rows: bool
 
 def _suggest_map(columns: Sequence[str], formats: Sequence[Format]) -> str:
     """Advice for columns that fit no format: the first renaming that would make them fit one."""
+    if len(columns) == 1 and any(mark in columns[0] for mark in (";", "\t", "|")):
+        return "separate the columns of a .csv file by commas"
     for candidate in formats:
         renamed: dict[str, str] = {}
         for name in candidate.columns:

@@ -123,8 +123,7 @@ class Run:
         atomic.remove(self.folder / MANIFEST)
         atomic.sync(self.folder)  # from here on it is no checkpoint, even after a power cut
         for name in sorted(os.listdir(self.folder)):
-            ours = name in listed or any(fnmatch.fnmatchcase(name, pattern) for pattern in _OURS)
-            if ours and name not in (RUN, LOCK):
+            if (name in listed or _is_ours(name)) and name not in (RUN, LOCK):
                 atomic.remove(self.folder / name)
 
     def finish(self, manifest: Manifest, files: list[str]) -> Manifest | None:
@@ -176,8 +175,10 @@ class Run:
             atomic.unlock(handle, self.folder / LOCK)
 
     def _clear_leftovers(self) -> None:
-        for where in (self.folder, self.folder / STATE, self.folder / "critic"):
-            atomic.clear_leftovers(where)
+        atomic.clear_leftovers(self.folder)
+        for inner in (self.folder / STATE, self.folder / "critic"):
+            if not inner.is_symlink():
+                atomic.clear_leftovers(inner)
 
     # --- logs
 
@@ -224,7 +225,7 @@ class Run:
         if not self.writer:
             return state
         for name in (METRICS, SAMPLES):
-            self._cut(self.folder / name, state.sizes[name] if state else 0)
+            self._cut(self.folder / name, state.sizes.get(name, 0) if state else 0)
         for place in self._states():
             if state is None or step_of(place) > state.step:
                 atomic.remove(place)
@@ -296,6 +297,7 @@ def _judge(run: Run) -> None:
     if not _entries(run.folder):
         if run.writer:
             _check_writable(run.folder)
+            _refuse_links(run.folder)
         return
     finished, begun = _record(run.folder, MANIFEST), _record(run.folder, RUN)
     found = finished or begun
@@ -310,6 +312,8 @@ def _judge(run: Run) -> None:
             run.resuming = run.amending = True
             if finished:
                 read_manifest(run.folder)
+            if run.writer:
+                _refuse_links(run.folder)
             return
         _compare(run, found)
         if finished:
@@ -322,6 +326,8 @@ def _judge(run: Run) -> None:
         _spare_inputs(run)
         if run.writer:
             _check_writable(run.folder)
+    if run.writer and not run.finished:
+        _refuse_links(run.folder)
 
 
 def _entries(folder: Path) -> list[str]:
@@ -450,6 +456,35 @@ def _spare_inputs(run: Run) -> None:
                         where=str(run.folder),
                         fix="choose another --output",
                     )
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise OutputError where something we would write or remove is a link: what it leads to is not ours."""
+    ours = [
+        name for name in _names(folder) if name in (RUN, LOCK, MANIFEST) or _is_ours(name) or atomic.is_leftover(name)
+    ]
+    places = [folder / name for name in ours]
+    for inner in (folder / STATE, folder / "critic"):
+        places += [inner / name for name in _names(inner)]
+    places += [state / name for state in (folder / STATE).glob("step-*") for name in _names(state)]
+    for place in places:
+        if place.is_symlink():
+            raise OutputError(
+                f"`{place.relative_to(folder)}` is a link to {os.readlink(place)}, and nothing is written through it",
+                where=str(folder),
+                fix="remove the link, or choose another --output",
+            )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _is_ours(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _OURS)
 
 
 def _check_writable(folder: Path) -> None:

@@ -22,6 +22,7 @@ Content = str | tuple[Message, ...]  # plain text, or turns for the chat templat
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {"developer": "system", "human": "user", "gpt": "assistant"}
+NAME_SHOWN, NAMES_LISTED = 60, 20  # characters of a name, and how many names, in one message
 ROW_FIX = "correct the row, or drop such rows with --skip-bad-rows"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?")
 UTF8_BOM, UTF16_BOMS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
@@ -167,9 +168,20 @@ def _read_file(path: Path) -> tuple[Iterator[RawRow | DatasetError], str]:
         ) from None
     if not data.strip():
         raise DatasetError("the file is empty", where=str(path), fix="give a dataset with at least one row")
-    if data.startswith(UTF16_BOMS):
-        raise DatasetError("the file is UTF-16, not UTF-8", where=f"{path}:1", fix="save it as UTF-8")
+    if reader is not _read_parquet:
+        _refuse_other_encodings(data, path)
     return reader(data.removeprefix(UTF8_BOM), path), hashlib.sha256(data).hexdigest()
+
+
+def _refuse_other_encodings(data: bytes, path: Path) -> None:
+    """Raise DatasetError for UTF-16 and UTF-32, by their marks or by the NUL bytes that no text has in UTF-8."""
+    wide = data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or b"\0\0\0" in data[:4]
+    if data.startswith(UTF16_BOMS) or wide or b"\0" in data[:2]:
+        what = f"the file is UTF-{32 if wide else 16}, not UTF-8"
+        raise DatasetError(what, where=f"{path}:1", fix="save it as UTF-8")
+    if b"\0" in data and path.suffix.lower() == ".csv":
+        line = 1 + data.count(b"\n", 0, data.index(b"\0"))
+        raise DatasetError("a NUL byte stands in the text", where=f"{path}:{line}", fix="save the file as UTF-8 text")
 
 
 def _read_jsonl(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
@@ -178,7 +190,7 @@ def _read_jsonl(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
             continue
         where = f"{path}:{number}"
         try:
-            yield _json_row(json.loads(_decode(line, path, number)), where, SURROGATE.search(line) is not None)
+            yield _json_row(_parse_json(_decode(line, path, number)), where, SURROGATE.search(line) is not None)
         except (ValueError, RecursionError) as error:
             yield bad_row(f"not a JSON object on one line: {_json_reason(error)}", where)
         except DatasetError as error:
@@ -187,7 +199,7 @@ def _read_jsonl(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
 
 def _read_json(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
     try:
-        content = json.loads(_decode(data, path))
+        content = _parse_json(_decode(data, path))
     except (ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         lines = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and data.lstrip()[:1] == b"{"
@@ -214,6 +226,19 @@ def _json_row(item: object, where: str, surrogates: bool) -> RawRow | DatasetErr
         except UnicodeEncodeError:
             return bad_row("a \\u escape spells half a character (a lone surrogate)", where)
     return RawRow(item, where)
+
+
+def _parse_json(text: str) -> object:
+    """JSON as a Python value; raises ValueError also for a name that an object has twice."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{listed(sorted({n for n in names if names.count(n) > 1}))} is given twice")
+    return found
 
 
 def _json_reason(error: Exception) -> str:
@@ -383,14 +408,14 @@ def _check_message(item: object, where: str) -> Message:
     if not isinstance(item, dict):
         raise bad_row(f"expected a message with `role` and `content`, found {named(item)}", where)
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+    if item.get("tool_calls"):
+        raise bad_row("tool calls are not supported; write what the assistant says into `content`", where)
     for key in (role_key, content_key):
         if not isinstance(item.get(key), str):
             raise bad_row(f"expected text in `{key}`, found {named(item.get(key))}", where)
     role = ROLE_ALIASES.get(item[role_key], item[role_key])
     if role not in ROLES:
-        raise bad_row(f"unknown role `{role}`; roles are {', '.join(ROLES)}", where)
-    if item.get("tool_calls"):
-        raise bad_row("tool calls are not supported; write what the assistant says into `content`", where)
+        raise bad_row(f"unknown role `{quoted(role)}`; roles are {', '.join(ROLES)}", where)
     return {"role": role, "content": item[content_key]}
 
 
@@ -405,9 +430,17 @@ def check_prompt(content: Content, where: str) -> Content:
     return content
 
 
+def quoted(name: object) -> str:
+    """A name as a file has it, short and in one line, for messages."""
+    text = str(name) if str(name).isprintable() else repr(str(name))[1:-1]
+    return text if len(text) <= NAME_SHOWN else text[:NAME_SHOWN] + "..."
+
+
 def listed(names: Iterable[str]) -> str:
-    """Names in backticks, for messages."""
-    return ", ".join(f"`{name}`" for name in names) or "no fields"
+    """Names in backticks, for messages; of many the first few."""
+    names = list(names)
+    more = f" and {len(names) - NAMES_LISTED} more" if len(names) > NAMES_LISTED else ""
+    return ", ".join(f"`{quoted(name)}`" for name in names[:NAMES_LISTED]) + more or "no fields"
 
 
 def named(value: object) -> str:
@@ -425,4 +458,4 @@ def named(value: object) -> str:
 def first_line(error: Exception) -> str:
     """An exception's message, cut to its first line."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:300] if lines else type(error).__name__

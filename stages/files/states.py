@@ -75,7 +75,10 @@ def read_about(place: Path) -> dict[str, typing.Any]:
             raise CheckpointError(f"{ABOUT} is not what was saved", where=str(place))
         if atomic.sha256_of(place / TENSORS) != content["tensors"]:
             raise CheckpointError(f"{TENSORS} is not what was saved", where=str(place))
-        return {name: content[name] for name in ("run", "step", "facts", "sizes")}
+        about = {name: content[name] for name in ("run", "step", "facts", "sizes")}
+        if type(about["step"]) is not int or not isinstance(about["facts"], dict) or not _are_sizes(about["sizes"]):
+            raise ValueError
+        return about
     except OSError as error:
         raise CheckpointError(f"{error.strerror or error}", where=str(place)) from error
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -86,6 +89,11 @@ def read_state(place: Path) -> State:
     """Read a state and check every byte of it. Raises CheckpointError."""
     about = read_about(place)
     return State(about["step"], load_tensors(place / TENSORS), about["facts"], about["sizes"])
+
+
+def _are_sizes(value: object) -> bool:
+    """True for numbers of bytes by the names of the logs."""
+    return isinstance(value, dict) and all(type(size) is int and size >= 0 for size in value.values())
 
 
 def _digest(content: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -174,12 +175,19 @@ def load_base(source: Source, *, device: torch.device, dtype: torch.dtype, trust
     }
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(source.base, **options)
+            model, loading = AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **options)
     except Exception as error:  # many kinds: unknown architecture, missing tensors, a damaged file
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the base cannot be loaded: {reason}", where=str(source.base), fix="check the folder's files"
         ) from None
+    absent = sorted(loading["missing_keys"])
+    if absent:  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"its weights lack {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""),
+            where=str(source.base),
+            fix="give a whole causal language model, not a classifier or a bare body",
+        )
     model = model.to(device).eval()
     _exchange_attention(model)
     return Base(model, source)
@@ -220,8 +228,19 @@ def stop_ids_of(source: Source) -> tuple[int, ...]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = source.base / name
-        if not path.exists():
-            continue
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found.update([ids] if isinstance(ids, int) else ids or [])
+        if path.exists():
+            found.update(_eos_ids(path))
     return tuple(sorted(found))
+
+
+def _eos_ids(path: Path) -> list[int]:
+    """What a config file calls its end of sequence: one id, several, or none. Raises ModelError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ids = content.get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise ModelError("not a JSON object", where=str(path), fix="restore the file") from None
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(number) is int and number >= 0 for number in ids):
+        raise ModelError("eos_token_id is no token's number", where=str(path), fix="restore the file")
+    return ids

@@ -197,9 +197,9 @@ def from_tensors(
         if path not in paths:
             continue
         width, out = shape_of(layer.base)
-        a = tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"]
+        a = tensors.get(f"{PEFT_PREFIX}{path}.lora_A.weight")
         b = tensors.get(f"{PEFT_PREFIX}{path}.lora_B.weight")
-        if b is None or a.shape != (rank, width) or b.shape != (out, rank):
+        if a is None or b is None or a.shape != (rank, width) or b.shape != (out, rank):
             raise CheckpointError(
                 f"the adapter's weights for {path} do not have the base's shape",
                 where=where,

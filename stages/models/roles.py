@@ -88,7 +88,7 @@ def adapter_of(base: Base, source: Source, *, trainable: bool, folder: Path | No
     try:
         config = json.loads((where / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{ADAPTER_CONFIG} cannot be read: {error}", where=str(where), fix="train the checkpoint again"
         ) from None

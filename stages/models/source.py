@@ -49,7 +49,8 @@ class Source:
     @property
     def context(self) -> int:
         """Positions that the base can attend over; 2^30 where it states no limit."""
-        text = self.config.get("text_config") or self.config
+        inner = self.config.get("text_config")
+        text = inner if isinstance(inner, dict) and inner else self.config
         found = [text[key] for key in CONTEXT_KEYS if isinstance(text.get(key), int) and text[key] > 0]
         return min(found) if found else 2**30
 
@@ -80,7 +81,7 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
         raise CheckpointError(
             f"{name} is a `{manifest.stage}` checkpoint",
             where=what,
-            fix=f"give one of: {', '.join(stages)}, or a base model",
+            fix=f"give one of: {', '.join(stages)}" + (", or a base model" if stages != ("reward",) else ""),
         )
     located = locate(path, manifest.base)
     base = Path(located) if Path(located).is_dir() else _download(str(located), what)
@@ -100,10 +101,7 @@ def _open_base(
     config = _read_config(base, what)
     _check_architecture(config, base, what, trust_remote_code)
     tokenizer = manifest.folder if manifest and (manifest.folder / "tokenizer_config.json").exists() else base
-    if not any(
-        (tokenizer / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    ):
-        raise ModelError(f"{tokenizer} has no tokenizer", where=what, fix="save the tokenizer into the model's folder")
+    _check_tokenizer(tokenizer, what, trust_remote_code)
     if base_name == str(base) or Path(base_name).exists():
         base_name = os.path.abspath(base_name)
     # A library may write a tokenizer in other words than it read: what counts is the one that training began with.
@@ -118,11 +116,11 @@ def _read_config(base: Path, what: str) -> dict:
         raise ModelError(
             f"{base} holds no config.json, so it is no model", where=what, fix="give a folder saved by save_pretrained"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"config.json cannot be read: {error}", where=f"{what} {base}", fix="restore the file"
         ) from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(
             "config.json names no model_type", where=f"{what} {base}", fix="give a transformers model folder"
         )
@@ -136,12 +134,39 @@ def _check_architecture(config: dict, base: Path, what: str, trust_remote_code: 
             where=what,
             fix="give a decoder-only causal language model",
         )
-    if config.get("auto_map") and not trust_remote_code:
+    if trust_remote_code:
+        return
+    attention = config.get("_attn_implementation") or config.get("attn_implementation")
+    if config.get("auto_map"):
+        raise _brings_code(base, "auto_map in config.json", what)
+    if isinstance(attention, str) and "/" in attention:  # transformers fetches such a kernel from the hub and runs it
+        raise _brings_code(base, f"attn_implementation {attention} in config.json", what)
+
+
+def _check_tokenizer(folder: Path, what: str, trust_remote_code: bool) -> None:
+    if not any(
+        (folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    ):
+        raise ModelError(f"{folder} has no tokenizer", where=what, fix="save the tokenizer into the model's folder")
+    settings = folder / "tokenizer_config.json"
+    if trust_remote_code or not settings.exists():
+        return
+    try:
+        content = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"{base} brings Python code of its own (auto_map in config.json), which is not run",
-            where=what,
-            fix="use a model that transformers supports, or pass --trust-remote-code if you trust its author",
-        )
+            f"tokenizer_config.json cannot be read: {error}", where=f"{what} {folder}", fix="restore the file"
+        ) from None
+    if isinstance(content, dict) and content.get("auto_map"):
+        raise _brings_code(folder, "auto_map in tokenizer_config.json", what)
+
+
+def _brings_code(folder: Path, which: str, what: str) -> ModelError:
+    return ModelError(
+        f"{folder} brings Python code of its own ({which}), which is not run",
+        where=what,
+        fix="use a model that transformers supports, or pass --trust-remote-code if you trust its author",
+    )
 
 
 def _refuse_lookalikes(path: Path, name: str, what: str) -> None:

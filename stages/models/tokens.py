@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.errors import DatasetError, ModelError
 from stages.files.rows import Comparison, Demonstration, Prompt
+from stages.files.sources import first_line
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -75,7 +76,7 @@ class Text:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
         except Exception as error:  # templates raise whatever their author chose
             raise DatasetError(
-                f"the chat template refuses the conversation: {error}", fix="fix the row's roles"
+                f"the chat template refuses the conversation: {first_line(error)}", fix="fix the row's roles"
             ) from None
 
     def encode(self, text: str, *, rendered: bool) -> tuple[list[int], list[tuple[int, int]]]:
@@ -253,7 +254,7 @@ def load_text(folder: Path, *, chat_template: str | None, stop_ids: tuple[int, .
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer files fail in as many ways as there are formats
         raise ModelError(
-            f"the tokenizer cannot be loaded: {error}", where=str(folder), fix="restore its files"
+            f"the tokenizer cannot be loaded: {first_line(error)}", where=str(folder), fix="restore its files"
         ) from None
     if not tokenizer.is_fast:
         raise ModelError(
@@ -267,7 +268,11 @@ def load_text(folder: Path, *, chat_template: str | None, stop_ids: tuple[int, .
         )
     if chat_template is not None:
         tokenizer.chat_template = TEMPLATES.get(chat_template) or _read_template(chat_template)
-    return Text(tokenizer, stop_ids)
+    try:
+        return Text(tokenizer, stop_ids)
+    except DatasetError as error:  # not a row's fault: the template refuses a plain question and answer
+        where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
+        raise ModelError(error.what, where=where, fix="correct the template") from None
 
 
 def _read_template(name: str) -> str:

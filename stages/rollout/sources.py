@@ -106,7 +106,7 @@ def call_function(
             where=where,
             fix="mend the function, or give it longer with --reward-timeout",
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # user code that calls sys.exit() must not end the run unsaid
         guilty = _culprit(function, prompts, texts, timeout)
         reason = reason_of(error, python_file(name))
         raise RewardError(f"it raised {reason}{guilty}", where=where, fix="mend the function") from None
@@ -146,7 +146,7 @@ def _culprit(function: Callable[..., object], prompts: list[PromptRow], texts: l
                 _called(function, [prompt], [text])
         except TookTooLong:  # the one that hangs, unless it only came last
             return _for(prompt, text) if time.monotonic() - now > 0.5 * limit else ""
-        except Exception:
+        except (Exception, SystemExit):
             return _for(prompt, text)
     return ""
 

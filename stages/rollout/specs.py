@@ -90,7 +90,7 @@ def load_function(name: str, what: str) -> Callable[..., object]:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(
             f"importing it failed: {reason_of(error, path)}", where=f"{what} {name}", fix="mend the file"
         ) from None
@@ -105,7 +105,7 @@ def load_function(name: str, what: str) -> Callable[..., object]:
     return function
 
 
-def reason_of(error: Exception, path: Path) -> str:
+def reason_of(error: BaseException, path: Path) -> str:
     """An exception in a line: its type, its words, and the line of the user's file that raised it."""
     lines = [
         f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename and Path(f.filename).name == path.name

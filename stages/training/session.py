@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from stages.config import as_dict
 from stages.errors import DatasetError, ModelError
@@ -18,13 +17,14 @@ from stages.files.run import Run, write_config
 from stages.models.base import Base, load_base, stop_ids_of
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
-from stages.models.roles import Roles, adapter_of, head_of, save_adapter
+from stages.models.roles import Roles, save_adapter
 from stages.models.source import Source
 from stages.models.tokens import Text, load_text
 from stages.results import Report
 from stages.training.devices import Ranks, peak_memory_gb, pick_device, pick_dtype
 from stages.training.loop import Progress
 from stages.training.optimizer import AdamW
+from stages.training.reload import check_reload, check_tokenizer
 
 Row = TypeVar("Row")
 Out = TypeVar("Out")
@@ -124,7 +124,10 @@ def publish(
     check_reload(base, run.folder, adapter, head)
     if critic is not None:
         files += _save_critic(run.folder, base, *critic)
+        own, value_head = critic
+        check_reload(base, run.folder / "critic", own or adapter, value_head, trunk=None if own else run.folder)
     files += save_tokenizer(run.folder, text)
+    check_tokenizer(run.folder, text, trust_remote_code=config.trust_remote_code)
     write_config(run, config)
     files += ["config.yaml", *extra_files]
     files += [name for name in ("metrics.jsonl", "samples.jsonl") if (run.folder / name).exists()]
@@ -171,30 +174,3 @@ def save_tokenizer(folder: Path, text: Text) -> list[str]:
         text.tokenizer.save_pretrained(temporary)
         names = sorted(p.name for p in Path(temporary).iterdir() if p.is_file())
     return names
-
-
-def probe_sequences(base: Base) -> list[Tensor]:
-    """Two fixed short texts that saved and loaded weights are compared on."""
-    return [torch.arange(3, 3 + n) * 7 % base.vocabulary for n in (9, 5)]
-
-
-@torch.no_grad()
-def check_reload(base: Base, folder: Path, adapter: Adapter, head: ScalarHead | None) -> None:
-    """Load what was just written and score a fixed batch with it: must equal what is in memory."""
-    source = base.source
-    roles = Roles(base)
-    roles.add("in memory", adapter)
-    roles.add("on disk", adapter_of(base, source, trainable=False, folder=folder))
-    sequences = probe_sequences(base)
-    try:
-        with roles.use("in memory"):
-            expected = base.hidden(sequences)
-        with roles.use("on disk"):
-            found = base.hidden(sequences)
-        assert torch.equal(expected, found), f"the adapter written to {folder} is not the one in memory"
-        if head is not None:
-            same = torch.equal(head(expected), head_of(base, folder)(found))
-            assert same, f"the head written to {folder} is not the one in memory"
-    finally:
-        roles.remove("in memory")
-        roles.remove("on disk")

@@ -1,0 +1,100 @@
+"""Reads back what a stage has just written and compares it with memory, to the bit, before it is published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.errors import UserError
+from stages.files.identity import tokenizer_content_digest, tokenizer_digest
+from stages.files.tensors import load_tensors
+from stages.models.base import Base
+from stages.models.heads import ScalarHead
+from stages.models.lora import Adapter
+from stages.models.roles import ADAPTER, SCORE_KEY, Roles, adapter_of, head_of
+from stages.models.tokens import Text, load_text
+
+SAID = "Human: what is the time?\n\nAssistant: it is 12:34 — thank you!"  # what both tokenizers have to agree on
+
+
+def probe_sequences(base: Base) -> list[Tensor]:
+    """Two fixed short texts that saved and loaded weights are compared on."""
+    return [torch.arange(3, 3 + n) * 7 % base.vocabulary for n in (9, 5)]
+
+
+@torch.no_grad()
+def check_reload(
+    base: Base, folder: Path, adapter: Adapter, head: ScalarHead | None = None, *, trunk: Path | None = None
+) -> None:
+    """Load an adapter, and a head where there is one, from `folder` and score a fixed batch: all must equal memory.
+
+    `trunk` is where the adapter lies if not beside its head, as for a critic that shares the policy's. Raises
+    AssertionError, whose text names what differs: a file that does not come back is a defect of ours.
+    """
+    roles = Roles(base)
+    try:
+        stored = adapter_of(base, base.source, trainable=False, folder=trunk or folder)
+        stored_head = head_of(base, folder) if head is not None else None
+        score = load_tensors(folder / ADAPTER).get(SCORE_KEY) if head is not None and trunk is None else None
+    except UserError as error:
+        raise AssertionError(f"what was written to {folder} cannot be read back: {error}") from error
+    roles.add("in memory", adapter)
+    roles.add("on disk", stored)
+    try:
+        with roles.use("in memory"):
+            expected = base.hidden(probe_sequences(base))
+        with roles.use("on disk"):
+            found = base.hidden(probe_sequences(base))
+    finally:
+        roles.remove("in memory")
+        roles.remove("on disk")
+    # The numbers too: one bit of one weight need not show in the states of a short text.
+    same = _equal(adapter.tensors(), stored.tensors()) and torch.equal(expected, found)
+    _expect(same, f"the adapter written to {trunk or folder} is not the one in memory")
+    if head is not None:
+        same = _equal(head.tensors(), stored_head.tensors()) and torch.equal(head(expected), stored_head(found))
+        _expect(same, f"the head written to {folder} is not the one in memory")
+    if score is not None:
+        same = torch.equal(score[0], head.weight.cpu())
+        _expect(same, f"the head written beside the adapter in {folder} is not the one in memory")
+
+
+def check_tokenizer(folder: Path, text: Text, *, trust_remote_code: bool) -> None:
+    """Load the tokenizer from `folder`: its content, encoding, chat template and stop tokens must equal memory's.
+
+    Raises AssertionError as `check_reload` does.
+    """
+    try:
+        stored = load_text(folder, chat_template=None, stop_ids=text.stop_ids, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        raise AssertionError(f"the tokenizer written to {folder} cannot be read back: {error}") from error
+    mine = _facts(text) | {"tokenizer.json": _content(text)}
+    theirs = _facts(stored) | {"tokenizer.json": tokenizer_digest(folder)}
+    different = ", ".join(name for name in mine if mine[name] != theirs[name])
+    _expect(not different, f"the tokenizer written to {folder} is not the one in memory: {different}")
+
+
+def _facts(text: Text) -> dict[str, object]:
+    return {
+        "vocabulary": text.tokenizer.get_vocab(),
+        "encoding": text.encode(SAID, rendered=False),
+        "chat template": text.tokenizer.chat_template,
+        "end of text": text.eos_id,
+        "stop tokens": text.stop_ids,
+    }
+
+
+def _content(text: Text) -> str:
+    return tokenizer_content_digest(json.loads(text.tokenizer.backend_tokenizer.to_str()))
+
+
+def _equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def _expect(true: bool, otherwise: str) -> None:
+    if not true:  # no `assert`, which `python -O` leaves out
+        raise AssertionError(otherwise)
