@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 
 import pytest
 import torch
 from torch import nn
 
 from stages.models import attention
-from stages.models.attention import Segments, attend, make_mask, packed
+from stages.models.attention import Tree, attend, make_mask, packed
 from tests.parts import PACKING, sequences_of
 
 
@@ -44,13 +43,18 @@ def qkv(length, heads=4, kv_heads=4, seed=0):
     return [torch.randn(shape, generator=generator) * 1.5 for shape in shapes]
 
 
+def segments_of(*trees):
+    with packed(list(trees), torch.device("cpu")):
+        return make_mask()
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("lengths", [(5, 1, 7), (4, 4, 1, 1, 1, 2)])  # neighbours of one length attend side by side
 def test_segments_attend_causally_to_themselves_alone(kv_heads, window, softcap, lengths):
     q, k, v = qkv(13, kv_heads=kv_heads)
-    segments = Segments(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+    segments = segments_of(*map(Tree, lengths))
     found, weights = attend(
         Layer(4 // kv_heads), q, k, v, segments, scaling=0.4, sliding_window=window, softcap=softcap
     )
@@ -60,11 +64,42 @@ def test_segments_attend_causally_to_themselves_alone(kv_heads, window, softcap,
     assert (found[0] - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("trees", [[Tree(4, (3, 1, 5))], [Tree(2), Tree(3, (2, 2)), Tree(3, (2, 2)), Tree(1, (1,))]])
+def test_continuations_attend_to_their_beginning_and_to_themselves(kv_heads, window, softcap, trees):
+    total = sum(tree.size for tree in trees)
+    q, k, v = qkv(total, kv_heads=kv_heads)
+    layer, options = Layer(4 // kv_heads), {"scaling": 0.4, "sliding_window": window, "softcap": softcap}
+    found, _ = attend(layer, q, k, v, segments_of(*trees), **options)
+    expected, start = [], 0
+    for tree in trees:
+        beginning = list(range(start, start + tree.prefix))
+        ends = [start + tree.prefix + sum(tree.suffixes[:i]) for i in range(len(tree.suffixes) + 1)]
+        for own in [[], *(list(range(a, b)) for a, b in zip(ends, ends[1:], strict=False))]:
+            rows = beginning + own  # the sequence as it would be by itself
+            alone = by_hand(q[0, :, rows], k[0, :, rows], v[0, :, rows], scale=0.4, window=window, softcap=softcap)
+            expected.append(alone[-len(own) :] if own else alone)
+        start += tree.size
+    assert (found[0] - torch.cat(expected)).abs().max() < 1e-5
+
+
+def test_the_kernels_bounds_of_shared_beginnings():
+    """Worked out by hand: a tree of 2 with continuations of 1 and 2, then a sequence of 3."""
+    segments = segments_of(Tree(2, (1, 2)), Tree(3))
+    assert segments.offsets.tolist() == [0, 2, 3, 5, 8]
+    assert segments.key_offsets.tolist() == [0, 2, 5, 9, 12]
+    assert segments.keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
+    assert segments.longest == (3, 4)
+    assert segments_of(Tree(3)).keys is None
+
+
 def test_the_scale_is_that_of_the_head_size_where_none_is_given():
     q, k, v = qkv(6)
-    found, _ = attend(Layer(), q, k, v, Segments((6,), torch.tensor([0, 6])))
+    found, _ = attend(Layer(), q, k, v, segments_of(Tree(6)))
     assert (found[0] - by_hand(q[0], k[0], v[0], scale=1 / math.sqrt(8))).abs().max() < 1e-5
-    capped, _ = attend(Layer(), q, k, v, Segments((6,), torch.tensor([0, 6])), softcap=2.0)
+    capped, _ = attend(Layer(), q, k, v, segments_of(Tree(6)), softcap=2.0)
     assert (capped[0] - by_hand(q[0], k[0], v[0], scale=1 / math.sqrt(8), softcap=2.0)).abs().max() < 1e-5
 
 
@@ -96,11 +131,11 @@ def test_plain_attention_is_transformers_own():
 
 
 def test_a_packed_block_says_where_segments_lie_and_ends_even_after_an_error():
-    with packed([2, 3], torch.device("cpu")):
+    with packed([Tree(2), Tree(3)], torch.device("cpu")):
         mask = make_mask()
-        assert mask.lengths == (2, 3)
+        assert mask.trees == (Tree(2), Tree(3))
         assert mask.offsets.tolist() == [0, 2, 5] and mask.offsets.dtype == torch.int32
-    with pytest.raises(KeyError), packed([2], torch.device("cpu")):
+    with pytest.raises(KeyError), packed([Tree(2)], torch.device("cpu")):
         raise KeyError
     assert attention._Current.segments is None
 
@@ -119,6 +154,22 @@ def test_perturbing_one_segment_leaves_its_neighbours_alone(open_tiny, architect
     assert (first[:9] - second[:9]).abs().max() > 0.1
     assert (middle[:4] - first[9:13]).abs().max() <= 1e-6
     assert (middle[13:] - first[13:]).abs().max() <= 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", PACKING)
+def test_shared_beginnings_on_cuda_give_the_states_of_single_sequences(model_folder, architecture):
+    from stages.models.base import load_base
+    from stages.models.source import open_source
+
+    source = open_source(str(model_folder(architecture)), stages=(), what="--model")
+    base = load_base(source, device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert base.shares
+    prompt, *rest = sequences_of([9, 4, 12])
+    sequences = [torch.cat([prompt, part]) for part in rest]
+    with torch.no_grad():
+        alone = torch.cat([base.hidden([s]) for s in sequences]).float()
+        assert (base.hidden(sequences).float() - alone).abs().max() < 0.1 * alone.abs().max()
 
 
 @pytest.mark.gpu

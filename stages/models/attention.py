@@ -1,7 +1,9 @@
 """Attention over a packed row: sequences laid end to end, each attending to itself alone, with no padding at all.
 
-Registered with transformers under one name. Where a forward pass runs inside `packed(lengths)`, the mask that
-transformers hands to every layer is a `Segments` object and attention runs segment by segment; elsewhere it is
+A beginning that several sequences share lies in the row once; their continuations follow and attend to it.
+
+Registered with transformers under one name. Where a forward pass runs inside `packed(trees)`, the mask that
+transformers hands to every layer is a `Segments` object and attention runs piece by piece; elsewhere it is
 transformers' own scaled-dot-product attention.
 """
 
@@ -21,11 +23,26 @@ NAME = "rlhf_packed"
 
 
 @dataclass(frozen=True)
-class Segments:
-    """Where each sequence of a packed row lies."""
+class Tree:
+    """A stretch of a packed row: a beginning, and continuations that attend to it and to themselves alone."""
 
-    lengths: tuple[int, ...]
-    offsets: Tensor  # (sequences + 1,) int32 on the row's device: cumulative lengths
+    prefix: int  # tokens of the beginning; of a sequence that shares nothing, all of it
+    suffixes: tuple[int, ...] = ()  # tokens of each continuation
+
+    @property
+    def size(self) -> int:
+        return self.prefix + sum(self.suffixes)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where everything lies in a packed row, and what the variable-length kernel has to know of it."""
+
+    trees: tuple[Tree, ...]
+    offsets: Tensor  # (parts + 1,) int32 on the row's device: where each part's queries begin, the end last
+    key_offsets: Tensor  # the same of its keys, which for a continuation are the beginning's too
+    keys: Tensor | None  # places of the keys in the row, part by part; None where they lie as the queries do
+    longest: tuple[int, int]  # queries and keys of the largest part
 
 
 class _Current:
@@ -33,14 +50,31 @@ class _Current:
 
 
 @contextmanager
-def packed(lengths: list[int], device: torch.device) -> Iterator[None]:
-    """Forward passes in this block see one row made of sequences of these lengths."""
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    _Current.segments = Segments(tuple(lengths), ends.to(device))
+def packed(trees: list[Tree], device: torch.device) -> Iterator[None]:
+    """Forward passes in this block see one row made of these trees."""
+    _Current.segments = _segments(tuple(trees), device)
     try:
         yield
     finally:
         _Current.segments = None
+
+
+def _segments(trees: tuple[Tree, ...], device: torch.device) -> Segments:
+    queries, keys, places, start = [], [], [], 0
+    shared = any(tree.suffixes for tree in trees)
+    for tree in trees:
+        queries += [tree.prefix, *tree.suffixes]
+        keys += [tree.prefix, *(tree.prefix + n for n in tree.suffixes)]
+        if shared:
+            own = torch.arange(start, start + tree.size).split([tree.prefix, *tree.suffixes])
+            places += [own[0], *(part for suffix in own[1:] for part in (own[0], suffix))]
+        start += tree.size
+
+    def ends(sizes: list[int]) -> Tensor:
+        return torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+    where = torch.cat(places).to(device) if shared else None
+    return Segments(trees, ends(queries), ends(keys), where, (max(queries), max(keys)))
 
 
 def make_mask(*args: object, **kwargs: object) -> object:
@@ -67,20 +101,61 @@ def attend(
         return _attend_capped(query, key, value, attention_mask, scale, softcap).transpose(1, 2).contiguous(), None
     if query.is_cuda and softcap is None and query.dtype != torch.float32:
         return _attend_varlen(query, key, value, attention_mask, scale, window), None
-    runs = [(length, len(list(same))) for length, same in groupby(attention_mask.lengths)]
-    pieces = (x.split([length * count for length, count in runs], dim=2) for x in (query, key, value))
-    outs = [
-        _attend_run(*parts, length, scale, window, softcap) for (length, _), *parts in zip(runs, *pieces, strict=True)
-    ]
+    runs = [(tree, len(list(same))) for tree, same in groupby(attention_mask.trees)]
+    pieces = (x.split([tree.size * count for tree, count in runs], dim=2) for x in (query, key, value))
+    outs = [_attend_run(*parts, tree, scale, window, softcap) for (tree, _), *parts in zip(runs, *pieces, strict=True)]
     return torch.cat(outs, dim=1), None
 
 
 def _attend_run(
-    q: Tensor, k: Tensor, v: Tensor, length: int, scale: float | None, window: int | None, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention within neighbouring sequences of one length, (1, heads, n L, D) each -> (1, n L, heads, D)."""
-    q, k, v = (x.unflatten(2, (-1, length))[0].transpose(0, 1) for x in (q, k, v))  # (n, heads, L, D)
-    return _attend_one(q, k, v, scale, window, softcap).transpose(1, 2).flatten(0, 1)[None]
+    """Attention within neighbouring trees of one shape, (1, heads, n size, D) each -> (1, n size, heads, D)."""
+    q, k, v = (x.unflatten(2, (-1, tree.size))[0].transpose(0, 1) for x in (q, k, v))  # (n, heads, size, D)
+    if not tree.suffixes:
+        return _attend_one(q, k, v, scale, window, softcap).transpose(1, 2).flatten(0, 1)[None]
+    cut = [tree.prefix, tree.size - tree.prefix]
+    (q, more_q), (k, more_k), (v, more_v) = (x.split(cut, dim=2) for x in (q, k, v))
+    first = _attend_one(q, k, v, scale, window, softcap).transpose(1, 2)  # (n, prefix, heads, D)
+    rest = _attend_suffixes(more_q, (k, more_k), (v, more_v), tree, scale, window, softcap)
+    return torch.cat([first, rest], dim=1).flatten(0, 1)[None]
+
+
+def _attend_suffixes(
+    q: Tensor,
+    k: tuple[Tensor, Tensor],
+    v: tuple[Tensor, Tensor],
+    tree: Tree,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Continuations of n beginnings, q (n, heads, sum suffixes, D), keys of both -> (n, sum suffixes, heads, D).
+
+    Side by side, padded to the longest: what pads lies behind all that a real token may attend to.
+    """
+    n, count, longest = len(q), len(tree.suffixes), max(tree.suffixes)
+    q, own_k, own_v = (_side_by_side(x, tree.suffixes) for x in (q, k[1], v[1]))  # (n K, heads, longest, D)
+    shared_k, shared_v = (x.repeat_interleave(count, dim=0) for x in (k[0], v[0]))
+    keys, values = torch.cat([shared_k, own_k], dim=2), torch.cat([shared_v, own_v], dim=2)
+    ones = torch.ones(longest, tree.prefix + longest, dtype=torch.bool, device=q.device)
+    mask = ones.tril(tree.prefix)
+    if window is not None:
+        mask = mask & ~ones.tril(tree.prefix - window)
+    if softcap is None:
+        gqa = q.shape[1] != keys.shape[1]
+        out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    else:
+        out = _attend_capped(q, keys, values, mask, scale, softcap)
+    rows = out.transpose(1, 2).unflatten(0, (n, count))  # (n, K, longest, heads, D)
+    return torch.cat([rows[:, i, :length] for i, length in enumerate(tree.suffixes)], dim=1)
+
+
+def _side_by_side(x: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """(n, heads, sum lengths, D) -> (n K, heads, longest, D), zeros behind the shorter ones."""
+    longest = max(lengths)
+    parts = [functional.pad(part, (0, 0, 0, longest - part.shape[2])) for part in x.split(lengths, dim=2)]
+    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 def _attend_one(
@@ -126,9 +201,10 @@ def _attend_varlen(
         else:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    longest = max(segments.lengths)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-    return varlen_attn(q, k, v, segments.offsets, segments.offsets, longest, longest, **options).unsqueeze(0)
+    if segments.keys is not None:  # the last key stands under the last query, as causal kernels align them
+        k, v = k[segments.keys], v[segments.keys]
+    return varlen_attn(q, k, v, segments.offsets, segments.key_offsets, *segments.longest, **options).unsqueeze(0)
 
 
 def register() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stages.errors import ModelError
 from stages.models import attention
 from stages.models.lora import LoraLinear, Switch, wrap
+from stages.models.prefixes import pack
 from stages.models.source import Source
 
 PROBE = ((5, 3, 9, 4, 8, 6, 7), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
@@ -22,7 +23,8 @@ class Base:
     """The frozen model, its LoRA layers, and its body and readout taken apart.
 
     `hidden` runs the body over ragged sequences; `logits` reads hidden states out. Sequences run packed in one row
-    without padding where that was measured to give the same hidden states, padded on the right elsewhere.
+    without padding where that was measured to give the same hidden states, padded on the right elsewhere; a beginning
+    that several of them share runs once, where that was measured too.
     """
 
     def __init__(self, model: nn.Module, source: Source):
@@ -39,8 +41,9 @@ class Base:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._logit_scale = getattr(config, "logit_scale", None)
         self._logit_divisor = getattr(config, "logits_scaling", None)
-        self.packs = self.checkpoints = False
+        self.packs = self.shares = self.checkpoints = False
         self.packs = self._probe()
+        self.shares = self.packs and self._probe_sharing()
 
     @property
     def device(self) -> torch.device:
@@ -88,11 +91,11 @@ class Base:
             self.model.eval()
 
     def _hidden_packed(self, sequences: list[Tensor]) -> Tensor:
-        lengths = [len(s) for s in sequences]
-        ids = torch.cat(sequences).to(self.device)[None]
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)[None]
-        with attention.packed(lengths, self.device):
-            return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+        row = pack(sequences, share=self.shares)
+        ids, positions = row.ids.to(self.device)[None], row.positions.to(self.device)[None]
+        with attention.packed(row.trees, self.device):
+            states = self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+        return states if row.places is None else states[row.places.to(self.device)]
 
     def _hidden_padded(self, sequences: list[Tensor]) -> Tensor:
         lengths = torch.tensor([len(s) for s in sequences])
@@ -133,6 +136,18 @@ class Base:
             return _close(self._hidden_packed(sequences), plain, self._tolerance)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return False  # an architecture with an attention of its own: padding is always right
+
+    @torch.no_grad()
+    def _probe_sharing(self) -> bool:
+        """True where a beginning that lies in the row once gives the states that it gives in every sequence."""
+        whole = self._probe_text(PROBE[0])
+        sequences = [torch.cat([whole, self._probe_text(text)]) for text in (*PROBE, PROBE[1][:1])]
+        plain = torch.cat([self._alone(s) for s in sequences])
+        self.shares = True
+        try:
+            return _close(self._hidden_packed(sequences), plain, self._tolerance)
+        except (RuntimeError, TypeError, ValueError):
+            return False
 
     @property
     def _tolerance(self) -> float:
