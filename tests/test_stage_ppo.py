@@ -56,8 +56,8 @@ def learned(chain, tmp_path_factory):
     place = tmp_path_factory.mktemp("learned")
     (place / "vowels.py").write_text(VOWELS)
     flags = (
-        "--max-steps", 22, "--batch-size", 16, "--max-response-tokens", 8, "--temperature", 1, "--lora-rank", 8,
-        "--learning-rate", "2e-2", "--critic-learning-rate", "1e-2", "--missing-eos-penalty", 0, "--kl-coef", 0.05,
+        "--max-steps", 30, "--batch-size", 16, "--max-response-tokens", 8, "--temperature", 1, "--lora-rank", 8,
+        "--learning-rate", "1e-2", "--critic-learning-rate", "1e-2", "--missing-eos-penalty", 0, "--kl-coef", 0.05,
         "--eval-fraction", 0.25, "--eval-limit", 16, "--samples", 2, "--score-clip", 10,
     )  # fmt: skip
     line = ("--model", chain().base, "--reward", f"{place}/vowels.py:score", "--dataset", chain().prompts)
@@ -68,7 +68,7 @@ def test_the_score_rises_on_held_out_prompts_and_kl_stays_bounded(learned):
     metrics = learned[1]["metrics"]
     assert metrics["eval_kl_before"] == 0.0
     assert metrics["eval_score"] > metrics["eval_score_before"] + 1.0
-    assert 0 < metrics["eval_kl"] < 20
+    assert 0 < metrics["eval_kl"] < 40
     lines = metrics_of(learned[0])[1:]
     first, last = (sum(line["reward_score"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
     assert last > first + 0.8
@@ -101,7 +101,7 @@ def test_evaluate_and_sample_see_what_was_learned(chain, learned, tmp_path):
 
 def test_the_learning_rate_falls_linearly_per_update(learned):
     lines = metrics_of(learned[0])[1:]
-    assert [line["lr"] for line in lines] == pytest.approx([0.02 * (1 - k / 22) for k in range(22)])
+    assert [line["lr"] for line in lines] == pytest.approx([0.01 * (1 - k / 30) for k in range(30)])
 
 
 # --- rewards
@@ -390,7 +390,7 @@ def test_a_longer_response_is_paid_for_and_comes(chain, tmp_path):
     (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [0.1 * len(r) for r in responses]\n")
     flags = (
         "--max-steps", 60, "--batch-size", 16, "--max-response-tokens", 12, "--temperature", 1, "--kl-coef", 0,
-        "--learning-rate", "2e-2", "--critic-learning-rate", "1e-2", "--missing-eos-penalty", 0,
+        "--learning-rate", "1e-2", "--critic-learning-rate", "1e-2", "--missing-eos-penalty", 0,
         "--eval-fraction", 0.3, "--eval-limit", 16, "--stop-on", "nan",
     )  # fmt: skip
     line = ("ppo", "--model", chain().base, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)
