@@ -77,7 +77,7 @@ TASKS = {
     for task in (
         Task("16 tokens, length 1, gpt2", 16, 1, 0.1, PROMPTS, steps=120, responses=256, architecture="gpt2"),
         Task("10 tokens, length 2, llama", 10, 2, 0.3, PROMPTS),
-        Task("6 tokens, length 3, llama", 6, 3, 1.0, PROMPTS, scale=3.0),
+        Task("6 tokens, length 3, llama", 6, 3, 1.0, PROMPTS, steps=200, scale=3.0),
         Task("6 tokens, length 2, llama", 6, 2, 0.1, PROMPTS, steps=120, responses=256),
     )
 }
