@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.errors import Interrupted, RewardError, TrainingStopped
-from stages.files.run import open_run
+from stages.errors import Interrupted, OutputError, RewardError, TrainingStopped
+from stages.files.run import Run, open_run
 from stages.results import Silent
 from stages.training import signals
 from stages.training.devices import Ranks
@@ -230,3 +230,23 @@ def test_training_stops_itself_after_five_bad_gradients_in_a_row():
         step_with(progress, weight, float("nan"))
     assert caught.value.exit_code == 3 and caught.value.step == 7
     assert torch.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("at", [2, 3, 6])
+def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch, at):
+    """Found by the campaign of faults: the state saved after such a failure stood one line ahead of the log."""
+    whole, *_ = run_it(tmp_path / "whole")
+    real = Run.log
+
+    def full(run, step, metrics):
+        if step == at:
+            raise OutputError("cannot write: No space left on device", where="metrics.jsonl")
+        real(run, step, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError):
+        patch.setattr(Run, "log", full)
+        run_it(tmp_path / "x")
+    again, updated, *_ = run_it(tmp_path / "x")
+    assert torch.equal(again, whole)
+    assert steps_of(tmp_path / "x") == list(range(7))
+    assert updated[0] == (at - 1) // 2 * 2  # from the last state that was saved

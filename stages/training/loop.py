@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from stages.config import TrainingKnobs
-from stages.errors import Interrupted, OutOfMemory, TrainingStopped, UserError
+from stages.errors import Interrupted, OutOfMemory, OutputError, TrainingStopped, UserError
 from stages.files.run import Run
 from stages.files.states import AHEAD
 from stages.results import Report
@@ -88,11 +88,11 @@ def train(
                 ahead = dict(metrics)
                 if step < 0 or step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
                     metrics |= evaluate(step + 1)
-                done, ahead = step + 1, None
                 if divisor() > whole:
                     whole = divisor()
-                    report.warn(f"step {done}: memory ran out; {SMALLER.format(whole)}")
-                _record(run, report, ranks, done, metrics)
+                    report.warn(f"step {step + 1}: memory ran out; {SMALLER.format(whole)}")
+                _record(run, report, ranks, step + 1, metrics)
+                done, ahead = step + 1, None
                 # A bad step may come of weights that are bad already: the state before them is worth keeping.
                 if done and (done % config.save_every == 0 or done == total) and not progress.bad_steps:
                     _save(run, progress, done)
@@ -104,7 +104,8 @@ def train(
             saved = done
         raise Interrupted(stop.number, step=saved, output=str(run.folder)) from None
     except UserError as error:  # a reward function that failed, perhaps only this once, or memory that ran out
-        if done >= 0 and ranks.size == 1:  # other ranks may be waiting elsewhere
+        # Other ranks may be waiting elsewhere; and where a log could not be written, only a state from before fits it.
+        if done >= 0 and ranks.size == 1 and not isinstance(error, OutputError):
             _save(run, progress, done, ahead)
             report.note(f"state of step {done} saved in {run.folder}")
         if isinstance(error, OutOfMemory):
