@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ConfigError
-from stages.files.atomic import write_json
+from stages.files.atomic import make_folder, write_json
 from stages.files.states import read_state
 from stages.files.tensors import load_tensors, save_tensors
 from stages.models.base import Base
@@ -127,7 +127,7 @@ def start_adapter(
 
 def save_adapter(folder: Path, base: Base, adapter: Adapter, head: ScalarHead | None = None) -> list[str]:
     """Write an adapter, and a head where there is one, as PEFT's files and head.safetensors; returns the file names."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = adapter.tensors()
     if head is not None:
         tensors[SCORE_KEY] = head.weight.detach()[None]
