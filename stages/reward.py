@@ -99,8 +99,8 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     train(out, report, ranks, progress, config, title="reward", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("reward", "done", config.output, {})
-    centre(roles, demonstrations, config.micro_batch_size)
-    found = final_report(roles, inputs, rows, held, demonstrations, config.micro_batch_size)
+    served = centre(roles, demonstrations, config.micro_batch_size)
+    found = final_report(roles, inputs, rows, held, served, config.micro_batch_size)
     if config.sft_samples and held:
         found |= spread_on_samples(roles, text, inputs, config)
     verdict = judge(found)
@@ -131,15 +131,14 @@ def final_report(
     inputs: Inputs,
     rows: list[TokenComparison],
     held: list[TokenComparison],
-    demonstrations: list[TokenRow],
+    served: Tensor,
     micro_batch_size: int | str,
 ) -> dict[str, object]:
-    """What held-out comparisons, demonstrations and annotators say of the trained model."""
+    """What held-out comparisons, demonstrations (`served`, their scores) and annotators say of the trained model."""
     found: dict[str, object] = {}
     if held:
         scores = score_rows(roles, ROLE, [row for c in held for row in c.responses], micro_batch_size)
         found |= report_of(scores, held) | {"baselines": baselines(scores, held, rows)}
-    served = score_rows(roles, ROLE, demonstrations, micro_batch_size)
     found |= {"demonstrations_mean": float(served.mean()), "demonstrations_std": float(served.std(unbiased=False))}
     agreed, both = inputs.data.agreement
     return found | ({"annotator_agreement": agreed / both, "annotator_pairs": both} if both else {})
@@ -217,7 +216,12 @@ def encode_demonstrations(inputs: Inputs, text: Text, rows: list[TokenComparison
     return chosen or [row.best for row in rows[:DEMONSTRATIONS]]
 
 
-def centre(roles: Roles, demonstrations: list[TokenRow], micro_batch_size: int | str) -> None:
-    """Shift the head's bias so that demonstrations score 0 on average (Stiennon 2020; Huang et al. 2024)."""
-    mean = score_rows(roles, ROLE, demonstrations, micro_batch_size).double().mean()
-    roles.heads[ROLE].bias.data -= mean.to(roles.base.device, torch.float32)
+def centre(roles: Roles, demonstrations: list[TokenRow], micro_batch_size: int | str) -> Tensor:
+    """Shift the head's bias so that demonstrations score 0 on average (Stiennon 2020; Huang et al. 2024).
+
+    Returns their scores (N,) as they are from now on.
+    """
+    scores = score_rows(roles, ROLE, demonstrations, micro_batch_size)
+    mean = scores.double().mean().float()
+    roles.heads[ROLE].bias.data -= mean.to(roles.base.device)
+    return scores - mean

@@ -8,6 +8,9 @@ import math
 import pytest
 import torch
 
+from stages.config import DpoConfig
+from stages.dpo import rows_used
+from stages.training.batching import batch_at
 from tests.commands import (
     assert_same_weights,
     done,
@@ -159,3 +162,11 @@ def test_what_was_known_of_other_rows_is_never_used(chain, tmp_path, monkeypatch
     passes.clear()
     dpo(chain(), tmp_path / "x", *RESUMED)
     assert passes == ["reference"]
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7])
+def test_the_reference_is_asked_about_the_rows_that_the_run_comes_by(total):
+    config = DpoConfig(model="m", dataset="d", output="o", batch_size=4)
+    used = rows_used(total, 10, config)
+    seen = {i for step in range(total) for i in batch_at(step, 10, 4, config.seed, "dpo")}
+    assert used == sorted(seen) and len(used) == {1: 4, 2: 8, 3: 10, 7: 10}[total]
