@@ -83,7 +83,7 @@ TASKS = {
 }
 QUICK = (tuple(TASKS)[0], tuple(TASKS)[-1])
 CONTROL = "rloo, k3 in reward"
-# By measurement: with eight steps on each batch, or with one, these two were still up to .05 away after as many updates.
+# By measurement: with eight steps on each batch, or one, these two were still up to .05 away after as many updates.
 FOUR_PASSES = ("--ppo-epochs", "4", "--minibatches", "1", "--learning-rate", "5e-3")  # as rlhf ppo does by default
 ESTIMATORS = {
     "gae": FOUR_PASSES,
