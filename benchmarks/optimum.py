@@ -91,6 +91,7 @@ ESTIMATORS = {
     "reinforce++": ("--advantage", "reinforce++", *FOUR_PASSES),
     CONTROL: ("--advantage", "rloo", "--kl-estimator", "k3", "--kl-placement", "reward", "--force-biased-kl"),
 }
+UPDATES = {"reinforce++": 2}  # times a task's: nothing tells an easy prompt from a hard one, so it learns more slowly
 LIMITS = {"gae": 0.02, "rloo": 0.03, "reinforce++": 0.03}  # of total variation beyond what exact gradients reach
 WITHIN = 0.01  # of the objective that exact gradients reach
 MISSED = 0.03  # total variation by which the control has to miss at least
@@ -301,11 +302,11 @@ class Bench:
         """The command line that trains with an estimator."""
         task, folder = self.task, self.folder
         group = 1 if estimator in ("gae", "reinforce++") else GROUP
-        responses = task.responses * (2 if group == 1 else 1)
+        responses, steps = task.responses * (2 if group == 1 else 1), task.steps * UPDATES.get(estimator, 1)
         words = (
             "ppo", "--model", folder / "base", "--reward", f"{folder / 'reward.py'}:score",
             "--dataset", folder / "prompts.jsonl", "--output", output, "--kl-coef", task.beta,
-            "--max-response-tokens", task.length, "--max-steps", task.steps, "--batch-size", responses // group,
+            "--max-response-tokens", task.length, "--max-steps", steps, "--batch-size", responses // group,
             "--responses-per-prompt", group, *KNOBS, *ESTIMATORS[estimator],
         )  # fmt: skip
         return [sys.executable, "-m", "rlhf_cli", *map(str, words)]

@@ -50,16 +50,18 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     progress = open_progress(config, {"policy": roles.parameters("policy")})
     report.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
 
-    used = rows_used(total, len(rows), config)
+    batches = first_visits(total, len(rows), config)
+    visited = [i for batch in batches for i in batch]
 
     @cache  # once the run has its folder, and what an earlier one knew has been looked for there
     def reference_of(which: str) -> Tensor:
-        asked = flatten({"train": [rows[i] for i in used], "held_out": held}[which])
-        return cached_logprobs(out, which, roles, "reference", source.digest, asked, config.micro_batch_size, report)
+        parts = {"train": [flatten([rows[i] for i in batch]) for batch in batches], "held_out": [flatten(held)]}[which]
+        return cached_logprobs(out, which, roles, "reference", source.digest, parts, config.micro_batch_size, report)
 
     @cache
     def known() -> dict[int, Tensor]:
-        return dict(zip(used, reference_of("train").split([len(rows[i].responses) for i in used]), strict=True))
+        sums = reference_of("train").split([len(rows[i].responses) for i in visited])
+        return dict(zip(visited, sums, strict=True))
 
     def held_out_report() -> dict[str, object]:
         return report_of(implicit_scores(roles, held, reference_of("held_out"), config), held) if held else {}
@@ -124,11 +126,10 @@ class Known:
         return self.comparison.size
 
 
-def rows_used(total: int, n: int, config: DpoConfig) -> list[int]:
-    """Numbers of the rows that a run of `total` steps comes by: all of them, or some of the first epoch's."""
-    if total >= steps_in(n, config.batch_size, 1.0, None):
-        return list(range(n))
-    return sorted(i for step in range(total) for i in batch_at(step, n, config.batch_size, config.seed, "dpo"))
+def first_visits(total: int, n: int, config: DpoConfig) -> list[list[int]]:
+    """Row numbers of each step of the first epoch that a run of `total` steps makes: where rows are met first."""
+    steps = min(total, steps_in(n, config.batch_size, 1.0, None))
+    return [batch_at(step, n, config.batch_size, config.seed, "dpo") for step in range(steps)]
 
 
 def implicit_scores(roles: Roles, rows: list[TokenComparison], reference: Tensor, config: DpoConfig) -> Tensor:

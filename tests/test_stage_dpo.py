@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.config import DpoConfig
-from stages.dpo import rows_used
+from stages.dpo import first_visits
 from stages.training.batching import batch_at
 from tests.commands import (
     assert_same_weights,
@@ -113,12 +113,12 @@ def interrupt(chain, output, monkeypatch, at: int = 2):
 
 
 def test_a_resumed_run_asks_the_reference_nothing(chain, tmp_path, monkeypatch, passes):
-    """Two passes in a whole run, training and held-out rows; none once it goes on; the same bits at the end."""
+    """A pass for each of three batches and one for held-out rows; none once it goes on; the same bits at the end."""
     dpo(chain(), tmp_path / "whole", *RESUMED)
-    assert passes == ["reference", "reference"]
+    assert passes == ["reference"] * 4
     passes.clear()
     interrupt(chain(), tmp_path / "x", monkeypatch)
-    assert passes == ["reference", "reference"]
+    assert passes == ["reference"] * 4
     passes.clear()
     dpo(chain(), tmp_path / "x", *RESUMED)
     assert passes == []
@@ -149,7 +149,7 @@ def test_a_damaged_memory_of_the_reference_is_made_again(chain, tmp_path, monkey
     passes.clear()
     line = ("--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x")
     ended = done("dpo", *line, *SMALL, *RESUMED)
-    assert passes == ["reference"]
+    assert passes == ["reference"] * 3
     assert ("reference-train.safetensors is damaged and is made again" in ended.stderr) == warned
     assert_same_weights(tmp_path / "x", tmp_path / "whole")
 
@@ -161,12 +161,14 @@ def test_what_was_known_of_other_rows_is_never_used(chain, tmp_path, monkeypatch
     (state / "reference-train.safetensors").write_bytes((state / "reference-held_out.safetensors").read_bytes())
     passes.clear()
     dpo(chain(), tmp_path / "x", *RESUMED)
-    assert passes == ["reference"]
+    assert passes == ["reference"] * 3
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7])
 def test_the_reference_is_asked_about_the_rows_that_the_run_comes_by(total):
     config = DpoConfig(model="m", dataset="d", output="o", batch_size=4)
-    used = rows_used(total, 10, config)
+    batches = first_visits(total, 10, config)
     seen = {i for step in range(total) for i in batch_at(step, 10, 4, config.seed, "dpo")}
-    assert used == sorted(seen) and len(used) == {1: 4, 2: 8, 3: 10, 7: 10}[total]
+    visited = [i for batch in batches for i in batch]
+    assert sorted(visited) == sorted(seen) and len(visited) == {1: 4, 2: 8, 3: 10, 7: 10}[total]
+    assert batches == first_visits(7, 10, config)[:total]  # whatever the end, the same rows are asked about together

@@ -54,15 +54,18 @@ def cached_logprobs(
     roles: Roles,
     role: str,
     digest: str,
-    rows: list[TokenRow],
+    parts: list[list[TokenRow]],
     micro_batch_size: int | str,
     report: Report,
 ) -> Tensor:
     """`summed_logprobs` of a frozen role, kept beside the run's resume state under `name` for when it is resumed.
 
+    Each part is computed by itself, so that its numbers do not depend, to the bit, on which others there are.
+
     `digest` identifies what the role computes with. A file made from anything else is never used; a damaged one is
     made again, with a warning. Call it once the run has started: only then the folder is its own.
     """
+    rows = [row for part in parts for row in part]
     path = run.folder / STATE / f"{role}-{name}.safetensors"
     key = _key(roles, digest, rows)
     if path.exists():
@@ -73,7 +76,7 @@ def cached_logprobs(
         else:
             if known is not None:
                 return known
-    sums = summed_logprobs(roles, role, rows, micro_batch_size)
+    sums = torch.cat([summed_logprobs(roles, role, part, micro_batch_size) for part in parts])
     if run.writer:
         save_tensors(path, {"sums": sums}, {"key": key, "sha256": _sha256(sums)})
     return sums
