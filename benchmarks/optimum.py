@@ -78,7 +78,7 @@ TASKS = {
         Task("16 tokens, length 1, gpt2", 16, 1, 0.1, PROMPTS, steps=120, responses=256, architecture="gpt2"),
         Task("10 tokens, length 2, llama", 10, 2, 0.3, PROMPTS),
         Task("6 tokens, length 3, llama", 6, 3, 1.0, PROMPTS, steps=200, scale=3.0),
-        Task("6 tokens, length 2, llama", 6, 2, 0.1, PROMPTS, steps=120, responses=256),
+        Task("6 tokens, length 2, llama", 6, 2, 0.1, PROMPTS, steps=240, responses=256),
     )
 }
 QUICK = (tuple(TASKS)[0], tuple(TASKS)[-1])
@@ -91,7 +91,6 @@ ESTIMATORS = {
     "reinforce++": ("--advantage", "reinforce++", *FOUR_PASSES),
     CONTROL: ("--advantage", "rloo", "--kl-estimator", "k3", "--kl-placement", "reward", "--force-biased-kl"),
 }
-UPDATES = {"reinforce++": 2}  # times a task's: nothing tells an easy prompt from a hard one, so it learns more slowly
 LIMITS = {"gae": 0.02, "rloo": 0.03, "reinforce++": 0.03}  # of total variation beyond what exact gradients reach
 WITHIN = 0.01  # of the objective that exact gradients reach
 MISSED = 0.03  # total variation by which the control has to miss at least
@@ -302,11 +301,11 @@ class Bench:
         """The command line that trains with an estimator."""
         task, folder = self.task, self.folder
         group = 1 if estimator in ("gae", "reinforce++") else GROUP
-        responses, steps = task.responses * (2 if group == 1 else 1), task.steps * UPDATES.get(estimator, 1)
+        responses = task.responses * (2 if group == 1 else 1)
         words = (
             "ppo", "--model", folder / "base", "--reward", f"{folder / 'reward.py'}:score",
             "--dataset", folder / "prompts.jsonl", "--output", output, "--kl-coef", task.beta,
-            "--max-response-tokens", task.length, "--max-steps", steps, "--batch-size", responses // group,
+            "--max-response-tokens", task.length, "--max-steps", task.steps, "--batch-size", responses // group,
             "--responses-per-prompt", group, *KNOBS, *ESTIMATORS[estimator],
         )  # fmt: skip
         return [sys.executable, "-m", "rlhf_cli", *map(str, words)]
