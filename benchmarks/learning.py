@@ -141,7 +141,7 @@ def run_online(bench: Bench, method: str, seed: int, sft: Path, held: Path) -> l
     """Train with rollouts; a point for every evaluation on the way."""
     out = bench.folder / f"{method}-{seed}"
     knobs = POLICY | ONLINE[method] | {"eval_dataset": held, "eval_limit": bench.held_out, "samples": bench.held_out}
-    knobs |= {"max_steps": "8"} if bench.quick else {}
+    knobs |= {"max_steps": "8", "force": True} if bench.quick else {}  # its reward model has hardly been trained
     bench.rlhf(
         "ppo", model=sft, reward=bench.folder / f"reward-{seed}", dataset=bench.folder / "train.jsonl",
         output=out, seed=seed, **knobs,
