@@ -16,8 +16,15 @@ from stages.models.roles import Roles, adapter_of, frozen_copy, start_adapter
 from stages.models.tokens import TokenRow
 from stages.results import Report, Result, next_commands
 from stages.training.batching import batch_at, epoch_at, steps_in
-from stages.training.comparing import TokenComparison, encode_comparison, pairs_of, report_of, report_tables
-from stages.training.devices import Ranks, peak_memory_gb
+from stages.training.comparing import (
+    TokenComparison,
+    encode_comparison,
+    pairs_of,
+    report_of,
+    report_tables,
+    step_metrics,
+)
+from stages.training.devices import Ranks
 from stages.training.implicit import cached_logprobs, flatten, logprob_sums, summed_logprobs
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
@@ -72,16 +79,8 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         sums = ranks.sum_floats(backward(roles, ranks.share(batch), len(batch), config, ranks), base.device)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
-        return {
-            "loss": sums["loss"],
-            **{name: sums[name] / sums["pairs"] for name in ("accuracy", "margin", "score_chosen", "score_rejected")},
-            "lr": rate,
-            "epoch": epoch_at(step + 1, len(rows), config.batch_size),
-            "tokens": sum(rows[i].size for i in numbers),
-            "samples": len(numbers),
-            "memory_gb": peak_memory_gb(base.device),
-            **stepped,
-        }
+        epoch = epoch_at(step + 1, len(rows), config.batch_size)
+        return step_metrics(sums, [row.comparison for row in batch], rate, epoch, base.device) | stepped
 
     def evaluate(step: int) -> dict[str, float]:
         if step == 0:

@@ -29,8 +29,8 @@ from stages.training.comparing import (
     report_on,
     report_tables,
     score_rows,
+    step_metrics,
 )
-from stages.training.devices import peak_memory_gb
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
@@ -78,16 +78,7 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
         sums = ranks.sum_floats(sums, base.device)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {ROLE: rate}, config.max_grad_norm, ranks, step + 1)
-        return {
-            "loss": sums["loss"],
-            **{name: sums[name] / sums["pairs"] for name in ("accuracy", "margin", "score_chosen", "score_rejected")},
-            "lr": rate,
-            "epoch": epoch_at(step + 1, len(rows), config.batch_size),
-            "tokens": sum(row.size for row in batch),
-            "samples": len(batch),
-            "memory_gb": peak_memory_gb(base.device),
-            **stepped,
-        }
+        return step_metrics(sums, batch, rate, epoch_at(step + 1, len(rows), config.batch_size), base.device) | stepped
 
     def evaluate(step: int) -> dict[str, float]:
         if not held:

@@ -21,6 +21,7 @@ from stages.models.forward import sequence_scores
 from stages.models.roles import Roles
 from stages.models.tokens import Text, TokenRow
 from stages.results import Table
+from stages.training.devices import peak_memory_gb
 from stages.training.passes import collect
 
 LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
@@ -76,6 +77,21 @@ def pairs_of(comparisons: list[TokenComparison]) -> Pairs:
 def encode_comparison(row: Comparison, text: Text, max_tokens: int) -> TokenComparison:
     """Tokenise a comparison."""
     return TokenComparison(text.comparison(row, max_tokens), row.pairs)
+
+
+def step_metrics(
+    sums: dict[str, float], batch: list[TokenComparison], rate: float, epoch: float, device: torch.device
+) -> dict[str, float]:
+    """What is logged of an optimiser step on comparisons, from sums over their pairs on all ranks."""
+    return {
+        "loss": sums["loss"],
+        **{name: sums[name] / sums["pairs"] for name in ("accuracy", "margin", "score_chosen", "score_rejected")},
+        "lr": rate,
+        "epoch": epoch,
+        "tokens": sum(row.size for row in batch),
+        "samples": len(batch),
+        "memory_gb": peak_memory_gb(device),
+    }
 
 
 def score_rows(roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: int | str) -> Tensor:
