@@ -217,6 +217,13 @@ class RolloutKnobs:
     max_response_tokens: int = knob(128, "longest response in tokens", ROLLOUT, low=1)
     temperature: float = knob(0.7, "sampling temperature; log-probabilities are tempered alike", ROLLOUT, above=0)
     rollout_batch_size: int | str = knob(AUTO, "responses sampled side by side", ROLLOUT, low=1, inert=True)
+    rollout_engine: str = knob(
+        AUTO,
+        "what samples: our own decoder, or transformers; auto is ours where it gives the base's logits",
+        ROLLOUT,
+        choices=(AUTO, "native", "transformers"),
+        inert=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.results import Report, Result, Table, facts_table, metrics_table
 from stages.rollout.contest import SIDE_BY_SIDE, contest, contest_tables
 from stages.rollout.frontier import curve_tables, describe_turn, frontier_plot, turning_point
-from stages.rollout.generate import Sampling
+from stages.rollout.generate import Sampling, check_engine
 from stages.rollout.measure import Bench, Measured, best_of_rows, measure, sampling_of, summarise
 from stages.rollout.samples import readable
 from stages.rollout.sources import Rewards
@@ -53,6 +53,8 @@ def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool
         found["perplexity"] = measure_perplexity(roles, rows["demonstrations"])
         tables = (metrics_table("perplexity", found["perplexity"]),)
     if "prompts" in rows:
+        for line in check_engine(base, config.rollout_engine):
+            report.note(line)
         found |= measure_policies(config, inputs, roles, text, rows["prompts"], report)
         tables += policy_tables(found)
     if config.output:
@@ -82,7 +84,7 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report)
         read = partial(text.demonstration, mask=config.mask, max_tokens=limit)
         rows["demonstrations"] = encode(data.rows, read, what="demonstrations")
     if data.kind == "prompt" or inputs.rewards or inputs.gold:
-        sampling = sampling_of(source, config.temperature, config.max_response_tokens, config.rollout_batch_size)
+        sampling = sampling_of(source, config)
         longest = min(config.max_prompt_tokens or 2**30, source.context - sampling.max_tokens)
         asked = [row if isinstance(row, Prompt) else prompt_of(row) for row in data.rows if is_prompt(row)]
         if not asked:
@@ -118,7 +120,7 @@ def measure_policies(
     }
     if inputs.reference is not None:
         roles.add("reference", adapter_of(roles.base, inputs.reference, trainable=False))
-    sampling = sampling_of(source, config.temperature, config.max_response_tokens, config.rollout_batch_size)
+    sampling = sampling_of(source, config)
     bench = Bench(roles, text, prompts, sampling, rewards, config.seed)
     model = candidate_of(config.model, source)
     sides = {"policy": model} | ({"against": candidate_of(config.against, inputs.against)} if inputs.against else {})

@@ -27,8 +27,8 @@ from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.results import Report, Result, Table, metrics_table, next_commands
 from stages.rollout.clipped import Judged, clipped_steps
 from stages.rollout.estimate import estimate
-from stages.rollout.experience import Experience, Rollout, role_logprobs, role_values, roll_out, rollout_kl
-from stages.rollout.generate import Sampling
+from stages.rollout.experience import Experience, Rollout, policy_knew, role_logprobs, role_values, roll_out, rollout_kl
+from stages.rollout.generate import Sampling, check_engine
 from stages.rollout.sources import Rewards
 from stages.rollout.watching import Watch, alarm_table, alarms_in, kept
 from stages.training.batching import batch_at
@@ -62,6 +62,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         return plan_result("ppo", config, source, sizes, total, inputs.rows_left_out)
 
     base, ranks = open_base(source, config, text)
+    for line in check_engine(base, config.rollout_engine):
+        report.note(line)
     if config.batch_size < ranks.size:
         raise ConfigError(
             f"{config.batch_size} prompts per update are too few for {ranks.size} ranks",
@@ -72,7 +74,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     rewards = Rewards(inputs.rewards, roles, config.micro_batch_size, timeout=config.reward_timeout)
     progress = open_progress(config, trained_parameters(roles, config))
     progress.facts["kl_coef"] = config.kl_coef
-    sampling = Sampling(config.temperature, config.max_response_tokens, rows_at_once=config.rollout_batch_size)
+    sampling = sampling_law(config)
     bench = Bench(config, roles, text, rewards, ranks, progress, sampling, total, ptx)
     watch = Watch(
         tuple(config.stop_on),
@@ -124,6 +126,12 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     tables = (start_and_end(metrics) if held else metrics_table("ppo", metrics),)
     tables += (alarm_table(alarms, total),) if alarms else ()
     return Result("ppo", "done", config.output, data, tables, next_commands("ppo", config))
+
+
+def sampling_law(config: PpoConfig) -> Sampling:
+    """How responses are sampled in training."""
+    rows, engine = config.rollout_batch_size, config.rollout_engine
+    return Sampling(config.temperature, config.max_response_tokens, rows_at_once=rows, engine=engine)
 
 
 @dataclass(frozen=True)
@@ -242,23 +250,28 @@ def sample(bench: Bench, prompts: list[PromptRow], step: int) -> Rollout:
         (i, k) for i in bench.ranks.share(list(range(len(prompts)))) for k in range(config.responses_per_prompt)
     ]
     keys = [(config.seed, "ppo", "rollout", step, i, k) for i, k in numbered]
-    return roll_out(bench.roles, "policy", bench.text, [prompts[i] for i, _ in numbered], keys, bench.sampling)
+    asked = [prompts[i] for i, _ in numbered]
+    return roll_out(bench.roles, "policy", bench.text, asked, keys, bench.sampling, head=head_on_policy(config))
+
+
+def head_on_policy(config: PpoConfig) -> str | None:
+    """The critic's head where it reads the policy's own states."""
+    return "critic" if config.advantage == "gae" and config.critic == "shared" else None
 
 
 def judge(bench: Bench, rollout: Rollout) -> Experience:
-    """What policy, reference, critic and reward say of a rollout, in one pass each."""
+    """What policy, reference, critic and reward say of a rollout, in one pass each at most."""
     config, roles, device = bench.config, bench.roles, bench.device
-    logprobs, entropy = role_logprobs(roles, "policy", rollout, config.temperature, config.micro_batch_size)
-    reference, _ = role_logprobs(roles, "reference", rollout, config.temperature, config.micro_batch_size)
-    values = critic_values(roles, rollout, config) if config.advantage == "gae" else torch.zeros_like(logprobs)
-    score = bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
-    return Experience(rollout, rollout.mask.to(device), logprobs, reference, values, score.to(device), entropy)
-
-
-def critic_values(roles: Roles, rollout: Rollout, config: PpoConfig) -> Tensor:
-    """Values (B, T) of the critic, on its own trunk or the policy's."""
-    trunk = "critic" if config.critic == "adapter" else "policy"
-    return role_values(roles, trunk, "critic", rollout, config.micro_batch_size)
+    how = rollout, config.temperature, config.micro_batch_size
+    known, mismatch = policy_knew(roles, *how, head=head_on_policy(config))
+    at_start = roles.alike("policy", "reference")
+    reference = known.logprobs if at_start else role_logprobs(roles, "reference", *how)[0]
+    values = known.values
+    if config.advantage == "gae" and config.critic == "adapter":
+        values = role_values(roles, "critic", "critic", rollout, config.micro_batch_size)
+    score = bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended).to(device)
+    mask = rollout.mask.to(device)
+    return Experience(rollout, mask, known.logprobs, reference, values, score, known.entropy, mismatch)
 
 
 def final_score(bench: Bench, experience: Experience) -> Tensor:
@@ -351,6 +364,7 @@ def summarise(
         "score_length_corr": correlation(all_ranks["score"], all_ranks["length"]),
         **({"explained_variance": explained(bench, experience, returns)} if critic else {}),
         **({"dead_group_rate": dead_groups(score, groups, bench.ranks.sum)} if grouped else {}),
+        "sampling_mismatch": bench.ranks.max(experience.mismatch, bench.device),
         "tokens": float(all_ranks["tokens"].sum()),
         "samples": float(len(texts)),
         "memory_gb": peak_memory_gb(bench.device),

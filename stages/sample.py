@@ -10,7 +10,7 @@ from stages.files.atomic import to_json, write_text
 from stages.inputs import RESPONSE_KEYS, Inputs
 from stages.models.roles import Roles, adapter_of
 from stages.results import Report, Result, Table, facts_table
-from stages.rollout.generate import Sampling, generate
+from stages.rollout.generate import Sampling, check_engine, generate
 from stages.rollout.samples import readable
 from stages.training.session import encode_all, open_base, open_text
 
@@ -29,9 +29,12 @@ def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     if dry_run:
         return Result("sample", "dry run", None, {"plan": counts}, (facts_table("sample: the plan", counts),))
     base, _ = open_base(source, config, text)
+    for line in check_engine(base, config.rollout_engine):
+        report.note(line)
     roles = Roles(base)
     roles.add("policy", adapter_of(base, source, trainable=False))
-    sampling = Sampling(config.temperature, config.max_response_tokens, config.top_p, config.rollout_batch_size)
+    rows, engine = config.rollout_batch_size, config.rollout_engine
+    sampling = Sampling(config.temperature, config.max_response_tokens, config.top_p, rows, engine)
     keys = [(config.seed, "sample", i, k) for i, k in repeated]
     report.begin("sample", len(repeated))
     with roles.use("policy"):

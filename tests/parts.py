@@ -140,7 +140,7 @@ def experience_of(
     """Experience sampled by the policy; scores are the responses' lengths."""
     keys = [(seed, i) for i in range(len(prompts))]
     rollout = roll_out(roles, "policy", text, prompts, keys, Sampling(temperature, tokens))
-    logprobs, spread = role_logprobs(roles, "policy", rollout, temperature, "auto")
+    logprobs, spread = role_logprobs(roles, "policy", rollout, temperature, "auto", want_entropy=True)
     reference, _ = role_logprobs(roles, "reference", rollout, temperature, "auto")
     values = role_values(roles, "critic", "critic", rollout, "auto")
     score = torch.tensor([float(n) for n in rollout.lengths])

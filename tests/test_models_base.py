@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.errors import ModelError
-from stages.models import attention
+from stages.models import attention, native
 from stages.models.base import Base, load_base, stop_ids_of
 from stages.models.forward import read_targets
 from stages.models.roles import Roles
@@ -175,11 +175,18 @@ def test_recomputing_activations_gives_the_same_gradient(open_tiny, architecture
     assert relative(gradients_of(base, SEQUENCES[:3]), expected) <= 1e-6
 
 
-def test_activations_really_are_recomputed(open_tiny):
-    base = open_tiny("llama")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_activations_really_are_recomputed(open_tiny, monkeypatch, architecture):
+    """Blocks of our own forward pass, and of transformers'."""
+    base = open_tiny(architecture)
     roles = roles_on(base)
     calls = []
-    base.layers["model.layers.0.mlp.up_proj"].register_forward_hook(lambda *_: calls.append(1))
+    if base.native is None:
+        base.layers["transformer.h.0.mlp.c_fc"].register_forward_hook(lambda *_: calls.append(1))
+    else:
+        block = native._block
+        first = base.native.blocks[0]
+        monkeypatch.setattr(native, "_block", lambda b, *rest: (b is first and calls.append(1)) or block(b, *rest))
 
     def passes():
         calls.clear()
@@ -205,9 +212,10 @@ def test_recomputing_leaves_dropout_off_wherever_it_lives(tmp_path):
     assert torch.equal(base.hidden(SEQUENCES).detach(), expected)
 
 
-def test_sampling_keeps_its_cache_while_activations_are_recomputed(open_tiny):
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+def test_sampling_keeps_its_cache_while_activations_are_recomputed(open_tiny, architecture):
     """In train mode transformers' layers drop the cache, and every new token would see itself alone."""
-    base = open_tiny("llama")
+    base = open_tiny(architecture)
     keys = [(0, i) for i in range(4)]
     expected = generate(base, SEQUENCES, keys, (2,), Sampling(1.0, 8))
     base.checkpoint_activations()
@@ -217,12 +225,12 @@ def test_sampling_keeps_its_cache_while_activations_are_recomputed(open_tiny):
 
 
 def test_a_base_that_cannot_recompute_or_does_so_differently_is_refused(open_tiny, monkeypatch):
-    base = open_tiny("llama")
+    base = open_tiny("gpt2")
     monkeypatch.setattr(type(base.model), "supports_gradient_checkpointing", False)
     with pytest.raises(ModelError, match="cannot recompute its activations"):
         base.checkpoint_activations()
     monkeypatch.undo()
-    norm = base.model.model.norm
+    norm = base.model.transformer.ln_f
     forward = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: forward(x) * (2.0 if norm.training else 1.0))
     with pytest.raises(ModelError, match="something else in train mode"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.models import forward
-from stages.models.forward import pad, predictors, read_targets, sequence_scores
+from stages.models.forward import pad, predictors, read_targets, sequence_scores, target_logprobs
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles
 from stages.rollout.experience import read_values
@@ -210,6 +210,33 @@ def test_logits_in_chunks_give_the_same_values_and_gradient(open_tiny, architect
     assert (chunked.logprobs - whole.logprobs).abs().max() <= 1e-6
     assert (chunked.entropy - whole.entropy).abs().max() <= 1e-6
     assert relative(found, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_gradients_of_logprobs_and_entropies_are_autograds(open_tiny, architecture, temperature):
+    """Against torch's own derivative of log_softmax; gemma2 caps its logits."""
+    base = open_tiny(architecture)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, base.width, generator=generator)
+    tokens = torch.randint(base.vocabulary, (6,), generator=generator)
+    weights = torch.randn(2, 6, generator=generator)
+
+    def ours(states):
+        return target_logprobs(base, states, tokens, temperature, True)
+
+    def plain(states):
+        every = (base.logits(states) / (temperature if temperature == 1 else temperature + 1e-7)).log_softmax(-1)
+        return every.gather(-1, tokens[:, None])[:, 0], -(every.exp() * every).sum(-1)
+
+    found = []
+    for read in (ours, plain):
+        states = hidden.clone().requires_grad_()
+        outs = read(states)
+        both = [torch.autograd.grad((w * x).sum(), states, retain_graph=True)[0] for w, x in zip(weights, outs)]  # noqa: B905
+        found.append((*outs, *both, torch.autograd.grad((weights * torch.stack(outs)).sum(), states)[0]))
+    for a, b in zip(*found, strict=True):
+        assert relative(a.detach(), b.detach()) <= 1e-5
 
 
 def test_a_chunk_has_at_least_one_row(open_tiny, monkeypatch):

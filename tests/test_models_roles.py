@@ -52,6 +52,19 @@ def test_each_role_runs_under_its_own_adapter(base):
     assert torch.equal(states(roles, "policy"), policy)
 
 
+def test_roles_are_alike_where_they_compute_the_same(base):
+    roles = Roles(base)
+    adapter = random_adapter(base, 1)
+    roles.add("policy", adapter)
+    roles.add("copy", adapter.copy(trainable=False))
+    roles.add("other", random_adapter(base, 2))
+    roles.add("bare", None)
+    roles.add("fresh", new_adapter(base, None, None, [], 0))
+    alike = {(a, b) for a in roles.adapters for b in roles.adapters if roles.alike(a, b)}
+    same = ({"policy", "copy"}, {"other"}, {"bare", "fresh"})
+    assert alike == {(a, b) for group in same for a in group for b in group}
+
+
 def test_a_block_ends_with_the_role_that_was_active_before(base):
     roles = Roles(base)
     roles.add("policy", None)

@@ -99,20 +99,20 @@ def test_other_failures_are_not_taken_for_it():
 
 def fits(monkeypatch, rows):
     """Let a forward pass of more rows find no memory, in training and in sampling."""
-    hidden, batch = Base.hidden, generate._generate_batch
+    hidden, batch = Base.hidden, generate._sample_batch
 
-    def small_hidden(base, sequences):
+    def small_hidden(base, sequences, wanted=None):
         if len(sequences) > rows:
             raise torch.OutOfMemoryError(FULL)
-        return hidden(base, sequences)
+        return hidden(base, sequences, wanted)
 
-    def small_batch(base, prompts, *rest):
+    def small_batch(base, layers, prompts, *rest):
         if len(prompts) > rows:
             raise torch.OutOfMemoryError(FULL)
-        return batch(base, prompts, *rest)
+        return batch(base, layers, prompts, *rest)
 
     monkeypatch.setattr(Base, "hidden", small_hidden)
-    monkeypatch.setattr(generate, "_generate_batch", small_batch)
+    monkeypatch.setattr(generate, "_sample_batch", small_batch)
 
 
 def command(found, stage, output):

@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stages.models.base import Base
 from stages.models.forward import read_targets
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, new_adapter
-from stages.rollout.experience import lay_out, read_values, role_logprobs, role_values, roll_out, rollout_kl
+from stages.rollout.experience import (
+    lay_out,
+    policy_knew,
+    read_values,
+    role_logprobs,
+    role_values,
+    roll_out,
+    rollout_kl,
+)
 from stages.rollout.generate import Sampling, generate
 from tests.parts import open_tiny_text, prompt_rows, random_adapter, roles_on, sequences_of
 
@@ -84,7 +93,7 @@ def test_a_response_may_end_with_the_very_last_token_it_has_room_for(roles, text
 @pytest.mark.parametrize("size", [1, 2, "auto"])
 def test_numbers_come_back_in_the_batchs_order_however_it_was_cut(roles, text, size):
     rollout = roll(roles, text)
-    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, size)
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, size, want_entropy=True)
     values = role_values(roles, "critic", "critic", rollout, size)
     assert logprobs.shape == entropy.shape == values.shape == rollout.mask.shape
     for row, (sequence, target) in enumerate(zip(rollout.sequences, rollout.targets, strict=True)):
@@ -103,7 +112,7 @@ def test_off_the_mask_numbers_are_zero(roles, text):
     prompts = prompt_rows(sequences_of([4, 5]))
     responses = sequences_of([2, 6], seed=1)
     rollout = lay_out(prompts, responses, ["", ""], torch.tensor([False, False]))
-    logprobs, entropy = role_logprobs(roles, "policy", rollout, 1.0, "auto")
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, 1.0, "auto", want_entropy=True)
     values = role_values(roles, "critic", "critic", rollout, "auto")
     for found in (logprobs, entropy, values):
         assert (found[0, 2:] == 0).all() and (found[rollout.mask] != 0).all()
@@ -116,6 +125,40 @@ def test_a_shared_critic_reads_the_policys_states(roles, text):
     with torch.no_grad(), roles.use("policy"):
         first = roles.base.hidden([rollout.sequences[0]])[8]
     assert shared[0, 0].item() == pytest.approx(roles.heads["shared"](first).item(), abs=1e-5)
+
+
+# --- what sampling knew
+
+
+def passes_of(monkeypatch):
+    """Rows of every forward pass over sampled responses."""
+    seen, hidden = [], Base.hidden
+    monkeypatch.setattr(Base, "hidden", lambda base, rows, *rest: seen.append(len(rows)) or hidden(base, rows, *rest))
+    return seen
+
+
+def test_what_sampling_knew_is_kept_where_a_spot_check_agrees(roles, text, monkeypatch):
+    """One response of four is read again; log-probabilities, entropies and values are those of a whole pass."""
+    rollout = roll_out(roles, "policy", text, PROMPTS, KEYS, Sampling(0.7, 10), head="critic")
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, "auto", want_entropy=True)
+    values = role_values(roles, "policy", "critic", rollout, "auto")
+    seen = passes_of(monkeypatch)
+    known, apart = policy_knew(roles, rollout, 0.7, "auto", head="critic")
+    assert seen == [1] and 0 <= apart <= 1e-5
+    for kept, again in zip((known.logprobs, known.entropy, known.values), (logprobs, entropy, values), strict=True):
+        assert (kept - again).abs().max() <= 2e-5
+
+
+def test_what_sampling_knew_is_read_again_where_it_is_off(roles, text, monkeypatch):
+    rollout = roll(roles, text)
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, "auto", want_entropy=True)
+    values = role_values(roles, "policy", "critic", rollout, "auto")
+    rollout.known.logprobs[0, 3] -= 0.01  # as if sampling had computed in half precision
+    seen = passes_of(monkeypatch)
+    known, apart = policy_knew(roles, rollout, 0.7, "auto", head="critic")
+    assert seen == [1, 4, 4] and apart == pytest.approx(0.01, abs=1e-5)
+    assert torch.equal(known.logprobs, logprobs) and torch.equal(known.entropy, entropy)
+    assert torch.equal(known.values, values)
 
 
 # --- KL to the reference

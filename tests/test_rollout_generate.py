@@ -46,7 +46,7 @@ def test_draws_follow_the_tempered_law_that_the_trainer_computes():
         device=torch.device("cpu"),
         vocabulary=5,
         logits=lambda hidden: hidden,
-        hidden=lambda sequences: logits.expand(sum(map(len, sequences)), 5),
+        hidden=lambda sequences, wanted: logits.expand(len(wanted), 5),
     )
     sequences = [torch.tensor([0, token]) for token in range(5)]
     targets = [torch.tensor([False, True])] * 5

@@ -416,7 +416,7 @@ def test_estimators_without_a_critic_have_none(chain, tmp_path, advantage, more)
     last = metrics_of(tmp_path / "x")[-1]
     assert last["value_loss"] == 0 and "explained_variance" not in last
     assert ("dead_group_rate" in last) == ("--responses-per-prompt" in more)
-    assert metrics_of(tmp_path / "x")[1]["ratio_first_error"] <= 1e-6
+    assert metrics_of(tmp_path / "x")[1]["ratio_first_error"] <= 1e-5
 
 
 def test_rloo_raises_what_it_is_paid_for(chain, tmp_path):

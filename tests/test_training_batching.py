@@ -54,5 +54,5 @@ def test_automatic_micro_batches_fill_a_budget_of_tokens():
     groups = micro_batches(lengths, "auto", on_cuda=False)
     assert groups == [[5], [2], [0, 1], [4, 3]]
     assert sorted(sum(groups, [])) == list(range(6))
-    assert len(micro_batches([1000] * 16, "auto", on_cuda=False)) == 4
+    assert len(micro_batches([1000] * 16, "auto", on_cuda=False)) == 8
     assert len(micro_batches([1000] * 16, "auto", on_cuda=True)) == 1

@@ -31,6 +31,7 @@ PLAIN = (
     "--max-steps", 4,
 )  # fmt: skip
 WILD = ("--learning-rate", 0.05, "--clip-range", 1)
+COLLAPSE = ("--learning-rate", 0.03, "--clip-range", 1)  # of every seed tried, within 14 updates
 FAR = (*WILD, "--max-response-tokens", 12)  # so that the KL is beyond 50 nats after one update
 GROUPS = ("--advantage", "rloo", "--responses-per-prompt", 2)
 SCORES = {
@@ -93,7 +94,7 @@ def test_kl_of_short_responses_is_warned_of_before_it_stops(run):
 def test_negative_kl_where_another_policy_is_sampled_from(run, monkeypatch):
     """A planted defect: responses come from the reference, so that the k1 estimate is -KL(reference, policy)."""
     real = ppo.roll_out
-    monkeypatch.setattr(ppo, "roll_out", lambda roles, role, *rest: real(roles, "reference", *rest))
+    monkeypatch.setattr(ppo, "roll_out", lambda roles, role, *rest, **how: real(roles, "reference", *rest, **how))
     ended, lines = run("vowels", *WILD, "--max-steps", 8)
     assert "negative 5 times in a row" in warned(ended, "negative-kl")
     assert lines[-1]["alarm_negative_kl"] == 1.0 and lines[-1]["reward_kl"] < 0
@@ -117,7 +118,7 @@ def test_ratio_where_training_reads_other_log_probabilities(run, monkeypatch):
 
 
 def test_entropy_of_a_policy_that_is_paid_to_repeat_itself(run):
-    ended, lines = run("same", *WILD, *GROUPS, "--max-steps", 10, "--batch-size", 16, "--stop-on", "none")
+    ended, lines = run("same", *COLLAPSE, *GROUPS, "--max-steps", 16, "--batch-size", 16, "--stop-on", "none")
     assert "the entropy fell from" in warned(ended, "entropy")
     assert lines[-1]["entropy"] < 0.1 * lines[0]["entropy"] and lines[-1]["alarm_entropy"] == 1.0
 
@@ -245,13 +246,13 @@ def test_a_run_that_stops_in_its_first_update_goes_on_from_the_start(run, monkey
 
 def test_a_resumed_run_does_not_repeat_what_was_said(run):
     """The KL is warned of at update 2; the groups die later and stop the run; once resumed the KL is old news."""
-    more = (*WILD, *GROUPS, "--batch-size", 16, "--max-steps", 12)
+    more = (*COLLAPSE, *GROUPS, "--batch-size", 16, "--max-steps", 16)
     ended, lines = run("same", *more, "--stop-on", "entropy")
     assert "warning: update 2: kl: " in ended.stderr and lines[-1]["alarm_kl"] == 1.0
     stopped(ended, "entropy", len(lines) + 1)
     again, lines = run("same", *more, "--stop-on", "none")
     assert again.code == 0 and ": kl: " not in again.stderr and "entropy: the entropy fell" in again.stderr
-    assert len(lines) == 12
+    assert len(lines) == 16
 
 
 def test_alarms_are_part_of_the_result(run, tmp_path):

@@ -52,14 +52,15 @@ class _Current:
 @contextmanager
 def packed(trees: list[Tree], device: torch.device) -> Iterator[None]:
     """Forward passes in this block see one row made of these trees."""
-    _Current.segments = _segments(tuple(trees), device)
+    _Current.segments = segments(tuple(trees), device)
     try:
         yield
     finally:
         _Current.segments = None
 
 
-def _segments(trees: tuple[Tree, ...], device: torch.device) -> Segments:
+def segments(trees: tuple[Tree, ...], device: torch.device) -> Segments:
+    """Where the trees of a packed row lie, on a device."""
     queries, keys, places, start = [], [], [], 0
     shared = any(tree.suffixes for tree in trees)
     for tree in trees:
@@ -99,12 +100,25 @@ def attend(
             shape = (query.shape[2], key.shape[2])
             attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
         return _attend_capped(query, key, value, attention_mask, scale, softcap).transpose(1, 2).contiguous(), None
+    return over(query, key, value, attention_mask, scale, window, softcap), None
+
+
+def over(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention within the pieces of one packed row, (1, heads, N, D) each -> (1, N, heads, D)."""
     if query.is_cuda and softcap is None and query.dtype != torch.float32:
-        return _attend_varlen(query, key, value, attention_mask, scale, window), None
-    runs = [(tree, len(list(same))) for tree, same in groupby(attention_mask.trees)]
+        return _attend_varlen(query, key, value, segments, scale, window)
+    runs = [(tree, len(list(same))) for tree, same in groupby(segments.trees)]
     pieces = (x.split([tree.size * count for tree, count in runs], dim=2) for x in (query, key, value))
     outs = [_attend_run(*parts, tree, scale, window, softcap) for (tree, _), *parts in zip(runs, *pieces, strict=True)]
-    return torch.cat(outs, dim=1), None
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
 def _attend_run(

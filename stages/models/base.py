@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stages.errors import ModelError
 from stages.models import attention
 from stages.models.lora import LoraLinear, Switch, wrap
+from stages.models.native import Native, native_of
 from stages.models.prefixes import pack
 from stages.models.source import Source
 
@@ -42,8 +43,10 @@ class Base:
         self._logit_scale = getattr(config, "logit_scale", None)
         self._logit_divisor = getattr(config, "logits_scaling", None)
         self.packs = self.shares = self.checkpoints = False
+        self.native: Native | None = None
         self.packs = self._probe()
         self.shares = self.packs and self._probe_sharing()
+        self.native = self._probe_native() if self.shares else None
 
     @property
     def device(self) -> torch.device:
@@ -54,10 +57,14 @@ class Base:
         return self.output.weight.dtype
 
     def checkpoint_activations(self) -> None:
-        """Recompute activations in the backward pass, which transformers does in train mode: every dropout becomes 0.
+        """Recompute activations in the backward pass.
 
-        Raises ModelError where the base cannot, or where train mode changes what it computes.
+        Transformers does so in train mode alone, so there every dropout becomes 0. Raises ModelError where the base
+        cannot, or where train mode changes what it computes.
         """
+        if self.native is not None:
+            self.checkpoints = True
+            return
         config = self.model.config
         for part in (config, config.get_text_config(), *self.model.modules()):
             if isinstance(part, nn.Dropout):
@@ -79,16 +86,31 @@ class Base:
 
     # --- running it
 
-    def hidden(self, sequences: list[Tensor]) -> Tensor:
-        """Final hidden states of ragged sequences (L_i,), laid end to end: (sum L_i, H)."""
+    def hidden(self, sequences: list[Tensor], wanted: Tensor | None = None) -> Tensor:
+        """Final hidden states of ragged sequences (L_i,), laid end to end: (sum L_i, H).
+
+        `wanted` (M,) names the places of that row whose states are asked for, in their order: (M, H).
+        """
+        if self.native is not None and self.packs:
+            return self._hidden_native(sequences, wanted)
         run = self._hidden_packed if self.packs else self._hidden_padded
         if not (self.checkpoints and torch.is_grad_enabled()):
-            return run(sequences)
+            return _chosen(run(sequences), wanted)
         self.model.train()  # only here: in train mode a checkpointing layer ignores its cache, and sampling needs it
         try:
-            return run(sequences)
+            return _chosen(run(sequences), wanted)
         finally:
             self.model.eval()
+
+    def _hidden_native(self, sequences: list[Tensor], wanted: Tensor | None) -> Tensor:
+        row = pack(sequences, share=self.shares)
+        places = row.places if wanted is None or row.places is None else row.places[wanted.cpu()]
+        if row.places is None:
+            places = wanted
+        if places is None:
+            return self.native.hidden(row, None, recompute=self.checkpoints)
+        needed, again = places.to(self.device).unique(return_inverse=True)  # sequences may share a place
+        return self.native.hidden(row, needed, recompute=self.checkpoints)[again]
 
     def _hidden_packed(self, sequences: list[Tensor]) -> Tensor:
         row = pack(sequences, share=self.shares)
@@ -149,6 +171,18 @@ class Base:
         except (RuntimeError, TypeError, ValueError):
             return False
 
+    @torch.no_grad()
+    def _probe_native(self) -> Native | None:
+        """Our own forward pass, where it gives the states that transformers' gives."""
+        native = native_of(self.model)
+        if native is None:
+            return None
+        whole = self._probe_text(PROBE[0])
+        row = pack([torch.cat([whole, self._probe_text(text)]) for text in PROBE], share=True)
+        expected = self._hidden_packed([torch.cat([whole, self._probe_text(text)]) for text in PROBE])
+        found = native.hidden(row, row.places.to(self.device), recompute=False)
+        return native if _close(found, expected, self._tolerance / 10) else None
+
     @property
     def _tolerance(self) -> float:
         return tolerance_of(self.dtype)
@@ -163,6 +197,10 @@ class Base:
         positions = torch.arange(len(sequence), device=self.device)[None]
         ids = sequence.to(self.device)[None]
         return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+
+
+def _chosen(states: Tensor, wanted: Tensor | None) -> Tensor:
+    return states if wanted is None else states[wanted.to(states.device)]
 
 
 def tolerance_of(dtype: torch.dtype) -> float:

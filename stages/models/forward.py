@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from stages.maths.tensors import entropy, token_logprobs
+from stages.maths.tensors import at_least_fp32
 from stages.models.base import Base
 from stages.models.roles import Roles
 
@@ -36,39 +35,80 @@ def read_targets(
 
     sequences: (L_i,) int64; targets: (L_i,) bool, never True at 0. Log-softmax in fp32 of logits / temperature.
     """
-    before = predictors(targets).to(base.device)
-    hidden = base.hidden(sequences)[before]
-    tokens = torch.cat(sequences).to(base.device)[before + 1]
-    logprobs, spread = _logprobs(base, hidden, tokens, temperature, want_entropy)
+    before = predictors(targets)
+    hidden = base.hidden(sequences, before)
+    tokens = torch.cat(sequences)[before + 1].to(base.device)
+    logprobs, spread = target_logprobs(base, hidden, tokens, temperature, want_entropy)
     return Reading(logprobs, spread, hidden)
 
 
-def _logprobs(
+def target_logprobs(
     base: Base, hidden: Tensor, tokens: Tensor, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (M,), in chunks whose logits are thrown away and made again for backward."""
-    rows = max(1, LOGITS_AT_ONCE // base.vocabulary)
-    if len(hidden) <= rows:
-        return _chunk(base, hidden, tokens, temperature, want_entropy)
-    parts = [
-        checkpoint(_chunk, base, h, t, temperature, want_entropy, use_reentrant=False)
-        for h, t in zip(hidden.split(rows), tokens.split(rows), strict=True)
-    ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    """Log-probabilities of tokens (M,) read out of states (M, H), and entropies (M,), zeros where not asked for.
+
+    Each row's two numbers depend on its state alone, so their gradients are made in the forward pass, chunk by chunk,
+    while the logits are there: nothing of the size of the vocabulary is kept or made twice.
+    """
+    return _TargetLogprobs.apply(hidden, base, tokens, temperature, want_entropy)
 
 
-def _chunk(base: Base, hidden: Tensor, tokens: Tensor, temperature: float, want_entropy: bool) -> tuple[Tensor, Tensor]:
-    logits = base.logits(hidden).float()
-    if temperature != 1.0:
-        logits = logits / (temperature + 1e-7)
-    spread = entropy(logits) if want_entropy else logits.new_zeros(len(logits))
-    return token_logprobs(logits, tokens), spread
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, base: Base, tokens: Tensor, temperature: float, want_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        rows = max(1, LOGITS_AT_ONCE // base.vocabulary)
+        slopes = [torch.empty_like(hidden) for _ in range(1 + want_entropy)] if ctx.needs_input_grad[0] else []
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        spread = torch.zeros_like(logprobs)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            states = hidden[part].detach().requires_grad_(bool(slopes))
+            with torch.set_grad_enabled(bool(slopes)):
+                raw = base.logits(states)
+            found = read(raw.detach(), tokens[part], temperature, want_entropy, with_slopes=bool(slopes))
+            logprobs[part], spread[part], *by_logits = found
+            for slope, by in zip(slopes, by_logits, strict=True):
+                (slope[part],) = torch.autograd.grad(
+                    raw, states, by.to(raw.dtype), retain_graph=by is not by_logits[-1]
+                )
+        ctx.save_for_backward(*slopes)
+        return logprobs, spread
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        terms = [grad[:, None].to(slope.dtype) * slope for grad, slope in zip(grads, ctx.saved_tensors, strict=False)]
+        return sum(terms[1:], terms[0]), None, None, None, None
+
+
+def read(
+    raw: Tensor, tokens: Tensor, temperature: float, want_entropy: bool, *, with_slopes: bool
+) -> tuple[Tensor, ...]:
+    """Log-probabilities and entropies (M,) of logits (M, V), then how each changes with the logits, (M, V), if asked.
+
+    Of p = softmax(z / t): d log p_y / dz = (1[y] - p) / t and dH / dz = -p (log p + H) / t.
+    """
+    heat = 1.0 if temperature == 1.0 else temperature + 1e-7
+    logits = at_least_fp32(raw) if heat == 1.0 else at_least_fp32(raw) / heat
+    total = logits.logsumexp(-1, keepdim=True)
+    logprob = logits.gather(-1, tokens[:, None]) - total
+    if not (want_entropy or with_slopes):
+        return logprob[:, 0], torch.zeros_like(logprob[:, 0])
+    every = (logits - total).clamp_(min=torch.finfo(logits.dtype).min)  # log p; an impossible token's p log p is 0
+    p = every.exp()
+    spread = -(p * every).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(logprob)
+    if not with_slopes:
+        return logprob[:, 0], spread[:, 0]
+    by_entropy = [every.add_(spread).mul_(p).div_(-heat)] if want_entropy else []
+    by_logprob = p.neg_().scatter_add_(-1, tokens[:, None], torch.ones_like(logprob)).div_(heat)
+    return (logprob[:, 0], spread[:, 0], by_logprob, *by_entropy)
 
 
 def sequence_scores(roles: Roles, role: str, sequences: list[Tensor]) -> Tensor:
     """Scores (B,) fp32: the role's head on the hidden state of each sequence's last token, under the active role."""
     ends = torch.tensor([len(s) for s in sequences]).cumsum(0) - 1
-    return roles.heads[role](roles.base.hidden(sequences)[ends.to(roles.base.device)])
+    return roles.heads[role](roles.base.hidden(sequences, ends))
 
 
 def pad(flat: Tensor, lengths: list[int]) -> Tensor:

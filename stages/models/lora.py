@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ConfigError, ModelError
+from stages.models.fused import Linear
 
 PEFT_PREFIX = "base_model.model."
 
@@ -42,9 +43,19 @@ class LoraLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base.bias
 
+    def now(self) -> Linear:
+        """The layer under the active role, as the native forward pass takes it."""
+        delta = self._delta()
+        if delta is None:
+            return Linear(self.base.weight, self.base.bias, None, None)
+        return Linear(self.base.weight, self.base.bias, delta.a, delta.b, delta.scale)
+
+    def _delta(self) -> Delta | None:
+        return self.deltas.get(self.switch.active) if self.switch.active is not None else None
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        delta = self.deltas.get(self.switch.active) if self.switch.active is not None else None
+        delta = self._delta()
         if delta is None:
             return out
         down = nn.functional.linear(x, delta.a.to(x.dtype))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ConfigError
@@ -61,6 +62,16 @@ class Roles:
             yield
         finally:
             self.base.switch.active = before
+
+    def alike(self, a: str, b: str) -> bool:
+        """True where two roles compute the same: equal adapters, or ones that change nothing."""
+        both = self.adapters[a], self.adapters[b]
+        if all(adapter is None or not any(d.b.any() for d in adapter.deltas.values()) for adapter in both):
+            return True
+        if None in both:
+            return False
+        first, second = (adapter.tensors() for adapter in both)
+        return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """What a role trains: its adapter's weights and its head's."""

@@ -13,8 +13,20 @@ from stages.maths.kl import sequence_kl
 from stages.models.forward import predictors, read_targets
 from stages.models.roles import Roles
 from stages.models.tokens import PromptRow, Text
-from stages.rollout.generate import Sampling, generate
+from stages.rollout.generate import Sampling, respond
 from stages.training.passes import collect
+
+CHECKED = 16  # one response in so many is read again, to see whether sampling and training agree
+AGREE = 1e-4  # nats per token up to which what sampling knew is taken for what training would say
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the policy said of each response token, (B, T) fp32 each, zero off-mask."""
+
+    logprobs: Tensor  # tempered
+    entropy: Tensor
+    values: Tensor  # of the state before the token, by a head on the policy's states; zeros without one
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Rollout:
     sequences: list[Tensor]  # B of (P_i + L_i,) int64: prompt and response
     targets: list[Tensor]  # B of (P_i + L_i,) bool: True on the response
     mask: Tensor  # (B, T) bool
+    known: Known | None = None  # what sampling knew of each token
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -51,41 +64,94 @@ class Experience:
     values: Tensor  # (B, T) of the state before each token
     score: Tensor  # (B,) what the reward sources say
     entropy: Tensor  # (B, T) of the policy's distribution at each token
+    mismatch: float = 0.0  # nats by which sampling and training differ at a token, the most that was found
 
 
 def roll_out(
-    roles: Roles, role: str, text: Text, prompts: list[PromptRow], keys: list[tuple[object, ...]], sampling: Sampling
+    roles: Roles,
+    role: str,
+    text: Text,
+    prompts: list[PromptRow],
+    keys: list[tuple[object, ...]],
+    sampling: Sampling,
+    *,
+    head: str | None = None,
 ) -> Rollout:
-    """Sample one response per prompt under a role; `keys[i]` is the noise of response i."""
+    """Sample one response per prompt under a role; `keys[i]` is the noise of response i.
+
+    `head` names one that reads values off the same states.
+    """
+    value_head = roles.heads[head] if head is not None else None
     with roles.use(role):
-        responses = generate(roles.base, [p.ids for p in prompts], keys, text.stop_ids, sampling)
+        found = respond(roles.base, [p.ids for p in prompts], keys, text.stop_ids, sampling, head=value_head)
+    facts = zip(*((r.logprobs, r.entropy, r.values) for r in found), strict=True)
+    known = Known(*(pad_sequence(list(column), batch_first=True).to(roles.base.device) for column in facts))
+    responses = [r.tokens for r in found]
     texts = [text.response_text(p.ids, r) for p, r in zip(prompts, responses, strict=True)]
     stops = set(text.stop_ids)
     ended = torch.tensor([int(r[-1]) in stops for r in responses], dtype=torch.bool)
-    return lay_out(prompts, responses, texts, ended)
+    return lay_out(prompts, responses, texts, ended, known)
 
 
-def lay_out(prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor) -> Rollout:
+def lay_out(
+    prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor, known: Known | None = None
+) -> Rollout:
     """A rollout from its parts: sequences, targets and mask follow."""
     sequences = [torch.cat([p.ids, r]) for p, r in zip(prompts, responses, strict=True)]
     targets = [torch.arange(len(s)) >= len(p.ids) for p, s in zip(prompts, sequences, strict=True)]
     mask = pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in responses], batch_first=True)
-    return Rollout(prompts, responses, texts, ended, sequences, targets, mask)
+    return Rollout(prompts, responses, texts, ended, sequences, targets, mask, known)
+
+
+def policy_knew(
+    roles: Roles, rollout: Rollout, temperature: float, micro_batch_size: int | str, *, head: str | None = None
+) -> tuple[Known, float]:
+    """What the role "policy" says of its rollout, with the values of `head`; and how far sampling was from it (nats).
+
+    Sampling knew it already. A few responses are read again: where they agree to `AGREE`, nothing else is.
+    """
+    known, rows = rollout.known, list(range(0, len(rollout.responses), CHECKED))
+    apart = 0.0
+    if known is not None:
+        again, _ = role_logprobs(roles, "policy", rollout, temperature, micro_batch_size, rows)
+        width = again.shape[1]
+        mask = rollout.mask[rows, :width].to(again.device)
+        apart = float((known.logprobs[rows, :width] - again).masked_fill(~mask, 0).abs().max())
+        if apart <= AGREE:
+            return known, apart
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, temperature, micro_batch_size, want_entropy=True)
+    values = torch.zeros_like(logprobs)
+    if head is not None:
+        values = role_values(roles, "policy", head, rollout, micro_batch_size)
+    return Known(logprobs, entropy, values), apart
 
 
 def role_logprobs(
-    roles: Roles, role: str, rollout: Rollout, temperature: float, micro_batch_size: int | str
+    roles: Roles,
+    role: str,
+    rollout: Rollout,
+    temperature: float,
+    micro_batch_size: int | str,
+    chosen: list[int] | None = None,
+    *,
+    want_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (B, T) of the responses under a role, without gradient, zero off-mask."""
+    """Log-probabilities and entropies (B, T) of the responses under a role, without gradient, zero off-mask.
+
+    With `chosen` of those rows alone. Entropies are zeros where they are not wanted.
+    """
+    picked = list(range(len(rollout.responses))) if chosen is None else chosen
 
     def forward(rows: list[int]) -> list[Tensor]:
-        sequences, targets = [rollout.sequences[i] for i in rows], [rollout.targets[i] for i in rows]
-        reading = read_targets(roles.base, sequences, targets, temperature=temperature, want_entropy=True)
+        mine = [picked[i] for i in rows]
+        sequences, targets = [rollout.sequences[i] for i in mine], [rollout.targets[i] for i in mine]
+        reading = read_targets(roles.base, sequences, targets, temperature=temperature, want_entropy=want_entropy)
         both = torch.stack([reading.logprobs, reading.entropy], dim=-1)
-        return list(both.split([len(rollout.responses[i]) for i in rows]))
+        return list(both.split([len(rollout.responses[i]) for i in mine]))
 
+    sizes = [rollout.sizes[i] for i in picked]
     with roles.use(role):
-        parts = collect(rollout.sizes, micro_batch_size, forward, on_cuda=roles.base.device.type == "cuda")
+        parts = collect(sizes, micro_batch_size, forward, on_cuda=roles.base.device.type == "cuda")
     padded = pad_sequence(parts, batch_first=True)
     return padded[..., 0], padded[..., 1]
 
@@ -104,8 +170,7 @@ def role_values(roles: Roles, role: str, head: str, rollout: Rollout, micro_batc
 
 def read_values(roles: Roles, head: str, sequences: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Values (M,) of the states before the target tokens, under the active role."""
-    hidden = roles.base.hidden(sequences)
-    return roles.heads[head](hidden[predictors(targets).to(hidden.device)])
+    return roles.heads[head](roles.base.hidden(sequences, predictors(targets)))
 
 
 def rollout_kl(roles: Roles, rollout: Rollout, temperature: float, micro_batch_size: int | str) -> Tensor:

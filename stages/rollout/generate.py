@@ -1,14 +1,18 @@
-"""Samples responses: one loop over transformers' cache, noise per (prompt, position), finished rows leave the batch."""
+"""Samples responses: noise per (prompt, position), finished rows leave the batch, two ways to run the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stages.errors import ModelError
 from stages.models.base import Base
+from stages.models.forward import read
+from stages.rollout.decode import Layer, NativeDecoder, layers_of
 from stages.training import signals
 from stages.training.passes import divisor, out_of_memory, smaller
 from stages.training.seeds import noise
@@ -24,6 +28,30 @@ class Sampling:
     max_tokens: int
     top_p: float = 1.0
     rows_at_once: int | str = "auto"
+    engine: str = "auto"  # "native", "transformers", or the first of them that the base can do
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response and what was known when each of its tokens was drawn, fp32 on the CPU."""
+
+    tokens: Tensor  # (L,) int64, the first stop token included
+    logprobs: Tensor  # (L,) under softmax(logits / temperature), before any filter
+    entropy: Tensor  # (L,) of that distribution
+    values: Tensor  # (L,) of the state before each token; zeros without a head
+
+
+class Decoder(Protocol):
+    """A batch of rows that grow by a token at a time."""
+
+    def start(self) -> Tensor:
+        """States (R, H) of every prompt's last token."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """States (R, H) after one more token (R,) of every row."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
 
 
 def generate(
@@ -38,18 +66,37 @@ def generate(
     """One response per prompt under the active role: token ids (L_i,), the first stop token included.
 
     `keys[i]` names response i's noise: the same key gives the same response whichever prompts are sampled beside it
-    (up to rounding of the logits). Prompts are taken in order of length.
+    (up to rounding of the logits).
+    """
+    return [r.tokens for r in respond(base, prompts, keys, stop_ids, sampling, progress=progress)]
+
+
+def respond(
+    base: Base,
+    prompts: list[Tensor],
+    keys: list[tuple[object, ...]],
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+    *,
+    head: nn.Module | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Response]:
+    """As `generate`, with log-probabilities, entropies, and the values that a head reads off the same states.
+
+    Prompts are taken in order of length. Raises ModelError where the native engine is asked for and cannot be had.
     """
     rows = sampling.rows_at_once
     size = rows if isinstance(rows, int) else ROWS_AT_ONCE[base.device.type]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    out: list[Tensor | None] = [None] * len(prompts)
+    out: list[Response | None] = [None] * len(prompts)
+    layers = native_layers(base, sampling.engine)
     done = 0
     while done < len(order):
         chosen = order[done : done + max(1, size // divisor())]
         try:
             uniform = noise([keys[i] for i in chosen], sampling.max_tokens).to(base.device)
-            responses = _generate_batch(base, [prompts[i] for i in chosen], uniform, stop_ids, sampling)
+            batch = [prompts[i] for i in chosen]
+            responses = _sample_batch(base, layers, batch, uniform, stop_ids, sampling, head)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -65,55 +112,106 @@ def generate(
     return out  # type: ignore[return-value]
 
 
-@torch.inference_mode()
-def _generate_batch(
-    base: Base, prompts: list[Tensor], uniform: Tensor, stop_ids: tuple[int, ...], sampling: Sampling
-) -> list[Tensor]:
-    """Left-padded prefill, then one token at a time; a row leaves the cache once enough rows have ended."""
-    from transformers import DynamicCache
+def native_layers(base: Base, engine: str) -> list[Layer] | None:
+    """The base's layers under the active role for our own decoder; None where transformers is to run it."""
+    check_engine(base, engine)
+    return None if engine == "transformers" or base.native is None else layers_of(base.native)
 
-    device, width = base.device, max(len(p) for p in prompts)
-    ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts]).to(device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = torch.arange(width, device=device)[None] >= (width - lengths)[:, None]
-    ragged = not bool(mask.all())
+
+def check_engine(base: Base, engine: str) -> tuple[str, ...]:
+    """What there is to say of the engine that will sample; raises ModelError where ours is asked for in vain."""
+    if base.native is not None or engine == "transformers":
+        return ()
+    why = f"our own decoder does not cover `{base.source.config['model_type']}`"
+    if engine == "native":
+        raise ModelError(why, where="rollout_engine", fix="leave --rollout-engine out")
+    return (f"{why}: transformers samples, which is slower",)
+
+
+@torch.inference_mode()
+def _sample_batch(
+    base: Base,
+    layers: list[Layer] | None,
+    prompts: list[Tensor],
+    uniform: Tensor,
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+    head: nn.Module | None,
+) -> list[Response]:
+    """Prefill, then one token at a time; a row leaves the batch once enough rows have ended."""
+    device, limit = base.device, sampling.max_tokens
+    decoder: Decoder = (
+        TransformersDecoder(base, prompts) if layers is None else NativeDecoder(base, layers, prompts, limit)
+    )
     stops = torch.tensor(stop_ids, device=device)
-    tokens = torch.zeros(len(prompts), sampling.max_tokens, dtype=torch.long, device=device)
-    alive = torch.arange(len(prompts), device=device)  # rows still in the cache
+    tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+    known = torch.zeros(3, len(prompts), limit, device=device)  # log-probabilities, entropies, values
+    alive = torch.arange(len(prompts), device=device)  # rows still in the batch
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache = DynamicCache(config=base.model.config)
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    for step in range(sampling.max_tokens):
+    states = decoder.start()
+    for step in range(limit):
         signals.check()
-        states = base.body(
-            input_ids=ids,
-            attention_mask=mask if ragged else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        drawn = draw(base.logits(states), uniform[alive, step], sampling.temperature, sampling.top_p)
-        going = ~ended[alive]
-        tokens[alive[going], step] = drawn[going]
-        ended[alive[going]] |= torch.isin(drawn[going], stops)
+        logits = base.logits(states)
+        drawn = draw(logits, uniform[alive, step], sampling.temperature, sampling.top_p)
+        logprobs, entropy = read(logits, drawn, sampling.temperature or 1.0, True, with_slopes=False)
+        values = head(states) if head is not None else torch.zeros_like(logprobs)
+        tokens[alive, step] = drawn  # what a row that has ended draws is cut off in the end
+        known[:, alive, step] = torch.stack([logprobs.float(), entropy.float(), values.float()])
+        ended[alive] |= torch.isin(drawn, stops)
         going = ~ended[alive]
         left = int(going.sum())
-        if left == 0 or step + 1 == sampling.max_tokens:
+        if left == 0 or step + 1 == limit:
             break
-        positions, ids = positions[:, -1:] + 1, drawn[:, None]
         if left <= len(alive) * 3 // 4:
             kept = going.nonzero().squeeze(-1)
-            cache.batch_select_indices(kept)
-            alive, ids, positions, mask = alive[kept], ids[kept], positions[kept], mask[kept]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return _cut(tokens, ended, stops, step + 1)
+            decoder.keep(kept)
+            alive, drawn = alive[kept], drawn[kept]
+        states = decoder.step(drawn)
+    return _cut(tokens, known, ended, stops, step + 1)
 
 
-def _cut(tokens: Tensor, ended: Tensor, stops: Tensor, generated: int) -> list[Tensor]:
+def _cut(tokens: Tensor, known: Tensor, ended: Tensor, stops: Tensor, generated: int) -> list[Response]:
     """Each row up to and including its first stop token."""
     is_stop = torch.isin(tokens, stops) & ended[:, None]
     first = torch.where(ended, is_stop.long().argmax(dim=1) + 1, generated).tolist()
-    return [row[:length].clone() for row, length in zip(tokens.cpu(), first, strict=True)]
+    rows = zip(tokens.cpu(), known.cpu().unbind(1), first, strict=True)
+    return [Response(row[:n].clone(), *(x[:n].clone() for x in facts)) for row, facts, n in rows]
+
+
+class TransformersDecoder:
+    """Rows being sampled through transformers' own model and cache, padded on the left."""
+
+    def __init__(self, base: Base, prompts: list[Tensor]):
+        from transformers import DynamicCache
+
+        self.base, device, width = base, base.device, max(len(p) for p in prompts)
+        self.ids = torch.stack([nn.functional.pad(p, (width - len(p), 0)) for p in prompts]).to(device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        self.mask = torch.arange(width, device=device)[None] >= (width - lengths)[:, None]
+        self.ragged = not bool(self.mask.all())
+        self.cache = DynamicCache(config=base.model.config)
+        self.positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def start(self) -> Tensor:
+        return self._run(self.ids)
+
+    def step(self, ids: Tensor) -> Tensor:
+        self.positions = self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return self._run(ids[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.positions, self.mask = self.positions[rows], self.mask[rows]
+
+    def _run(self, ids: Tensor) -> Tensor:
+        return self.base.body(
+            input_ids=ids,
+            attention_mask=self.mask if self.ragged else None,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:

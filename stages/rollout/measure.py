@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.config import EvaluateConfig
 from stages.maths.best_of import best_of_kl, best_of_weights
 from stages.maths.statistics import distinct_ngrams, mean_with_error
 from stages.models.roles import Roles
@@ -44,14 +45,13 @@ class Measured:
     kl: Tensor | None  # (B,) log-ratio of policy and reference, estimator k1, float64 on the CPU
 
 
-def sampling_of(
-    source: Source, temperature: float | None, max_response_tokens: int | None, rows_at_once: int | str
-) -> Sampling:
+def sampling_of(source: Source, config: EvaluateConfig) -> Sampling:
     """How to sample: as asked, else as the policy was trained, else temperature 1 and 128 tokens."""
     trained = source.manifest.config if source.manifest is not None else {}
     default = min(DEFAULT_RESPONSE_TOKENS, source.context // 2)
-    tokens = max_response_tokens or trained.get("max_response_tokens") or default
-    return Sampling(temperature or trained.get("temperature") or 1.0, tokens, rows_at_once=rows_at_once)
+    tokens = config.max_response_tokens or trained.get("max_response_tokens") or default
+    temperature = config.temperature or trained.get("temperature") or 1.0
+    return Sampling(temperature, tokens, rows_at_once=config.rollout_batch_size, engine=config.rollout_engine)
 
 
 def measure(bench: Bench, draws: list[int]) -> Measured:

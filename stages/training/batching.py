@@ -6,7 +6,7 @@ import math
 
 from stages.training.seeds import permutation
 
-TOKENS_AT_ONCE_CPU = 4096  # a forward pass of `auto` size on the CPU
+TOKENS_AT_ONCE_CPU = 2048  # a forward pass of `auto` size on the CPU: larger ones leave its caches
 TOKENS_AT_ONCE_CUDA = 16384
 
 

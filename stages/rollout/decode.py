@@ -1,0 +1,217 @@
+"""Decoding by our own code: one token per row and step, keys and values in slots made beforehand.
+
+Every row begins at the front of its slot, so prompts of different lengths need no padding; a step reads no more of the
+slots than the furthest row has filled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stages.models.base import Base
+from stages.models.fused import Linear, folded, normed, turned
+from stages.models.native import Block, Native
+from stages.models.prefixes import pack
+from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
+
+
+class Steady(NamedTuple):
+    """Linear layers that read the same states, as decoding uses them: x -> all their outputs side by side."""
+
+    weights: tuple[Tensor, ...]  # (out, in) each; one where the adapter is folded in
+    biases: tuple[Tensor | None, ...]
+    down: Tensor | None  # (ranks, in) of all layers with a delta, or None where it is folded in
+    up: tuple[Tensor | None, ...]  # (rank, out) each, scaled
+
+
+class Layer(NamedTuple):
+    """One block's linear layers under one role."""
+
+    block: Block
+    qkv: Steady
+    o: Steady
+    gate_up: Steady
+    down: Steady
+
+
+def steady(linears: list[Linear]) -> Steady:
+    """Linear layers under a role, made ready for many steps.
+
+    In fp32 the delta is folded into copies of the weights; in half precision that would round it away, and it stays
+    beside them.
+    """
+    if linears[0].weight.dtype == torch.float32:
+        weight = torch.cat([folded(linear) for linear in linears])
+        biases = [linear.bias for linear in linears]
+        bias = None if biases[0] is None else torch.cat(biases)
+        return Steady((weight,), (bias,), None, (None,))
+    dtype = linears[0].weight.dtype
+    downs = [linear.a.to(dtype) for linear in linears if linear.a is not None]
+    ups = tuple(None if one.b is None else (one.b.T * one.scale).to(dtype) for one in linears)
+    weights, biases = tuple(one.weight for one in linears), tuple(one.bias for one in linears)
+    return Steady(weights, biases, torch.cat(downs) if downs else None, ups)
+
+
+def run(x: Tensor, layer: Steady) -> Tensor:
+    """The outputs (R, sum out) of states (R, in)."""
+    outs = [functional.linear(x, w, bias) for w, bias in zip(layer.weights, layer.biases, strict=True)]
+    if layer.down is not None:
+        thin, start = x @ layer.down.T, 0
+        for out, up in zip(outs, layer.up, strict=True):
+            if up is not None:
+                out.addmm_(thin[:, start : start + len(up)], up)
+                start += len(up)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+
+def layers_of(native: Native) -> list[Layer]:
+    """Every block under the active role."""
+    return [
+        Layer(
+            block,
+            steady([block.q.now(), block.k.now(), block.v.now()]),
+            steady([block.o.now()]),
+            steady([block.gate.now(), block.up.now()]),
+            steady([block.down.now()]),
+        )
+        for block in native.blocks
+    ]
+
+
+class Slots:
+    """Keys and values of the rows being sampled: per layer (rows, kv heads, room, D) each."""
+
+    def __init__(self, native: Native, rows: int, room: int, dtype: torch.dtype, device: torch.device):
+        shapes = [(rows, len(b.k.weight) // b.head_size, room, b.head_size) for b in native.blocks]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+    def keep(self, rows: Tensor) -> None:
+        """Leave only these rows, in this order."""
+        for slots in (self.keys, self.values):
+            for i, slot in enumerate(slots):
+                slots[i] = slot[rows]
+
+
+class NativeDecoder:
+    """Rows being sampled through the native forward pass under the active role."""
+
+    def __init__(self, base: Base, layers: list[Layer], prompts: list[Tensor], more: int):
+        assert base.native is not None
+        self.base, self.native, self.layers = base, base.native, layers
+        longest = max(map(len, prompts))
+        self.slots = Slots(self.native, len(prompts), longest + more, base.dtype, base.device)
+        self.cos, self.sin = self.native.angles(torch.arange(longest + more, device=base.device))
+        self.places = torch.tensor([len(p) for p in prompts], device=base.device)  # (R,) of each row's next token
+        self.filled = longest
+        self.prompts = prompts
+
+    def start(self) -> Tensor:
+        """States (R, H) of the last token of every prompt; prompts that begin alike are computed together."""
+        budget = TOKENS_AT_ONCE_CUDA if self.base.device.type == "cuda" else TOKENS_AT_ONCE_CPU
+        states, first = [], 0
+        while first < len(self.prompts):
+            last, tokens = first + 1, len(self.prompts[first])
+            while last < len(self.prompts) and tokens + len(self.prompts[last]) <= budget:
+                tokens += len(self.prompts[last])
+                last += 1
+            states.append(self._prefill(first, last))
+            first = last
+        return torch.cat(states)
+
+    def _prefill(self, first: int, last: int) -> Tensor:
+        """Fill the slots of some rows; states (last - first, H) of their last tokens."""
+        prompts, device = self.prompts[first:last], self.base.device
+        row = pack(prompts, share=True)
+        lengths = torch.tensor([len(p) for p in prompts])
+        places = torch.arange(int(lengths.sum())) if row.places is None else row.places
+        owners = torch.repeat_interleave(torch.arange(first, last), lengths).to(device)
+        positions = torch.cat([torch.arange(len(p)) for p in prompts]).to(device)
+        ends, again = places[lengths.cumsum(0) - 1].to(device).unique(return_inverse=True)
+        places = places.to(device)
+
+        def keep(layer: int, keys: Tensor, values: Tensor) -> None:
+            self.slots.keys[layer][owners, :, positions] = keys[places]
+            self.slots.values[layer][owners, :, positions] = values[places]
+
+        return self.native.hidden(row, ends, keep=keep)[again]
+
+    def step(self, ids: Tensor) -> Tensor:
+        """States (R, H) after one more token (R,) of every row."""
+        self.filled += 1
+        states = decode(self.native, self.layers, self.slots, ids, self.places, self.filled, (self.cos, self.sin))
+        self.places = self.places + 1
+        return states
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.slots.keep(rows)
+        self.places = self.places[rows]
+
+
+def decode(
+    native: Native,
+    layers: list[Layer],
+    slots: Slots,
+    ids: Tensor,
+    places: Tensor,
+    filled: int,
+    angles: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Put tokens (R,) into their rows' slots at `places` (R,) and give their final states (R, H).
+
+    `filled` is how much of the slots may hold anything; `angles` are cos and sin of every position.
+    """
+    rows = torch.arange(len(ids), device=ids.device)
+    cos, sin = angles[0][places], angles[1][places]
+    behind = places[:, None] - torch.arange(filled, device=ids.device)  # (R, S) how far back each slot lies
+    masks = {window: _mask(behind, window, native) for window in {layer.block.window for layer in layers}}
+    x = native.embedding(ids)
+    for number, (block, qkv, o, gate_up, down) in enumerate(layers):
+        keys, values = slots.keys[number], slots.values[number]
+        q, k, v = _heads(block, run(normed(x, *_of(block.before_attention))[0], qkv), keys.shape[1])
+        keys[rows, :, places], values[rows, :, places] = turned(k, cos, sin), v
+        mixed = _attend(
+            turned(q, cos, sin), keys[:, :, :filled], values[:, :, :filled], masks[block.window], block.scale
+        )
+        x = x + run(mixed, o)
+        gate, up = run(normed(x, *_of(block.before_mlp))[0], gate_up).chunk(2, dim=-1)
+        x = x + run(functional.silu(gate).mul_(up), down)
+    return normed(x, *_of(native.norm))[0]
+
+
+def _of(norm) -> tuple[Tensor, float]:
+    return norm.weight, norm.eps
+
+
+def _mask(behind: Tensor, window: int | None, native: Native) -> Tensor:
+    """What is added to attention logits, (R, 1, 1, S): 0 for slots that a row may attend to."""
+    seen = behind >= 0
+    if window is not None:
+        seen &= behind < window
+    zero = torch.zeros((), dtype=native.embedding.weight.dtype, device=behind.device)
+    return torch.where(seen, zero, float("-inf"))[:, None, None]
+
+
+def _heads(block: Block, outs: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (R, heads, D), keys and values (R, kv heads, D), normed where the model does that."""
+    inner = kv_heads * block.head_size
+    parts = outs.split([outs.shape[-1] - 2 * inner, inner, inner], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, block.head_size)) for part in parts)
+    if block.query_norm is not None and block.key_norm is not None:
+        q, k = normed(q, *_of(block.query_norm))[0], normed(k, *_of(block.key_norm))[0]
+    return q, k, v
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """One query per head, q (R, heads, D), over keys and values (R, kv heads, S, D) -> (R, heads D).
+
+    Heads that share keys are rows of one product. Fused kernels made for long queries are slower at one.
+    """
+    grouped = q.unflatten(1, (keys.shape[1], -1)) * scale  # (R, kv heads, group, D)
+    weights = (grouped @ keys.transpose(-1, -2) + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ values).flatten(1)
