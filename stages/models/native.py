@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.models import attention
+from stages.models import attention, dense
 from stages.models.fused import Linear, gated_mlp, project, rms_norm, rotate
 from stages.models.lora import LoraLinear
 from stages.models.prefixes import Packing
@@ -106,12 +106,21 @@ def _block(
     q, k, v = heads_of(block, block.before_attention(x), angles)
     if show is not None:
         show(k, v)
-    mixed = attention.over(*(y.transpose(0, 1)[None] for y in (q, k, v)), segments, block.scale, block.window, None)
-    mixed = mixed.flatten(2)[0]
+    mixed = attend(q, k, v, segments, block.scale, block.window)
     if wanted is not None:
         x, mixed = x[wanted], mixed[wanted]
     (x,) = project(mixed, (block.o.now(),), residual=x)
     return gated_mlp(block.before_mlp(x), x, block.gate.now(), block.up.now(), block.down.now())
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, segments: attention.Segments, scale: float, window: int | None
+) -> Tensor:
+    """Attention within a packed row, q (N, heads, D), k and v (N, kv heads, D) -> (N, heads D)."""
+    short = not q.is_cuda and q.dtype == torch.float32 and segments.longest[1] <= dense.LONGEST
+    if short and all(tree.size <= dense.LONGEST for tree in segments.trees):
+        return dense.attend(q, k, v, segments.trees, scale, window).flatten(1)
+    return attention.over(*(y.transpose(0, 1)[None] for y in (q, k, v)), segments, scale, window, None).flatten(2)[0]
 
 
 def heads_of(block: Block, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
