@@ -17,7 +17,7 @@ from stages.models.native import Native, native_of
 from stages.models.prefixes import pack
 from stages.models.source import Source
 
-PROBE = ((5, 3, 9, 4, 8, 6, 7), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
+PROBE = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
 
 
 class Base:
