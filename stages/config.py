@@ -74,6 +74,15 @@ class ModelKnobs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseKnobs:
+    """How a command that never writes the base's weights may hold them."""
+
+    load_in_4bit: bool = knob(
+        False, "hold the frozen base in 4 bits (NF4): a quarter of the memory; pip install 'rlhf[4bit]'", DEVICE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataKnobs:
     """What every command that reads a dataset has."""
 
@@ -84,7 +93,7 @@ class DataKnobs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingKnobs(ModelKnobs, DataKnobs):
+class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
     """What every training stage has."""
 
     output: str = knob(
@@ -404,7 +413,7 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
+class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
     """Measure checkpoints: policies on prompts or demonstrations, reward models and DPO on comparisons."""
 
     output: str | None = knob(None, "also write the report to this .json file", OUTPUT, inert=True)
@@ -463,7 +472,7 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(RolloutKnobs, ModelKnobs, DataKnobs):
+class SampleConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
     """Write responses to prompts into a .jsonl file."""
 
     output: str = knob(REQUIRED, "file to write, one JSON object per response", OUTPUT)

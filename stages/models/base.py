@@ -14,6 +14,7 @@ from stages.errors import ModelError
 from stages.models import attention
 from stages.models.lora import LoraLinear, Switch, wrap
 from stages.models.prefixes import pack
+from stages.models.quantised import four_bit_options, keep_gradients
 from stages.models.source import Source
 
 PROBE = ((5, 3, 9, 4, 8, 6, 7), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
@@ -177,8 +178,18 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a.float() - b.float()).abs().max() <= tolerance * scale)
 
 
-def load_base(source: Source, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Base:
-    """Load a base onto a device, frozen; raises ModelError where transformers cannot load it as a causal LM."""
+def load_base(
+    source: Source,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    four_bit: bool = False,
+    trust_remote_code: bool = False,
+) -> Base:
+    """Load a base onto a device, frozen; raises ModelError where transformers cannot load it as a causal LM.
+
+    With `four_bit` its linear layers are held in 4 bits and compute in `dtype`; all else has `dtype`.
+    """
     from transformers import AutoModelForCausalLM
 
     attention.register()
@@ -187,6 +198,7 @@ def load_base(source: Source, *, device: torch.device, dtype: torch.dtype, trust
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
         "low_cpu_mem_usage": True,
+        **(four_bit_options(device, dtype) if four_bit else {}),
     }
     try:
         with _quiet():
@@ -203,7 +215,8 @@ def load_base(source: Source, *, device: torch.device, dtype: torch.dtype, trust
             where=str(source.base),
             fix="give a whole causal language model, not a classifier or a bare body",
         )
-    model = model.to(device).eval()
+    model = keep_gradients(model) if four_bit else model.to(device)
+    model.eval()
     _exchange_attention(model)
     return Base(model, source)
 

@@ -79,7 +79,11 @@ def open_base(source: Source, config: Any, text: Text) -> tuple[Base, Ranks]:
     """
     device = pick_device(config.device)
     base = load_base(
-        source, device=device, dtype=pick_dtype(config.dtype, device), trust_remote_code=config.trust_remote_code
+        source,
+        device=device,
+        dtype=pick_dtype(config.dtype, device),
+        four_bit=config.load_in_4bit,
+        trust_remote_code=config.trust_remote_code,
     )
     if len(text.tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
         raise ModelError(
