@@ -76,6 +76,7 @@ class Base:
         self.model.enable_input_require_grads()
         self.checkpoints = True
         if not _close(self.hidden(sequences), before, self._tolerance):
+            self.checkpoints = False
             raise self._refusal("computes something else in train mode", "leave --gradient-checkpointing out")
 
     # --- running it
