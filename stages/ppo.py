@@ -36,7 +36,7 @@ from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_dev
 from stages.training.language import count_targets, learn_rows
 from stages.training.loop import Progress, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
-from stages.training.plan import Work, plan_result, rollout_rows
+from stages.training.plan import Work, plan_result, rollout_rows, source_shapes
 from stages.training.seeds import derive, permutation
 from stages.training.session import encode_all, open_for_training, open_progress, open_text, publish
 
@@ -62,7 +62,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         return plan_result(config, source, work, total, inputs.rows_left_out)
 
     base, ranks = open_for_training(source, config, text, work, report)
-    at_once = rollout_rows(config, work, source, free_memory(base.device))
+    at_once = rollout_rows(config, work, source, source_shapes(source), free_memory(base.device))
     if config.batch_size < ranks.size:
         raise ConfigError(
             f"{config.batch_size} prompts per update are too few for {ranks.size} ranks",

@@ -11,7 +11,7 @@ from stages.models.source import open_source
 from stages.models.tokens import TokenRow
 from stages.training import passes
 from stages.training.language import count_targets, learn_rows
-from stages.training.memory import FOUR_BIT, activation_bytes, cache_bytes, shapes_of, tensor_shapes
+from stages.training.memory import FOUR_BIT, activation_bytes, cache_bytes, tensor_shapes
 from stages.training.plan import (
     Work,
     choose_passes,
@@ -20,6 +20,7 @@ from stages.training.plan import (
     peak_of,
     plan_result,
     rollout_rows,
+    source_shapes,
 )
 from tests.memory import LiveBytes, saved_bytes
 from tests.parts import ppo_config, publish_checkpoint, random_adapter, sequences_of, sft_config, whole_model
@@ -39,8 +40,12 @@ def source_of(folder, stages=()):
     return open_source(str(folder), stages=stages, what="--model")
 
 
+def parts_of(config, source, work):
+    return memory_by_part(config, work, source, source_shapes(source))
+
+
 def sft_parts(source, longest=100, **knobs):
-    return memory_by_part(sft_config(**{"device": "cpu", **knobs}), source, Work("sft", [longest]))
+    return parts_of(sft_config(**{"device": "cpu", **knobs}), source, Work("sft", [longest]))
 
 
 # --- what is held
@@ -95,7 +100,7 @@ def test_four_bits_take_what_bitsandbytes_says_they_take(model_folder):
 def test_the_adapters_of_ppo(model_folder, knobs, held, trained):
     source = source_of(model_folder("llama"))
     one = sft_parts(source)["adapters (weights)"]
-    parts = memory_by_part(ppo_config(**{"device": "cpu", "reward": ["rm"], **knobs}), source, Work("ppo", [100]))
+    parts = parts_of(ppo_config(**{"device": "cpu", "reward": ["rm"], **knobs}), source, Work("ppo", [100]))
     assert parts["adapters (weights)"] == held * one and parts[MOMENTS] == 3 * trained * one
 
 
@@ -117,7 +122,7 @@ def test_a_checkpoints_adapter_has_its_own_rank_and_layers_and_is_its_own_refere
 
     def weights(**knobs):
         config = ppo_config(device="cpu", reward=["rm"], **knobs)
-        return memory_by_part(config, source, Work("ppo", [100]))["adapters (weights)"] / 4
+        return parts_of(config, source, Work("ppo", [100]))["adapters (weights)"] / 4
 
     assert weights() == 4 * adapter.size == 4 * 4 * 2 * 64
     assert weights(lora_rank=12) == 3 * weights()
@@ -158,7 +163,7 @@ def test_activations_are_those_that_autograd_keeps(model_folder, architecture, d
     with roles.use("policy"), saved_bytes(there) as found:
         base.hidden(sequences)
     copies = 2 * adapter.size if dtype != torch.float32 and not checkpointing else 0
-    shapes = shapes_of(source.config, tensor_shapes(source.base))
+    shapes = source_shapes(source)
     kept, _ = activation_bytes(shapes, dtype.itemsize, checkpointing=checkpointing, rank=4)
     assert 221 * kept == pytest.approx(found[0] - copies, rel=0.25)
 
@@ -174,7 +179,7 @@ def test_the_peak_of_a_pass_is_the_plans(model_folder, dtype, checkpointing):
     with roles.use("policy"), live:
         learn_rows(roles, rows, count_targets(rows), "auto")
     config = sft_config(device="cpu", dtype=dtype, lora_rank=4, gradient_checkpointing=checkpointing)
-    parts = memory_by_part(config, source, Work("sft", [120, 120, 100, 100], 4, read=280 / 440))
+    parts = parts_of(config, source, Work("sft", [120, 120, 100, 100], 4, read=280 / 440))
     expected = sum(parts[name] for name in (ACTIVATIONS, "logits", "copies of adapters and gradients"))
     assert expected == pytest.approx(live.peak, rel=0.1)
 
@@ -187,13 +192,13 @@ def test_the_cache_of_a_rollout(open_tiny, model_folder):
         base.body(input_ids=torch.ones(3, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
     held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     source = source_of(model_folder("llama"))
-    assert 3 * 7 * cache_bytes(shapes_of(source.config, tensor_shapes(source.base)), 4) == held
+    assert 3 * 7 * cache_bytes(source_shapes(source), 4) == held
 
 
 def test_a_rollout_and_a_pass_are_never_there_at_once(model_folder):
     config, source = ppo_config(device="cpu"), source_of(model_folder("llama"))
-    small = memory_by_part(config, source, Work("ppo", [100], prompt=10, response=90, at_once=1))
-    large = memory_by_part(config, source, Work("ppo", [100], prompt=10, response=90, at_once=10_000))
+    small = parts_of(config, source, Work("ppo", [100], prompt=10, response=90, at_once=1))
+    large = parts_of(config, source, Work("ppo", [100], prompt=10, response=90, at_once=10_000))
     rollout = "rollout (keys, values)"
     assert peak_of(small) == pytest.approx(sum(small.values()) - small[rollout])
     assert peak_of(large) == pytest.approx(sum(large.values()) - large[ACTIVATIONS] - large["logits"])
@@ -212,7 +217,7 @@ def test_shared_beginnings_and_unread_tokens_need_less(model_folder):
     source, config = source_of(model_folder("llama")), sft_config(device="cpu")
 
     def parts(**work):
-        return memory_by_part(config, source, Work("sft", [100] * 4, 4, **work))
+        return parts_of(config, source, Work("sft", [100] * 4, 4, **work))
 
     assert parts(read=0.5)["logits"] == parts()["logits"] / 2 and parts(read=0.0)["logits"] == 0
     assert parts(read=0.0, computed=0.6)[ACTIVATIONS] == pytest.approx(0.6 * parts(read=0.0)[ACTIVATIONS])
@@ -223,12 +228,12 @@ def test_shared_beginnings_and_unread_tokens_need_less(model_folder):
 
 def decide(source, free, asked="auto", size="auto", rows=64, longest=100):
     config = sft_config(device="cpu", gradient_checkpointing=asked, micro_batch_size=size, lora_rank=4)
-    return choose_passes(config, Work("sft", [longest] * rows, rows), source, free)
+    return choose_passes(config, Work("sft", [longest] * rows, rows), source, source_shapes(source), free)
 
 
 def test_memory_is_used_as_far_as_it_goes_and_recomputing_comes_last(model_folder):
     source = source_of(model_folder("llama"))
-    shapes = shapes_of(source.config, tensor_shapes(source.base))
+    shapes = source_shapes(source)
     (kept, passing), less = (activation_bytes(shapes, 4, checkpointing=c, rank=4) for c in (False, True))
     held = 5 * 4 * 4 * 2 * (2 * 64 + 2 * 48 + 3 * 80)  # weights, gradients, moments, copy: 5 x fp32 x rank x layers
     logits = 16 * 4096 * 300
@@ -256,15 +261,15 @@ def test_memory_is_used_as_far_as_it_goes_and_recomputing_comes_last(model_folde
 
 def test_fewer_responses_are_sampled_at_once_where_all_do_not_fit(model_folder):
     source, work = source_of(model_folder("llama")), Work("ppo", [100], prompt=60, response=40, at_once=64)
-    config = ppo_config(device="cpu", lora_rank=4, reward=["f.py:score"])
+    config, shapes = ppo_config(device="cpu", lora_rank=4, reward=["f.py:score"]), source_shapes(source)
     held = 2 * 5 * 4 * 4 * 2 * (2 * 64 + 2 * 48 + 3 * 80)  # policy and critic
     one = 100 * 2 * 2 * 16 * 4 + max(60 * (3 * 48 + 4 * 32) * 4, 32 * 300)  # keys, values; a prompt's pass, or a draw
-    assert rollout_rows(config, work, source, None) == "auto"
-    assert rollout_rows(config, work, source, (held + 64.1 * one) / 0.9) == "auto"
-    assert rollout_rows(config, work, source, (held + 10.5 * one) / 0.9) == 10
-    assert rollout_rows(config, work, source, 0) == 1
+    assert rollout_rows(config, work, source, shapes, None) == "auto"
+    assert rollout_rows(config, work, source, shapes, (held + 64.1 * one) / 0.9) == "auto"
+    assert rollout_rows(config, work, source, shapes, (held + 10.5 * one) / 0.9) == 10
+    assert rollout_rows(config, work, source, shapes, 0) == 1
     asked = ppo_config(device="cpu", rollout_batch_size=7)
-    assert rollout_rows(asked, work, source, 0) == 7
+    assert rollout_rows(asked, work, source, shapes, 0) == 7
 
 
 def test_the_cut_of_a_batch_leaves_its_loss_alone(open_tiny):

@@ -193,7 +193,6 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    attention.register()
     options = {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
@@ -216,9 +215,13 @@ def load_base(
             where=str(source.base),
             fix="give a whole causal language model, not a classifier or a bare body",
         )
-    model = keep_gradients(model) if four_bit else model.to(device)
-    model.eval()
-    _exchange_attention(model)
+    return base_of(keep_gradients(model) if four_bit else model.to(device), source)
+
+
+def base_of(model: nn.Module, source: Source) -> Base:
+    """A loaded model as a frozen base with our attention; raises ModelError where it is not understood."""
+    attention.register()
+    _exchange_attention(model.eval())
     return Base(model, source)
 
 

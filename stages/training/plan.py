@@ -69,6 +69,11 @@ class Held:
         return self.adapters + self.moments + self.copies
 
 
+def source_shapes(source: Source) -> Shapes:
+    """The shapes of a base on disk."""
+    return shapes_of(source.config, tensor_shapes(source.base))
+
+
 def adapter_size(config: Any, source: Source, linear: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Weights of one adapter and its rank: the checkpoint's at the rank asked for, or a fresh one on the layers."""
     if source.folder is not None:
@@ -109,7 +114,7 @@ def largest_pass(config: Any, work: Work, tokens: int) -> int:
     return max((sum(longest[i] for i in rows) for rows in cut), default=0)
 
 
-def choose_passes(config: Any, work: Work, source: Source, free: float | None) -> Passes:
+def choose_passes(config: Any, work: Work, source: Source, shapes: Shapes, free: float | None) -> Passes:
     """How passes are run where so many bytes are free beside the base; None: as many as wanted.
 
     Only the cut of a batch and what is recomputed depend on it, and so results only by rounding. Activations are
@@ -121,7 +126,6 @@ def choose_passes(config: Any, work: Work, source: Source, free: float | None) -
     if free is None:
         return Passes(asked is True, default)
     width = pick_dtype(config.dtype, device).itemsize
-    shapes = shapes_of(source.config, tensor_shapes(source.base))
     room = SHARE * free - held_by(work.stage, config, source, shapes, width).total
     room -= logits_bytes(shapes, work.read * default)
     _, rank = adapter_size(config, source, shapes.linear)
@@ -135,12 +139,11 @@ def choose_passes(config: Any, work: Work, source: Source, free: float | None) -
     return Passes(checkpointing, max(1, min(default, fit)))
 
 
-def rollout_rows(config: Any, work: Work, source: Source, free: float | None) -> int | str:
+def rollout_rows(config: Any, work: Work, source: Source, shapes: Shapes, free: float | None) -> int | str:
     """Responses sampled side by side: as asked for, or fewer where `auto` would not fit into the free bytes."""
     if free is None or config.rollout_batch_size != AUTO:
         return config.rollout_batch_size
     width = pick_dtype(config.dtype, pick_device(config.device)).itemsize
-    shapes = shapes_of(source.config, tensor_shapes(source.base))
     room = SHARE * free - held_by(work.stage, config, source, shapes, width).total
     one = rollout_bytes(shapes, width, replace(work, at_once=1))
     return AUTO if one * work.at_once <= room else max(1, int(room / one))
@@ -154,16 +157,14 @@ def rollout_bytes(shapes: Shapes, width: int, work: Work) -> float:
 
 
 def memory_by_part(
-    config: Any, source: Source, work: Work, *, passes: Passes | None = None, tokens: int | None = None
+    config: Any, work: Work, source: Source, shapes: Shapes, *, passes: Passes | None = None, tokens: int | None = None
 ) -> dict[str, float]:
     """Bytes at the peak by part; `tokens`: of a pass of exactly this size.
 
     A rollout and a pass are never there at once: the peak is what is held all the time and the larger of both.
     """
-    device = pick_device(config.device)
-    width = pick_dtype(config.dtype, device).itemsize
-    shapes = shapes_of(source.config, tensor_shapes(source.base))
-    passes = passes or choose_passes(config, work, source, None)
+    width = pick_dtype(config.dtype, pick_device(config.device)).itemsize
+    passes = passes or choose_passes(config, work, source, shapes, None)
     held = held_by(work.stage, config, source, shapes, width)
     _, rank = adapter_size(config, source, shapes.linear)
     size = largest_pass(config, work, passes.tokens) if tokens is None else tokens
@@ -193,7 +194,7 @@ def memory_text(stage: str, config: Any, tokens: int) -> str:
     """The same estimate in a line, for a pass over one row of so many tokens."""
     known = ("sft", "reward", "ppo", "dpo")
     source = open_source(config.model, stages=known, what="--model", trust_remote_code=config.trust_remote_code)
-    parts = memory_by_part(config, source, Work(stage, [tokens]), tokens=tokens)
+    parts = memory_by_part(config, Work(stage, [tokens]), source, source_shapes(source), tokens=tokens)
     return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
 
 
@@ -201,11 +202,11 @@ def plan_result(config: Any, source: Source, work: Work, total: int, left_out: d
     """The plan of a stage that was resolved and checked but will not train."""
     device = pick_device(config.device)
     width = pick_dtype(config.dtype, device).itemsize
-    shapes = shapes_of(source.config, tensor_shapes(source.base))
+    shapes = source_shapes(source)
     free = free_memory(device)
     beside = None if free is None else free - base_bytes(shapes, width, four_bit=config.load_in_4bit)
-    passes = choose_passes(config, work, source, beside)
-    parts = memory_by_part(config, source, work, passes=passes)
+    passes = choose_passes(config, work, source, shapes, beside)
+    parts = memory_by_part(config, work, source, shapes, passes=passes)
     memory = {name: size / 1e9 for name, size in parts.items()} | {"total": peak_of(parts) / 1e9}
     facts = {
         "rows": len(work.sizes),

@@ -26,7 +26,7 @@ from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_dev
 from stages.training.loop import Progress
 from stages.training.optimizer import AdamW
 from stages.training.passes import limit_tokens
-from stages.training.plan import Work, choose_passes
+from stages.training.plan import Work, choose_passes, source_shapes
 from stages.training.reload import check_reload, check_tokenizer
 
 Row = TypeVar("Row")
@@ -102,8 +102,8 @@ def open_base(source: Source, config: Any, text: Text) -> tuple[Base, Ranks]:
 def open_for_training(source: Source, config: Any, text: Text, work: Work, report: Report) -> tuple[Base, Ranks]:
     """`open_base`, and passes of the size that the plan of `work` finds room for beside it."""
     base, ranks = open_base(source, config, text)
-    free = free_memory(base.device)
-    passes = choose_passes(config, work, source, free)
+    free, shapes = free_memory(base.device), source_shapes(source)
+    passes = choose_passes(config, work, source, shapes, free)
     if passes.checkpointing:
         try:
             base.checkpoint_activations()
@@ -111,7 +111,7 @@ def open_for_training(source: Source, config: Any, text: Text, work: Work, repor
             if config.gradient_checkpointing is True:
                 raise
             report.note(f"memory is short, but {error.what}")
-            passes = choose_passes(replace(config, gradient_checkpointing=False), work, source, free)
+            passes = choose_passes(replace(config, gradient_checkpointing=False), work, source, shapes, free)
         else:
             report.note(f"activations are computed again, in passes of up to {passes.tokens} tokens")
     limit_tokens(passes.tokens)
