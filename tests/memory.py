@@ -64,3 +64,20 @@ def saved_bytes(leave_out: list[Tensor]) -> Iterator[list[int]]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         yield total
     total.append(sum(found.values()))
+
+
+@contextmanager
+def peak_bytes(device: torch.device) -> Iterator[list[int]]:
+    """The most that this block has on a device beyond what was there before; in the list when the block ends."""
+    found: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    live = LiveBytes()
+    with live:
+        yield found
+    found.append(live.peak)

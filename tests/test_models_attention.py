@@ -154,35 +154,3 @@ def test_perturbing_one_segment_leaves_its_neighbours_alone(open_tiny, architect
     assert (first[:9] - second[:9]).abs().max() > 0.1
     assert (middle[:4] - first[9:13]).abs().max() <= 1e-6
     assert (middle[13:] - first[13:]).abs().max() <= 1e-6
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("architecture", PACKING)
-def test_shared_beginnings_on_cuda_give_the_states_of_single_sequences(model_folder, architecture):
-    from stages.models.base import load_base
-    from stages.models.source import open_source
-
-    source = open_source(str(model_folder(architecture)), stages=(), what="--model")
-    base = load_base(source, device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert base.shares
-    prompt, *rest = sequences_of([9, 4, 12])
-    sequences = [torch.cat([prompt, part]) for part in rest]
-    with torch.no_grad():
-        alone = torch.cat([base.hidden([s]) for s in sequences]).float()
-        assert (base.hidden(sequences).float() - alone).abs().max() < 0.1 * alone.abs().max()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("architecture", PACKING)
-def test_packed_rows_on_cuda_give_the_states_of_single_sequences(model_folder, architecture):
-    from stages.models.base import load_base
-    from stages.models.source import open_source
-
-    source = open_source(str(model_folder(architecture)), stages=(), what="--model")
-    base = load_base(source, device=torch.device("cuda"), dtype=torch.bfloat16)
-    exact = load_base(source, device=torch.device("cuda"), dtype=torch.float32)
-    assert base.packs
-    sequences = sequences_of([9, 4, 12])
-    with torch.no_grad():
-        alone = torch.cat([exact.hidden([s]) for s in sequences])
-        assert (base.hidden(sequences).float() - alone).abs().max() < 0.1 * alone.abs().max()
