@@ -11,7 +11,7 @@ from stages.models.source import open_source
 from stages.models.tokens import TokenRow
 from stages.training import passes
 from stages.training.language import count_targets, learn_rows
-from stages.training.memory import FOUR_BIT, activation_bytes, cache_bytes, tensor_shapes
+from stages.training.memory import FOUR_BIT, activation_bytes, cache_bytes, shapes_of, tensor_shapes
 from stages.training.plan import (
     Work,
     choose_passes,
@@ -137,6 +137,16 @@ def test_weights_that_are_there_twice_count_once(tmp_path):
         "model-00001-of-00002.weight": (2, 3),
         "model-00002-of-00002.weight": (2, 3),
     }
+
+
+def test_a_config_that_says_little_or_differs_from_layer_to_layer_is_estimated_all_the_same():
+    tensors = {"layers.0.up.weight": (8, 4), "embed.weight": (10, 4), "layers.0.norm.weight": (4,)}
+    poor = shapes_of({"model_type": "x"}, tensors)
+    assert (poor.layers, poor.heads, poor.weights, poor.linear) == (1, 1, 32 + 44, {"layers.0.up.weight": (8, 4)})
+    config = {"num_hidden_layers": 2, "hidden_size": 4, "num_attention_heads": "?", "intermediate_size": [6, 8]}
+    assert shapes_of(config, tensors).inner == 8
+    assert shapes_of({"text_config": config}, tensors) == shapes_of(config, tensors)
+    assert activation_bytes(shapes_of(config, tensors), 2, checkpointing=False)[0] > 0
 
 
 # --- what comes and goes, against what autograd and torch really take
@@ -323,3 +333,6 @@ def test_where_the_device_says_what_is_free_so_does_the_plan(model_folder, monke
     assert result.data["plan"]["gradient_checkpointing"] is True and result.data["memory_gb"]["free"] == 0.005
     assert result.data["memory_gb"]["total"] < 0.005
     assert ("gradient checkpointing", "on") in result.tables[0].rows
+    work = Work("ppo", [100] * 64, 64, prompt=60, response=40, at_once=64)
+    result = plan_result(ppo_config(device="cpu", lora_rank=4), source, work, 7, {})
+    assert 1 < result.data["plan"]["responses_at_once"] < 64 and result.data["memory_gb"]["total"] < 0.005

@@ -13,6 +13,7 @@ NAMES = {  # what configs call the same thing
     "layers": ("num_hidden_layers", "n_layer"),
     "heads": ("num_attention_heads", "n_head"),
     "hidden": ("hidden_size", "n_embd"),
+    "inner": ("intermediate_size", "n_inner"),
 }
 
 
@@ -62,8 +63,9 @@ def shapes_of(config: dict, tensors: dict[str, tuple[int, ...]]) -> Shapes:
     inner = config.get("text_config")
     config = inner if isinstance(inner, dict) and inner else config
     linear = {n: s for n, s in tensors.items() if len(s) == 2 and not any(part in n for part in NOT_ADAPTED)}
-    layers, heads, hidden = (next((config[n] for n in names if config.get(n)), 1) for names in NAMES.values())
-    head_size = config.get("head_dim") or hidden // heads
+    layers, heads, hidden, inner = (_number(config, names) for names in NAMES.values())
+    layers, heads, hidden = max(layers, 1), max(heads, 1), max(hidden, 1)
+    head_size = _number(config, ("head_dim",)) or hidden // heads
     vectors = [name for name, shape in tensors.items() if shape == (hidden,) and ("norm" in name or "ln_" in name)]
     scales = [name for name in vectors if name.endswith("weight")]
     return Shapes(
@@ -71,13 +73,13 @@ def shapes_of(config: dict, tensors: dict[str, tuple[int, ...]]) -> Shapes:
         heads=heads,
         hidden=hidden,
         queries=heads * head_size,
-        keys=(config.get("num_key_value_heads") or heads) * head_size,
-        inner=config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
+        keys=(_number(config, ("num_key_value_heads",)) or heads) * head_size,
+        inner=inner or 4 * hidden,
         curve=4 if any("gate" in name for name in linear) else 5 if "gelu_new" in config.values() else 2,
         norms=max(1, len(scales) // layers),
         centred=len(vectors) > len(scales),
         head_norms=any("q_norm" in name for name in tensors),
-        vocabulary=config.get("vocab_size", 1),
+        vocabulary=_number(config, ("vocab_size",)),
         linear=linear,
         other=sum(_size(shape) for name, shape in tensors.items() if name not in linear),
     )
@@ -128,6 +130,15 @@ def logits_bytes(shapes: Shapes, rows: float) -> float:
 def draw_bytes(shapes: Shapes, rows: int) -> float:
     """Distributions that one token each of so many responses is drawn from, in fp64, four times over."""
     return 4 * FP64 * rows * shapes.vocabulary
+
+
+def _number(config: dict, names: tuple[str, ...]) -> int:
+    """The first of these that a config gives as a number, the largest of one per layer; 0 where there is none."""
+    for name in names:
+        found = config[name] if isinstance(config.get(name), list) else [config.get(name)]
+        if found and all(type(number) is int and number > 0 for number in found):
+            return max(found)
+    return 0
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -206,6 +206,8 @@ def plan_result(config: Any, source: Source, work: Work, total: int, left_out: d
     free = free_memory(device)
     beside = None if free is None else free - base_bytes(shapes, width, four_bit=config.load_in_4bit)
     passes = choose_passes(config, work, source, shapes, beside)
+    rows = rollout_rows(config, work, source, shapes, beside) if work.prompt else 0
+    work = replace(work, at_once=rows) if isinstance(rows, int) else work
     parts = memory_by_part(config, work, source, shapes, passes=passes)
     memory = {name: size / 1e9 for name, size in parts.items()} | {"total": peak_of(parts) / 1e9}
     facts = {
@@ -217,6 +219,7 @@ def plan_result(config: Any, source: Source, work: Work, total: int, left_out: d
         "longest_row_tokens": max(work.sizes),
         "largest_pass_tokens": largest_pass(config, work, passes.tokens),
         "gradient_checkpointing": passes.checkpointing,
+        **({"responses_at_once": work.at_once} if work.prompt else {}),
         "trainable_parameters_per_adapter": adapter_size(config, source, shapes.linear)[0],
     }
     cells = {

@@ -52,7 +52,7 @@ def distance(one, other):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_that_was_interrupted_ends_where_a_straight_one_does(data, device, model_folder, dtype):
-    """To the bit where two straight runs agree to the bit, as on a CPU; else within 2 % of the way they went."""
+    """To the bit where two straight runs agree to the bit, as on a CPU; else within 5 % of the way they went."""
     base, how = model_folder("llama-wide"), ("--dtype", dtype)
     sft(data, base, device, data / "straight", 6, *how)
     sft(data, base, device, data / "again", 6, *how)
@@ -65,6 +65,6 @@ def test_a_run_that_was_interrupted_ends_where_a_straight_one_does(data, device,
     deterministic = distance(data / "straight", data / "again") == 0
     assert deterministic or device.type == "cuda"
     way = distance(data / "straight", data / "start")
-    assert distance(data / "straight", data / "resumed") <= (0 if deterministic else 0.02 * way)
+    assert distance(data / "straight", data / "resumed") <= (0 if deterministic else 0.05 * way)
     losses = [[line["loss"] for line in lines[name][1:]] for name in ("straight", "resumed")]
     assert losses[1] == pytest.approx(losses[0], rel=0 if deterministic else 0.01)
