@@ -121,7 +121,7 @@ GPU_SECONDS  ?= 300
 gpu-check: ## GPU tests and GPU benchmark, in under 9 minutes on one CUDA device
 	@$(GPU_PYTHON) benchmarks/gpu.py --look
 	@failed=0; \
-	timeout 200 $(GPU_PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/gpu || failed=1; \
+	timeout 200 $(GPU_PYTHON) -m pytest -q --tb=short -m gpu -p no:cacheprovider tests/gpu || failed=1; \
 	timeout $$(($(GPU_SECONDS) + 30)) $(GPU_PYTHON) benchmarks/gpu.py --budget-seconds $(GPU_SECONDS) \
 	    --output benchmarks/results || failed=1; \
 	exit $$failed
