@@ -174,10 +174,9 @@ def kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, scale=None, window_siz
     return torch.cat(out)
 
 
-def older_kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, is_causal=False, scale=None):
-    """The same without windows and grouped heads."""
-    assert is_causal
-    return kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, scale, (-1, 0))
+def older_kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, scale=None, window_size=(-1, -1)):
+    """As of 2.11, without grouped heads."""
+    return kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, scale, window_size)
 
 
 @pytest.mark.parametrize("version", [kernel, older_kernel])
@@ -185,9 +184,7 @@ def older_kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, is_causal=False,
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("trees", [[Tree(5), Tree(1), Tree(7)], [Tree(2), Tree(3, (2, 4)), Tree(1, (1,))]])
 def test_the_kernel_is_given_what_belongs_together(monkeypatch, version, kv_heads, window, trees):
-    """Heads, keys and bounds as on CUDA; an older kernel is only asked where there is no window."""
-    if version is older_kernel and window is not None:
-        pytest.skip("no window there")
+    """Heads, keys and bounds as they would be on CUDA."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", version)
     q, k, v = qkv(13, kv_heads=kv_heads)
     segments = segments_of(*trees)
