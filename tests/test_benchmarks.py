@@ -165,6 +165,30 @@ def test_the_gpu_benchmark_runs_where_there_is_only_a_cpu(gpu, monkeypatch, tmp_
     assert "| tiny: 4 x (4 + 4) | s | least, s | ratio |" in text and text.strip() == capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize(("dtype", "free"), [("float32", None), ("bfloat16", 17e6)])
+def test_the_plan_of_a_whole_iteration_is_what_it_takes(gpu, monkeypatch, dtype, free):
+    """Also where memory is short: then passes are smaller and activations are computed again."""
+    import measures
+    import torch
+
+    from benchmarks.roofline import Ceilings, Iteration
+    from benchmarks.shapes import SHAPES, build
+    from stages.training import passes
+    from tests.memory import LiveBytes
+
+    monkeypatch.setattr(passes._Share, "tokens", None)
+    monkeypatch.setattr(measures, "free_memory", lambda device: free)
+    sizes = SHAPES["tiny"] | {"num_hidden_layers": 4}
+    model = measures.open_model(*build(sizes, torch.device("cpu"), getattr(torch, dtype)), 32)
+    live = LiveBytes()
+    with live:
+        found = measures.iterate(model, Iteration(16, 32, 32, 16), Ceilings(1e11, 1e10))
+    held = ("frozen base", "adapters (weights)", "gradients and Adam moments")
+    assert found["recomputed"] is (free is not None)
+    planned = found["planned_peak"] - sum(found["planned_parts"][name] for name in held)
+    assert planned == pytest.approx(live.peak, rel=0.15)
+
+
 def test_targets_are_passed_or_missed(gpu):
     row = {"decode 64": {"share_of_bandwidth": 0.5}, "iteration": {"times_roofline": 2.6, "measured_over_planned": 0.8}}
     ends = {target[0]: gpu.verdict(row, *target)[-1] for target in gpu.TARGETS}

@@ -9,6 +9,7 @@ from stages.models.base import load_base
 from stages.models.roles import Roles
 from stages.models.source import open_source
 from stages.models.tokens import TokenRow
+from stages.rollout.generate import Sampling, generate
 from stages.training import passes
 from stages.training.language import count_targets, learn_rows
 from stages.training.memory import FOUR_BIT, activation_bytes, cache_bytes, shapes_of, tensor_shapes
@@ -19,6 +20,7 @@ from stages.training.plan import (
     memory_by_part,
     peak_of,
     plan_result,
+    rollout_bytes,
     rollout_rows,
     source_shapes,
 )
@@ -205,6 +207,17 @@ def test_the_cache_of_a_rollout(open_tiny, model_folder):
     assert 3 * 7 * cache_bytes(source_shapes(source), 4) == held
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("prompt", "response"), [(100, 4), (4, 100), (50, 50)])
+def test_the_peak_of_a_rollout_is_the_plans(model_folder, dtype, prompt, response):
+    source, base, roles, _ = opened(model_folder("llama"), dtype, False)
+    live, prompts = LiveBytes(), sequences_of([prompt] * 16)
+    with roles.use("policy"), live:
+        generate(base, prompts, [(i,) for i in range(16)], (-1,), Sampling(1.0, response))
+    work = Work("ppo", [100], prompt=prompt, response=response, at_once=16)
+    assert rollout_bytes(source_shapes(source), dtype.itemsize, work) == pytest.approx(live.peak, rel=0.15)
+
+
 def test_a_rollout_and_a_pass_are_never_there_at_once(model_folder):
     config, source = ppo_config(device="cpu"), source_of(model_folder("llama"))
     small = parts_of(config, source, Work("ppo", [100], prompt=10, response=90, at_once=1))
@@ -273,7 +286,8 @@ def test_fewer_responses_are_sampled_at_once_where_all_do_not_fit(model_folder):
     source, work = source_of(model_folder("llama")), Work("ppo", [100], prompt=60, response=40, at_once=64)
     config, shapes = ppo_config(device="cpu", lora_rank=4, reward=["f.py:score"]), source_shapes(source)
     held = 2 * 5 * 4 * 4 * 2 * (2 * 64 + 2 * 48 + 3 * 80)  # policy and critic
-    one = 100 * 2 * 2 * 16 * 4 + max(60 * (3 * 48 + 4 * 32) * 4, 32 * 300)  # keys, values; a prompt's pass, or a draw
+    kept = 2 * 2 * 16 * 4  # keys and values of a token
+    one = max(60 * (kept + (3 * 48 + 5 * 32) * 4), 100 * kept + 24 * 300)  # the prompts' pass, or the last draw
     assert rollout_rows(config, work, source, shapes, None) == "auto"
     assert rollout_rows(config, work, source, shapes, (held + 64.1 * one) / 0.9) == "auto"
     assert rollout_rows(config, work, source, shapes, (held + 10.5 * one) / 0.9) == 10

@@ -114,7 +114,7 @@ def activation_bytes(shapes: Shapes, width: int, *, checkpointing: bool, rank: i
 
 def prefill_bytes(shapes: Shapes, width: int) -> float:
     """Per token of a forward pass without gradients: what is there at once within one layer."""
-    return (3 * shapes.inner + 4 * shapes.hidden) * width
+    return (3 * shapes.inner + 5 * shapes.hidden) * width
 
 
 def cache_bytes(shapes: Shapes, width: int) -> float:
@@ -128,8 +128,8 @@ def logits_bytes(shapes: Shapes, rows: float) -> float:
 
 
 def draw_bytes(shapes: Shapes, rows: int) -> float:
-    """Distributions that one token each of so many responses is drawn from, in fp64, four times over."""
-    return 4 * FP64 * rows * shapes.vocabulary
+    """Distributions that one token each of so many responses is drawn from, in fp64, three times over."""
+    return 3 * FP64 * rows * shapes.vocabulary
 
 
 def _number(config: dict, names: tuple[str, ...]) -> int:

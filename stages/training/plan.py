@@ -150,10 +150,11 @@ def rollout_rows(config: Any, work: Work, source: Source, shapes: Shapes, free: 
 
 
 def rollout_bytes(shapes: Shapes, width: int, work: Work) -> float:
-    """Keys and values of a rollout, and the larger of what computing its prompts and drawing its tokens takes."""
-    cache = work.at_once * (work.prompt + work.response) * cache_bytes(shapes, width)
-    prefill = work.at_once * work.prompt * prefill_bytes(shapes, width)
-    return cache + max(prefill, draw_bytes(shapes, work.at_once))
+    """The larger of what a rollout's prompts take, computed and kept, and of what its last token takes to be drawn."""
+    one = cache_bytes(shapes, width)
+    first = work.at_once * work.prompt * (one + prefill_bytes(shapes, width))
+    last = work.at_once * (work.prompt + work.response) * one + draw_bytes(shapes, work.at_once)
+    return max(first, last)
 
 
 def memory_by_part(
