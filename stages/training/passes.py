@@ -123,7 +123,7 @@ def smaller(rows: int, what: str, tokens: int) -> None:
         raise OutOfMemory(
             f"out of memory in {what}",
             where="device",
-            fix="try --gradient-checkpointing, fewer tokens per row, a smaller --lora-rank, or a smaller base",
+            fix="try --gradient-checkpointing true, --load-in-4bit, fewer tokens per row, or a smaller --lora-rank",
             tokens=tokens,
         )
     _Share.divisor *= 2

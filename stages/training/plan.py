@@ -226,7 +226,8 @@ def plan_result(config: Any, source: Source, work: Work, total: int, left_out: d
     cells = {
         name: ("on" if value else "off") if isinstance(value, bool) else f"{value:,}" for name, value in facts.items()
     }
-    rows = tuple((name, f"{size:.3f}") for name, size in memory.items())
+    label = {"total": "total (a pass and a rollout are never there together)"} if work.prompt else {}
+    rows = tuple((label.get(name, name), f"{size:.3f}") for name, size in memory.items())
     if beside is not None:
         rows += (("free on the device", f"{free / 1e9:.3f}"),)
         memory["free"] = free / 1e9
