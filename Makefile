@@ -35,7 +35,7 @@ dataset = $(if $($(1)_DATA),--dataset $($(1)_DATA))
 rows    = $(wildcard $(or $($(1)_DATA),$(shell sed -n 's/^dataset: *\([^ ]*\).*/\1/p' $(RECIPE)/$(2).yaml 2>/dev/null)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo sft reward ppo evaluate test test-all lint smoke clean
+.PHONY: help setup demo sft reward ppo evaluate test test-all lint smoke gpu-check clean
 # An interrupt must not make `make` delete what a stage has just finished.
 .PRECIOUS: $(SFT) $(REWARD) $(PPO) $(REPORT)
 
@@ -49,7 +49,8 @@ help: ## show this list
 	@printf '             SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS, EVALUATE_FLAGS, PREPARE_FLAGS for one\n'
 	@printf '  BASE       base model, and SFT_DATA, REWARD_DATA, PPO_DATA, EVALUATE_DATA, where the\n'
 	@printf '             recipe does not name them\n'
-	@printf '  PYTHON     what makes .venv (%s); JOBS: test processes (%s)\n' '$(PYTHON)' '$(JOBS)'
+	@printf '  PYTHON     what makes .venv (%s), or runs gpu-check without one; JOBS: test processes (%s)\n' \
+	    '$(PYTHON)' '$(JOBS)'
 
 # --- the tool ----------------------------------------------------------------------------------------------------
 
@@ -112,6 +113,18 @@ smoke: .venv/installed ## every stage for two steps, in runs/smoke
 	rm -rf runs/smoke
 	$(MAKE) --no-print-directory demo RECIPE=recipes/tiny RUN=runs/smoke FLAGS='$(SMALL)' \
 	    PREPARE_FLAGS='--steps 20 --rows 100' EVALUATE_FLAGS='--limit-rows 8'
+
+# Nothing is installed for it: a GPU machine's own Python does, where there is no .venv. Both parts run whatever the other
+# says, each within its time; the benchmark writes what it has after every model.
+GPU_PYTHON    = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_SECONDS  ?= 300
+gpu-check: ## GPU tests and GPU benchmark, in under 9 minutes on one CUDA device
+	@$(GPU_PYTHON) benchmarks/gpu.py --look
+	@failed=0; \
+	timeout 200 $(GPU_PYTHON) -m pytest -q --tb=short -m gpu -p no:cacheprovider tests/gpu || failed=1; \
+	timeout $$(($(GPU_SECONDS) + 30)) $(GPU_PYTHON) benchmarks/gpu.py --budget-seconds $(GPU_SECONDS) \
+	    --output benchmarks/results || failed=1; \
+	exit $$failed
 
 clean: ## remove .venv, caches and runs/smoke; other runs stay
 	rm -rf .venv runs/smoke build ./*.egg-info .pytest_cache .ruff_cache .hypothesis

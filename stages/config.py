@@ -74,6 +74,15 @@ class ModelKnobs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseKnobs:
+    """How a command that never writes the base's weights may hold them."""
+
+    load_in_4bit: bool = knob(
+        False, "hold the frozen base in 4 bits (NF4): a quarter of the memory; pip install 'rlhf[4bit]'", DEVICE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataKnobs:
     """What every command that reads a dataset has."""
 
@@ -84,7 +93,7 @@ class DataKnobs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingKnobs(ModelKnobs, DataKnobs):
+class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
     """What every training stage has."""
 
     output: str = knob(
@@ -106,7 +115,11 @@ class TrainingKnobs(ModelKnobs, DataKnobs):
     max_steps: int | None = knob(None, "stop after N steps, whatever epochs says", TRAINING, low=1, auto="from epochs")
     batch_size: int = knob(64, "rows per optimiser step, over all ranks", TRAINING, low=1)
     micro_batch_size: int | str = knob(
-        AUTO, "rows per forward pass; changes speed and memory, not the result", TRAINING, low=1, inert=True
+        AUTO,
+        "rows per forward pass; auto is what memory has room for; changes results by rounding alone",
+        TRAINING,
+        low=1,
+        inert=True,
     )
 
     learning_rate: float = knob(2e-4, "peak learning rate", OPTIMISER, above=0)
@@ -117,8 +130,13 @@ class TrainingKnobs(ModelKnobs, DataKnobs):
     adam_beta2: float = knob(0.999, "Adam's beta 2", OPTIMISER, low=0, high=0.99999)
     adam_eps: float = knob(1e-8, "Adam's epsilon", OPTIMISER, above=0)
     max_grad_norm: float = knob(1.0, "clip the gradient to this norm; 0 turns it off", OPTIMISER, low=0)
-    gradient_checkpointing: bool = knob(
-        False, "recompute activations in the backward pass: less memory, more time", OPTIMISER
+    gradient_checkpointing: bool | str = knob(
+        AUTO,
+        "compute activations again in the backward pass: less memory, half more time; auto does so on CUDA where "
+        "passes do not fit otherwise (changes results by rounding alone)",
+        OPTIMISER,
+        choices=(AUTO, "true", "false"),
+        inert=True,
     )
 
     lora_rank: int | None = knob(None, "rank of the adapters", LORA, low=1, high=4096, auto="32, or the checkpoint's")
@@ -411,7 +429,7 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
+class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
     """Measure checkpoints: policies on prompts or demonstrations, reward models and DPO on comparisons."""
 
     output: str | None = knob(None, "also write the report to this .json file", OUTPUT, inert=True)
@@ -470,7 +488,7 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, DataKnobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(RolloutKnobs, ModelKnobs, DataKnobs):
+class SampleConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
     """Write responses to prompts into a .jsonl file."""
 
     output: str = knob(REQUIRED, "file to write, one JSON object per response", OUTPUT)
@@ -711,7 +729,8 @@ def check_bounds(value: object, about: Knob, where: str) -> None:
         if about.choices and NONE in value:
             raise ConfigError(f"`{NONE}` stands alone", where=where, fix=f"give {NONE}, or the conditions to stop on")
         return
-    if about.choices and value not in about.choices:
+    named_value = str(value).lower() if isinstance(value, bool) else value
+    if about.choices and named_value not in about.choices:
         near = difflib.get_close_matches(str(value), about.choices, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         raise ConfigError(

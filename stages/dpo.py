@@ -18,6 +18,7 @@ from stages.results import Report, Result, next_commands
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import (
     TokenComparison,
+    computed_share,
     encode_comparison,
     pairs_of,
     report_of,
@@ -26,12 +27,13 @@ from stages.training.comparing import (
 )
 from stages.training.devices import Ranks
 from stages.training.implicit import cached_logprobs, flatten, logprob_sums, summed_logprobs
+from stages.training.language import count_targets
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
-from stages.training.plan import plan_result
+from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
-from stages.training.session import context_limit, encode_all, open_base, open_progress, open_text, publish
+from stages.training.session import context_limit, encode_all, open_for_training, open_progress, open_text, publish
 
 REPORT_FILE = "report.json"
 
@@ -45,10 +47,12 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
     held = encode_all(inputs.held_out, encode, skip_bad=True, report=report, what="held-out comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
+    sizes, read = [row.size for row in rows], count_targets(flatten(rows))
+    work = Work("dpo", sizes, config.batch_size, read=read / sum(sizes), computed=computed_share(rows))
     if dry_run:
-        return plan_result("dpo", config, source, [row.size for row in rows], total, inputs.rows_left_out)
+        return plan_result(config, source, work, total, inputs.rows_left_out)
 
-    base, ranks = open_base(source, config, text)
+    base, ranks = open_for_training(source, config, text, work, report)
     roles = Roles(base)
     seed = derive(config.seed, "dpo", "adapter")
     adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)

@@ -6,6 +6,7 @@ Every mistake of the user's that can be seen without a tokenizer is found here, 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,8 @@ class Inputs:
 
 def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
     """Open what a stage's config names; raises a UserError for the first thing that is wrong."""
+    if getattr(config, "load_in_4bit", False):
+        _four_bits_are_there()
     return {
         "sft": sft_inputs,
         "reward": reward_inputs,
@@ -292,6 +295,17 @@ def verdict_of(folder: Path) -> tuple[str, list[str]]:
 
 
 # --- parts
+
+
+def _four_bits_are_there() -> None:
+    """Raise ConfigError where a package is missing without which no base is held in 4 bits."""
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"a base in 4 bits needs {' and '.join(missing)}, which is not installed",
+            where="--load-in-4bit",
+            fix="pip install 'rlhf[4bit]', or leave it out",
+        )
 
 
 def _policy(config: Any, what: str) -> Source:

@@ -28,17 +28,17 @@ from stages.results import Report, Result, Table, metrics_table, next_commands
 from stages.rollout.clipped import Judged, clipped_steps
 from stages.rollout.estimate import estimate
 from stages.rollout.experience import Experience, Rollout, policy_knew, role_logprobs, role_values, roll_out, rollout_kl
-from stages.rollout.generate import Sampling, check_engine
+from stages.rollout.generate import ROWS_AT_ONCE, Sampling, check_engine
 from stages.rollout.sources import Rewards
 from stages.rollout.watching import Watch, alarm_table, alarms_in, kept
 from stages.training.batching import batch_at
-from stages.training.devices import Ranks, peak_memory_gb
+from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device
 from stages.training.language import count_targets, learn_rows
 from stages.training.loop import Progress, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
-from stages.training.plan import plan_result
+from stages.training.plan import Work, plan_result, rollout_rows, source_shapes
 from stages.training.seeds import derive, permutation
-from stages.training.session import encode_all, open_base, open_progress, open_text, publish
+from stages.training.session import encode_all, open_for_training, open_progress, open_text, publish
 
 TRY_TOKENS = 8
 PTX_TOKENS = 1024
@@ -57,13 +57,14 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     limit = partial(text.demonstration, mask="completion", max_tokens=min(source.context, PTX_TOKENS))
     ptx = encode_all(inputs.ptx, limit, skip_bad=config.skip_bad_rows, report=report, what="ptx rows")
     total = config.max_steps or max(1, math.ceil(round(config.epochs * len(prompts) / config.batch_size, 6)))
+    work = work_of(config, prompts)
     if dry_run:
-        sizes = [len(p.ids) + config.max_response_tokens for p in prompts]
-        return plan_result("ppo", config, source, sizes, total, inputs.rows_left_out)
+        return plan_result(config, source, work, total, inputs.rows_left_out)
 
-    base, ranks = open_base(source, config, text)
+    base, ranks = open_for_training(source, config, text, work, report)
     for line in check_engine(base, config.rollout_engine):
         report.note(line)
+    at_once = rollout_rows(config, work, source, source_shapes(source, config.load_in_4bit), free_memory(base.device))
     if config.batch_size < ranks.size:
         raise ConfigError(
             f"{config.batch_size} prompts per update are too few for {ranks.size} ranks",
@@ -74,7 +75,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     rewards = Rewards(inputs.rewards, roles, config.micro_batch_size, timeout=config.reward_timeout)
     progress = open_progress(config, trained_parameters(roles, config))
     progress.facts["kl_coef"] = config.kl_coef
-    sampling = sampling_law(config)
+    law = config.temperature, config.max_response_tokens
+    sampling = Sampling(*law, rows_at_once=at_once, engine=config.rollout_engine)
     bench = Bench(config, roles, text, rewards, ranks, progress, sampling, total, ptx)
     watch = Watch(
         tuple(config.stop_on),
@@ -86,7 +88,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
 
     def update(step: int) -> dict[str, float]:
         chosen = [prompts[i] for i in prompts_at(step, len(prompts), config.batch_size, config.seed)]
-        before = {name: tensor.clone() for name, tensor in progress.tensors().items()}, progress.stored()
+        # On the CPU: a second copy of weights and moments would take memory from the passes.
+        before = {n: tensor.to("cpu", copy=True) for n, tensor in progress.tensors().items()}, progress.stored()
         try:
             metrics = ppo_update(bench, chosen, step)
             metrics |= watch.look(step, metrics)
@@ -128,12 +131,6 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     return Result("ppo", "done", config.output, data, tables, next_commands("ppo", config))
 
 
-def sampling_law(config: PpoConfig) -> Sampling:
-    """How responses are sampled in training."""
-    rows, engine = config.rollout_batch_size, config.rollout_engine
-    return Sampling(config.temperature, config.max_response_tokens, rows_at_once=rows, engine=engine)
-
-
 @dataclass(frozen=True)
 class Bench:
     """What every update works with."""
@@ -151,6 +148,28 @@ class Bench:
     @property
     def device(self) -> torch.device:
         return self.roles.base.device
+
+
+def work_of(config: PpoConfig, prompts: list[PromptRow]) -> Work:
+    """What memory depends on, with every response at its longest."""
+    longest, response, several = (
+        max(len(p.ids) for p in prompts),
+        config.max_response_tokens,
+        config.responses_per_prompt,
+    )
+    at_once = config.rollout_batch_size
+    at_once = ROWS_AT_ONCE[pick_device(config.device).type] if at_once == AUTO else at_once
+    mean = sum(len(p.ids) for p in prompts) / len(prompts)
+    return Work(
+        "ppo",
+        [len(p.ids) + response for p in prompts for _ in range(several)],
+        max(1, config.batch_size * several // config.minibatches),
+        read=response / (mean + response),
+        computed=(mean + several * response) / (several * (mean + response)),
+        prompt=longest,
+        response=response,
+        at_once=min(at_once, config.batch_size * several),
+    )
 
 
 def try_functions(bench: Bench, prompts: list[PromptRow]) -> None:

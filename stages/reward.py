@@ -23,6 +23,7 @@ from stages.training.baselines import baselines
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import (
     TokenComparison,
+    computed_share,
     encode_comparison,
     pairs_of,
     report_of,
@@ -34,9 +35,9 @@ from stages.training.comparing import (
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
-from stages.training.plan import plan_result
+from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
-from stages.training.session import context_limit, encode_all, open_base, open_progress, open_text, publish
+from stages.training.session import context_limit, encode_all, open_for_training, open_progress, open_text, publish
 from stages.training.verdict import judge
 
 ROLE = "reward"
@@ -59,10 +60,11 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     if cut:
         report.note(f"{cut} of {len(rows)} comparisons were cut to {limit} tokens")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
+    work = Work("reward", [row.size for row in rows], config.batch_size, read=0.0, computed=computed_share(rows))
     if dry_run:
-        return plan_result("reward", config, source, [row.size for row in rows], total, inputs.rows_left_out)
+        return plan_result(config, source, work, total, inputs.rows_left_out)
 
-    base, ranks = open_base(source, config, text)
+    base, ranks = open_for_training(source, config, text, work, report)
     roles = Roles(base)
     seed = derive(config.seed, "reward", "adapter")
     adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)

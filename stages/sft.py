@@ -15,12 +15,12 @@ from stages.training.devices import peak_memory_gb
 from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
-from stages.training.plan import plan_result
+from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
 from stages.training.session import (
     context_limit,
     encode_all,
-    open_base,
+    open_for_training,
     open_progress,
     open_text,
     publish,
@@ -39,10 +39,12 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     )
     report_cuts(rows, limit, report)
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
+    sizes = [len(row.ids) for row in rows]
+    work = Work("sft", sizes, config.batch_size, read=count_targets(rows) / sum(sizes))
     if dry_run:
-        return plan_result("sft", config, source, [len(row.ids) for row in rows], total, inputs.rows_left_out)
+        return plan_result(config, source, work, total, inputs.rows_left_out)
 
-    base, ranks = open_base(source, config, text)
+    base, ranks = open_for_training(source, config, text, work, report)
     roles = Roles(base)
     seed = derive(config.seed, "sft", "adapter")
     adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,121 @@ def test_tables_and_pictures_hold_every_method(outcomes):
     (row,) = [line for line in text.partition("4 nats")[2].splitlines() if line.startswith("| ppo |")][:1]
     assert row.split(" | ")[2] == "1.500 ± 3.176 (2)"
     assert outcomes.draw(points, best_of, "gold", "x").count("polyline") >= 4
+
+
+# --- the GPU benchmark
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu
+
+    return gpu
+
+
+def shapes_on_paper(name):
+    """A model's shapes, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from benchmarks.shapes import SHAPES
+    from stages.training.memory import shapes_of
+
+    config = AutoConfig.for_model(**SHAPES[name])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return shapes_of(config.to_dict(), {name: tuple(p.shape) for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("llama-3.1-8b", 8.030), ("qwen2.5-7b", 7.616), ("qwen2.5-1.5b", 1.544), ("qwen2.5-0.5b", 0.494)],
+)
+def test_shapes_are_those_of_the_published_models(name, billions):
+    from benchmarks.shapes import SHAPES, bare_bytes
+
+    shapes = shapes_on_paper(name)
+    assert shapes.weights / 1e9 == pytest.approx(billions, abs=0.0005)
+    assert bare_bytes(SHAPES[name], 2) == pytest.approx(2 * shapes.weights, rel=1e-3)
+
+
+def test_the_least_time_of_an_iteration_by_hand():
+    """8B, 512 x (512 + 512), 256 at once, at 798 TFLOP/s and 3.0 TB/s, in bf16.
+
+    6.98e9 weights in layers, 0.525e9 in the output layer. Prefill: 262,144 tokens x (2 x 6.98e9 + 4 x 32 x 4096 x 256)
+    is 3.69e15 operations. A decoding step reads 15.0 GB of weights and 256 x 768 x 128 KiB = 25.8 GB of keys and
+    values; there are 2 x 512 of them. A pass over 524,288 tokens: 7.32e15 in layers and 0.14e15 in attention.
+    """
+    from benchmarks.roofline import Ceilings, Iteration, iteration_seconds
+
+    least = iteration_seconds(shapes_on_paper("llama-3.1-8b"), Iteration(512, 512, 512, 256), Ceilings(798e12, 3e12), 2)
+    expected = {"prefill": 4.63, "decode": 13.9, "reference": 9.69, "reward": 9.35, "value": 9.35}
+    expected |= {"train policy": 19.6, "train critic": 18.9}
+    assert {name: pytest.approx(seconds, rel=0.005) for name, seconds in expected.items()} == least
+    twice = iteration_seconds(
+        shapes_on_paper("llama-3.1-8b"), Iteration(512, 512, 512, 256, 2), Ceilings(798e12, 3e12), 2
+    )
+    assert twice["train policy"] == 2 * least["train policy"] and twice["value"] == least["value"]
+
+
+def test_the_gpu_benchmark_runs_where_there_is_only_a_cpu(gpu, monkeypatch, tmp_path, capsys):
+    words = ["--device", "cpu", "--shapes", "tiny,qwen2.5-0.5b", "--prompts", "4", "--tokens", "4"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--output", str(tmp_path)])
+    monkeypatch.setattr(gpu, "fits", lambda name, device: name == "tiny")
+    gpu.main()
+    found = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    (row,) = found["shapes"].values()
+    assert found["left_out"] == ["qwen2.5-0.5b: everything, for want of memory"]
+    assert row["decode 2"]["tokens_per_s"] > 0 and row["training"]["tokens_per_s"] > 0
+    assert set(row["iteration"]["seconds"]) == {"rollout", "policy", "reference", "value", "reward", "update"}
+    assert row["iteration"]["times_roofline"] > 1 and row["iteration"]["planned_peak"] > 0
+    text = (tmp_path / "gpu-cpu.md").read_text()
+    assert "| tiny: 4 x (4 + 4) | s | least, s | ratio |" in text and text.strip() == capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(("dtype", "free"), [("float32", None), ("bfloat16", 12e6)])
+def test_the_plan_of_a_whole_iteration_is_what_it_takes(gpu, monkeypatch, dtype, free):
+    """Also where memory is short: then passes are smaller and activations are computed again."""
+    import measures
+    import torch
+
+    from benchmarks.roofline import Ceilings, Iteration
+    from benchmarks.shapes import SHAPES, build
+    from stages.training import passes
+    from tests.memory import LiveBytes
+
+    monkeypatch.setattr(passes._Share, "tokens", None)
+    monkeypatch.setattr(measures, "free_memory", lambda device: free)
+    sizes = SHAPES["tiny"] | {"num_hidden_layers": 4}
+    model = measures.open_model(*build(sizes, torch.device("cpu"), getattr(torch, dtype)), 32)
+    live = LiveBytes()
+    with live:
+        found = measures.iterate(model, Iteration(16, 32, 32, 16), Ceilings(1e11, 1e10))
+    held = ("frozen base", "adapters (weights)", "gradients and Adam moments")
+    assert found["recomputed"] is (free is not None)
+    planned = found["planned_peak"] - sum(found["planned_parts"][name] for name in held)
+    assert planned == pytest.approx(live.peak, rel=0.15)
+
+
+def test_targets_are_passed_or_missed(gpu):
+    row = {"decode 64": {"share_of_bandwidth": 0.5}, "iteration": {"times_roofline": 2.6, "measured_over_planned": 0.8}}
+    ends = {target[0]: gpu.verdict(row, *target)[-1] for target in gpu.TARGETS}
+    assert list(ends.values()) == ["pass", "not measured", "not measured", "miss", "miss"]
+    assert gpu.verdict({"iteration": {"measured_over_planned": 0.86}}, *gpu.TARGETS[-1])[-1] == "pass"
+
+
+def test_less_is_measured_where_time_is_short(gpu):
+    assert gpu.halves(512) == [512, 256, 128, 64, 32, 16] and gpu.halves(4) == [4]
+    assert gpu.places("results", "NVIDIA H100 80GB HBM3")[1].name == "gpu-nvidia-h100-80gb-hbm3.md"
+
+
+def test_without_cuda_one_line_says_so():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--look"]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: torch sees no CUDA device; these checks need one\n"

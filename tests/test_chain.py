@@ -245,7 +245,7 @@ def test_report_tells_the_run(chain):
 
 def test_every_stage_runs_on_a_base_in_bfloat16(chain, tmp_path):
     """The base is rounded, adapters and heads stay fp32, and the first minibatch is still on policy."""
-    found, half = chain(), ("--dtype", "bfloat16", "--gradient-checkpointing", *SMALL)
+    found, half = chain(), ("--dtype", "bfloat16", "--gradient-checkpointing", "true", *SMALL)
     sft, reward, ppo = (tmp_path / name for name in ("sft", "reward", "ppo"))
     done("sft", "--model", found.base, "--dataset", found.demonstrations, "--output", sft, *half)
     done("reward", "--model", sft, "--dataset", found.comparisons, "--output", reward, *half)

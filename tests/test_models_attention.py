@@ -156,33 +156,39 @@ def test_perturbing_one_segment_leaves_its_neighbours_alone(open_tiny, architect
     assert (middle[13:] - first[13:]).abs().max() <= 1e-6
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("architecture", PACKING)
-def test_shared_beginnings_on_cuda_give_the_states_of_single_sequences(model_folder, architecture):
-    from stages.models.base import load_base
-    from stages.models.source import open_source
-
-    source = open_source(str(model_folder(architecture)), stages=(), what="--model")
-    base = load_base(source, device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert base.shares
-    prompt, *rest = sequences_of([9, 4, 12])
-    sequences = [torch.cat([prompt, part]) for part in rest]
-    with torch.no_grad():
-        alone = torch.cat([base.hidden([s]) for s in sequences]).float()
-        assert (base.hidden(sequences).float() - alone).abs().max() < 0.1 * alone.abs().max()
+# --- the layout for CUDA's kernel, with a stand-in for the kernel
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("architecture", PACKING)
-def test_packed_rows_on_cuda_give_the_states_of_single_sequences(model_folder, architecture):
-    from stages.models.base import load_base
-    from stages.models.source import open_source
+def kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """torch's varlen_attn as of 2.13, by hand: (N, heads, D) each, the last key of a part under its last query."""
+    assert all(x.is_contiguous() for x in (q, k, v)) and window_size[1] == 0
+    assert longest_q == int(q_ends.diff().max()) and longest_k == int(k_ends.diff().max())
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    out, bounds = [], zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)
+    for q_from, q_to, k_from, k_to in bounds:
+        part, keys, values = q[q_from:q_to], k[k_from:k_to], v[k_from:k_to]
+        ahead = torch.zeros(len(keys) - len(part), *part.shape[1:])  # queries of keys that are only attended to
+        whole = [x.transpose(0, 1) for x in (torch.cat([ahead, part]), keys, values)]
+        window = None if window_size[0] < 0 else window_size[0] + 1
+        out.append(by_hand(*whole, scale=scale or 1 / math.sqrt(q.shape[2]), window=window)[len(ahead) :])
+    return torch.cat(out)
 
-    source = open_source(str(model_folder(architecture)), stages=(), what="--model")
-    base = load_base(source, device=torch.device("cuda"), dtype=torch.bfloat16)
-    exact = load_base(source, device=torch.device("cuda"), dtype=torch.float32)
-    assert base.packs
-    sequences = sequences_of([9, 4, 12])
-    with torch.no_grad():
-        alone = torch.cat([exact.hidden([s]) for s in sequences])
-        assert (base.hidden(sequences).float() - alone).abs().max() < 0.1 * alone.abs().max()
+
+def older_kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, scale=None, window_size=(-1, -1)):
+    """As of 2.11, without grouped heads."""
+    return kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, scale, window_size)
+
+
+@pytest.mark.parametrize("version", [kernel, older_kernel])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("trees", [[Tree(5), Tree(1), Tree(7)], [Tree(2), Tree(3, (2, 4)), Tree(1, (1,))]])
+def test_the_kernel_is_given_what_belongs_together(monkeypatch, version, kv_heads, window, trees):
+    """Heads, keys and bounds as they would be on CUDA."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", version)
+    q, k, v = qkv(13, kv_heads=kv_heads)
+    segments = segments_of(*trees)
+    found = attention._attend_varlen(q, k, v, segments, 0.4, window)
+    expected, _ = attend(Layer(4 // kv_heads), q, k, v, segments, scaling=0.4, sliding_window=window)
+    assert found.shape == expected.shape == (1, 13, 4, 8)
+    assert (found - expected).abs().max() < 1e-5

@@ -142,5 +142,5 @@ def test_where_one_row_is_too_much_the_message_has_the_plan_and_the_knobs(chain,
     fits(monkeypatch, 0)
     said = refused(*command(chain(), stage, tmp_path / "out"))
     assert "out of memory in" in said and FULL in said
-    assert "needed at least: frozen base 0.00 GB" in said and "activations of one forward pass" in said
+    assert "needed at least: frozen base 0.00 GB" in said and "activations of the largest pass" in said
     assert "--gradient-checkpointing" in said and "--lora-rank" in said

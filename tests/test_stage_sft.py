@@ -143,7 +143,7 @@ def test_the_same_seed_gives_the_same_files_and_another_one_others(chain, by_one
 
 
 def test_gradient_checkpointing_gives_the_same(chain, by_ones, tmp_path):
-    assert_same_weights(run_with(chain, tmp_path / "x", "--gradient-checkpointing"), by_ones, within=1e-5)
+    assert_same_weights(run_with(chain, tmp_path / "x", "--gradient-checkpointing", "true"), by_ones, within=1e-5)
 
 
 def test_training_goes_on_from_a_checkpoint(chain, learned, tmp_path):

@@ -15,11 +15,14 @@ from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.source import open_source
 from stages.results import Silent
+from stages.training import passes, session
+from stages.training.plan import Work
 from stages.training.reload import check_reload
 from stages.training.session import (
     context_limit,
     encode_all,
     open_base,
+    open_for_training,
     open_progress,
     open_text,
     publish,
@@ -93,8 +96,43 @@ def test_the_base_is_opened_as_the_config_says(model_folder):
     source, text = open_source(str(folder), stages=(), what="--model"), open_tiny_text(folder)
     base, ranks = open_base(source, sft_config(device="cpu", dtype="bfloat16"), text)
     assert base.dtype == torch.bfloat16 and not base.checkpoints and ranks.size == 1
-    base, _ = open_base(source, sft_config(device="cpu", gradient_checkpointing=True), text)
-    assert base.dtype == torch.float32 and base.checkpoints
+    base, _ = open_base(source, sft_config(device="cpu"), text)
+    assert base.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("asked", "free", "recomputes", "tokens"), [
+    ("auto", None, False, 2048),  # on the CPU nothing is planned
+    (True, None, True, 2048),
+    ("auto", 4_000_000, True, None),
+    (False, 4_000_000, False, None),
+    ("auto", 10**12, False, 2048),
+])  # fmt: skip
+def test_passes_are_as_large_as_memory_has_room_for(model_folder, monkeypatch, asked, free, recomputes, tokens):
+    folder = model_folder("llama")
+    source, text = open_source(str(folder), stages=(), what="--model"), open_tiny_text(folder)
+    monkeypatch.setattr(session, "free_memory", lambda device: free)
+    config, report = sft_config(device="cpu", gradient_checkpointing=asked), Notes()
+    base, _ = open_for_training(source, config, text, Work("sft", [100] * 64, 64), report)
+    assert base.checkpoints is recomputes and bool(report.said) is recomputes
+    assert passes._Share.tokens == tokens if tokens else passes._Share.tokens < 2048
+    open_base(source, config, text)
+    assert passes._Share.tokens is None
+
+
+def test_a_base_that_cannot_recompute_is_refused_only_where_that_was_asked_for(model_folder, monkeypatch):
+    folder = model_folder("llama")
+    source, text, report = open_source(str(folder), stages=(), what="--model"), open_tiny_text(folder), Notes()
+
+    def cannot(base):
+        raise ModelError("`llama` cannot recompute its activations", where="--model")
+
+    monkeypatch.setattr(session.Base, "checkpoint_activations", cannot)
+    monkeypatch.setattr(session, "free_memory", lambda device: 4_000_000)
+    work = Work("sft", [100] * 64, 64)
+    with pytest.raises(ModelError):
+        open_for_training(source, sft_config(device="cpu", gradient_checkpointing=True), text, work, report)
+    open_for_training(source, sft_config(device="cpu"), text, work, report)
+    assert report.said == [("note", "memory is short, but `llama` cannot recompute its activations")]
 
 
 def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path):

@@ -58,6 +58,8 @@ def build_config(architecture: str, vocabulary: int, context: int = 128):
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
+    if architecture == "llama-wide":  # wide enough for layers in 4 bits
+        return t.LlamaConfig(**shape | {"hidden_size": 64, "intermediate_size": 128})
     if architecture in ("llama", "llama-tied"):
         return t.LlamaConfig(**shape, tie_word_embeddings=architecture == "llama-tied")
     if architecture == "qwen2":

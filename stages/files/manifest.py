@@ -70,7 +70,7 @@ class Manifest:
 def versions() -> dict[str, str]:
     """Versions of Python, of this tool and of the libraries that decide its numbers, without importing them."""
     found = {"python": platform.python_version(), "rlhf": __version__}
-    for name in ("torch", "transformers", "peft", "tokenizers", "safetensors"):
+    for name in ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -15,6 +15,7 @@ from stages.models import attention
 from stages.models.lora import LoraLinear, Switch, wrap
 from stages.models.native import Native, native_of
 from stages.models.prefixes import pack
+from stages.models.quantised import four_bit_options, keep_gradients
 from stages.models.source import Source
 
 PROBE = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
@@ -82,6 +83,7 @@ class Base:
         self.model.enable_input_require_grads()
         self.checkpoints = True
         if not _close(self.hidden(sequences), before, self._tolerance):
+            self.checkpoints = False
             raise self._refusal("computes something else in train mode", "leave --gradient-checkpointing out")
 
     # --- running it
@@ -181,7 +183,8 @@ class Base:
         row = pack([torch.cat([whole, self._probe_text(text)]) for text in PROBE], share=True)
         expected = self._hidden_packed([torch.cat([whole, self._probe_text(text)]) for text in PROBE])
         found = native.hidden(row, row.places.to(self.device), recompute=False)
-        return native if _close(found, expected, self._tolerance / 10) else None
+        exact = 1e-4 if self.dtype == torch.float32 else self._tolerance
+        return native if _close(found, expected, exact) else None
 
     @property
     def _tolerance(self) -> float:
@@ -215,16 +218,26 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a.float() - b.float()).abs().max() <= tolerance * scale)
 
 
-def load_base(source: Source, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Base:
-    """Load a base onto a device, frozen; raises ModelError where transformers cannot load it as a causal LM."""
+def load_base(
+    source: Source,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    four_bit: bool = False,
+    trust_remote_code: bool = False,
+) -> Base:
+    """Load a base onto a device, frozen; raises ModelError where transformers cannot load it as a causal LM.
+
+    With `four_bit` its linear layers are held in 4 bits and compute in `dtype`; all else has `dtype`.
+    """
     from transformers import AutoModelForCausalLM
 
-    attention.register()
     options = {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
         "low_cpu_mem_usage": True,
+        **(four_bit_options(device, dtype) if four_bit else {}),
     }
     try:
         with _quiet():
@@ -241,8 +254,13 @@ def load_base(source: Source, *, device: torch.device, dtype: torch.dtype, trust
             where=str(source.base),
             fix="give a whole causal language model, not a classifier or a bare body",
         )
-    model = model.to(device).eval()
-    _exchange_attention(model)
+    return base_of(keep_gradients(model) if four_bit else model.to(device), source)
+
+
+def base_of(model: nn.Module, source: Source) -> Base:
+    """A loaded model as a frozen base with our attention; raises ModelError where it is not understood."""
+    attention.register()
+    _exchange_attention(model.eval())
     return Base(model, source)
 
 

@@ -66,14 +66,16 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, trees: tuple, scale: float, window: int | None) -> Tensor:
         out, weights, heads = torch.empty_like(q), [], k.shape[1]
+        learns = any(ctx.needs_input_grad)
         for own, before in _pieces(trees):
             length = own.stop - own.start
             mask = mask_of(before.stop - before.start, length, window, q.shape[1] // heads).to(q.dtype)
             logits = torch.baddbmm(mask, _by_head(q[own], heads), _with(k, before, own).transpose(1, 2), alpha=scale)
             p = logits.softmax(-1)
             out[own] = _by_token(torch.bmm(p, _with(v, before, own)), length)
-            weights.append(p)
-        ctx.save_for_backward(q, k, v, *(weights if any(ctx.needs_input_grad) else ()))
+            if learns:
+                weights.append(p)
+        ctx.save_for_backward(q, k, v, *weights)
         ctx.trees, ctx.scale = trees, scale
         return out
 

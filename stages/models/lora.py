@@ -173,6 +173,13 @@ def shape_of(base: nn.Module) -> tuple[int, int]:
     return base.weight.shape[0], base.weight.shape[1]
 
 
+def is_transposed(base: nn.Module) -> bool:
+    """True where the base's file holds the weight as (in, out): GPT-2's Conv1D, also once it is held in 4 bits."""
+    from transformers.pytorch_utils import Conv1D
+
+    return issubclass(getattr(base, "source_cls", type(base)), Conv1D)
+
+
 def fresh(layers: dict[str, LoraLinear], rank: int, alpha: float, targets: list[str], seed: int) -> Adapter:
     """A new trainable adapter that changes nothing yet (B = 0), on every layer or on those that `targets` names.
 
@@ -231,8 +238,6 @@ def from_tensors(
 
 def peft_config(model: nn.Module, layers: dict[str, LoraLinear], adapter: Adapter, base_name: str, task: str) -> dict:
     """adapter_config.json as PEFT writes it, so that PeftModel and serving engines load the folder as it is."""
-    from transformers.pytorch_utils import Conv1D
-
     leaves = sorted({path.rsplit(".", 1)[-1] for path in adapter.deltas})
     by_leaf = {path for path in layers if path.rsplit(".", 1)[-1] in leaves}
     config = {
@@ -243,7 +248,7 @@ def peft_config(model: nn.Module, layers: dict[str, LoraLinear], adapter: Adapte
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(layers[path].base, Conv1D) for path in adapter.deltas),
+        "fan_in_fan_out": any(is_transposed(layers[path].base) for path in adapter.deltas),
         "target_modules": leaves if by_leaf == set(adapter.deltas) else sorted(adapter.deltas),
         "init_lora_weights": True,
         "inference_mode": True,

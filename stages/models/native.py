@@ -107,9 +107,11 @@ def _block(
     if show is not None:
         show(k, v)
     mixed = attend(q, k, v, segments, block.scale, block.window)
+    del q, k, v  # what is not kept for a backward pass is gone before the widest layers
     if wanted is not None:
         x, mixed = x[wanted], mixed[wanted]
     (x,) = project(mixed, (block.o.now(),), residual=x)
+    del mixed
     return gated_mlp(block.before_mlp(x), x, block.gate.now(), block.up.now(), block.down.now())
 
 

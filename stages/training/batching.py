@@ -32,10 +32,12 @@ def epoch_at(step: int, n: int, batch_size: int) -> float:
     return step / math.ceil(n / batch_size)
 
 
-def micro_batches(lengths: list[int], size: int | str, *, on_cuda: bool, divisor: int = 1) -> list[list[int]]:
+def micro_batches(
+    lengths: list[int], size: int | str, *, on_cuda: bool, divisor: int = 1, tokens: int | None = None
+) -> list[list[int]]:
     """Cut items of these token lengths into forward passes: `size` items each, or as many as fit a token budget.
 
-    `divisor` makes passes so many times smaller, down to a single item.
+    The budget is `tokens`, or the device's own. `divisor` makes passes so many times smaller, down to a single item.
 
     Longest first, neighbours alike in length: little padding where padding is needed, and the pass that needs the
     most memory comes first.
@@ -44,7 +46,7 @@ def micro_batches(lengths: list[int], size: int | str, *, on_cuda: bool, divisor
     if isinstance(size, int):
         size = max(1, size // divisor)
         return [order[i : i + size] for i in range(0, len(order), size)]
-    budget = (TOKENS_AT_ONCE_CUDA if on_cuda else TOKENS_AT_ONCE_CPU) // divisor
+    budget = (tokens or (TOKENS_AT_ONCE_CUDA if on_cuda else TOKENS_AT_ONCE_CPU)) // divisor
     groups: list[list[int]] = []
     used = budget + 1
     for i in order:

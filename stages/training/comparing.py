@@ -18,12 +18,14 @@ from stages.maths.statistics import (
     wilson_interval,
 )
 from stages.models.forward import sequence_scores
+from stages.models.prefixes import shared_beginnings
 from stages.models.roles import Roles
 from stages.models.tokens import Text, TokenRow
 from stages.results import Table
 from stages.training.devices import peak_memory_gb
 from stages.training.passes import collect
 
+LONGEST = 64  # comparisons that the memory plan looks at
 LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
 
 
@@ -77,6 +79,16 @@ def pairs_of(comparisons: list[TokenComparison]) -> Pairs:
 def encode_comparison(row: Comparison, text: Text, max_tokens: int) -> TokenComparison:
     """Tokenise a comparison."""
     return TokenComparison(text.comparison(row, max_tokens), row.pairs)
+
+
+def computed_share(rows: list[TokenComparison]) -> float:
+    """Share of the tokens that is computed where a comparison's common beginning is computed once, of the longest."""
+    longest = sorted(rows, key=lambda row: -row.size)[:LONGEST]
+    saved = 0
+    for row in longest:
+        sequences = [r.ids for r in row.responses]
+        saved += sum((len(group) - 1) * prefix for group, prefix in shared_beginnings(sequences))
+    return 1 - saved / sum(row.size for row in longest)
 
 
 def step_metrics(

@@ -55,6 +55,16 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that tensors may still take on a CUDA device; None on the CPU, where nothing is planned by it."""
+    if device.type != "cuda":
+        return None
+    free, whole = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return min(free, int(share * whole) - reserved) + reserved - torch.cuda.memory_allocated(device)
+
+
 class Ranks:
     """This process among `size` data-parallel ones. Alone, every method is the identity."""
 

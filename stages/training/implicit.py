@@ -13,6 +13,7 @@ from stages.files.run import Run
 from stages.files.states import STATE
 from stages.files.tensors import load_tensors, save_tensors, tensor_metadata
 from stages.models.forward import read_targets
+from stages.models.quantised import is_four_bit
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
 from stages.results import Report
@@ -95,7 +96,9 @@ def _read_cache(path: Path, key: str, count: int) -> Tensor | None:
 
 def _key(roles: Roles, digest: str, rows: list[TokenRow]) -> str:
     """Identifies the numbers: the model, its precision and device, and every token that is asked about."""
-    text = hashlib.sha256(f"1 {digest} {roles.base.dtype} {roles.base.device.type} {torch.__version__}".encode())
+    base = roles.base
+    held = f"{base.dtype}{' in 4 bits' if any(is_four_bit(layer.base) for layer in base.layers.values()) else ''}"
+    text = hashlib.sha256(f"1 {digest} {held} {base.device.type} {torch.__version__}".encode())
     for row in rows:
         text.update(f"{row.ids.tolist()} {row.targets.tolist()}".encode())
     return text.hexdigest()

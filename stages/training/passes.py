@@ -19,14 +19,20 @@ Out = TypeVar("Out")
 
 
 class _Share:
-    """The part of a full-sized pass that fits into memory, as far as this process has found out."""
+    """The part of a full-sized pass that fits into memory, as far as this process has found out or planned."""
 
     divisor = 1
+    tokens: int | None = None  # of an `auto` pass; None: the device's own budget
 
 
 def divisor() -> int:
     """1 where passes have their full size, 2 where memory sufficed for a half, and so on."""
     return _Share.divisor
+
+
+def limit_tokens(tokens: int | None) -> None:
+    """Let passes of `auto` size have at most so many tokens from here on; None takes the limit off."""
+    _Share.tokens = tokens
 
 
 def accumulate(
@@ -84,7 +90,8 @@ def _in_passes(
     """
     left = list(range(len(lengths)))
     while left:
-        cut = micro_batches([lengths[i] for i in left], size, on_cuda=on_cuda, divisor=_Share.divisor)
+        how = {"on_cuda": on_cuda, "divisor": _Share.divisor, "tokens": _Share.tokens}
+        cut = micro_batches([lengths[i] for i in left], size, **how)
         passes, left = [[left[i] for i in rows] for rows in cut], []
         for number, rows in enumerate(passes):
             signals.check()
@@ -116,7 +123,7 @@ def smaller(rows: int, what: str, tokens: int) -> None:
         raise OutOfMemory(
             f"out of memory in {what}",
             where="device",
-            fix="try --gradient-checkpointing, fewer tokens per row, a smaller --lora-rank, or a smaller base",
+            fix="try --gradient-checkpointing true, --load-in-4bit, fewer tokens per row, or a smaller --lora-rank",
             tokens=tokens,
         )
     _Share.divisor *= 2

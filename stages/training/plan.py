@@ -1,111 +1,249 @@
-"""What --dry-run says: steps, tokens, trainable parameters and memory by part, from file headers alone."""
+"""The memory plan: what a stage will hold and at most need, how its passes are run, and what --dry-run says.
+
+From file headers alone: nothing is loaded.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
+from stages.config import AUTO
 from stages.models.roles import ADAPTER, DEFAULT_RANK
 from stages.models.source import Source, open_source
 from stages.results import Result, Table
-from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
-from stages.training.devices import pick_device, pick_dtype
+from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, micro_batches
+from stages.training.devices import free_memory, pick_device, pick_dtype
+from stages.training.memory import (
+    FP32,
+    Shapes,
+    activation_bytes,
+    base_bytes,
+    cache_bytes,
+    draw_bytes,
+    logits_bytes,
+    prefill_bytes,
+    shapes_in,
+    shapes_of,
+    tensor_shapes,
+)
 
-NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "shared")
-ADAPTERS = {"sft": 1, "reward": 1, "dpo": 2}  # others: policy, reference, critic and reward
-TRAINABLE = "trainable parameters"
-FP32 = 4
-LOGITS_AT_ONCE_BYTES = 2**27
-
-
-def tensor_shapes(base: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of every tensor of a base, by name, read from its safetensors headers."""
-    # Some hub models hold their weights a second time, in files by other names.
-    files = sorted(base.glob("model*.safetensors")) or sorted(base.glob("*.safetensors"))
-    return {name: shape for path in files for name, shape in _shapes_in(path).items()}
-
-
-def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+SHARE = 0.9  # of the free memory that is planned with: the allocator's gaps and the libraries' own buffers need some
+ENOUGH = 2048  # tokens that keep a GPU's matrix units busy: where so many fit, nothing is recomputed to fit more
 
 
-def adapter_size(config: Any, source: Source, linear: dict[str, tuple[int, ...]]) -> int:
-    """Weights of one adapter: the checkpoint's at the rank asked for, or a fresh one on the layers asked for."""
+@dataclass(frozen=True)
+class Work:
+    """What a stage runs through its model, as far as memory depends on it."""
+
+    stage: str
+    sizes: list[int]  # tokens of every row that is learned from
+    per_step: int = 1  # rows of one optimiser step
+    read: float = 1.0  # share of the tokens whose logits are read
+    computed: float = 1.0  # share of the tokens that is computed, once beginnings that rows share are computed once
+    prompt: int = 0  # tokens of the longest prompt that is answered, 0 where nothing is sampled
+    response: int = 0  # of the longest response
+    at_once: int = 0  # responses sampled side by side
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How forward passes are run."""
+
+    checkpointing: bool
+    tokens: int  # of one pass, where rows are short enough
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stands in memory for as long as a stage runs, in bytes, beside its base."""
+
+    adapters: float
+    moments: float  # and gradients
+    copies: float  # of adapters in the base's precision, and of gradients to go back to
+    trained: int  # weights of one adapter
+
+    @property
+    def total(self) -> float:
+        return self.adapters + self.moments + self.copies
+
+
+def source_shapes(source: Source, four_bit: bool = False) -> Shapes:
+    """The shapes of a base on disk; in 4 bits transformers runs it."""
+    shapes = shapes_of(source.config, tensor_shapes(source.base))
+    return replace(shapes, native=False) if four_bit else shapes
+
+
+def adapter_size(config: Any, source: Source, linear: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """Weights of one adapter and its rank: the checkpoint's at the rank asked for, or a fresh one on the layers."""
     if source.folder is not None:
-        stored = {name: shape for name, shape in _shapes_in(source.folder / ADAPTER).items() if ".lora_" in name}
+        stored = {name: shape for name, shape in shapes_in(source.folder / ADAPTER).items() if ".lora_" in name}
         rank = next(shape[0] for name, shape in stored.items() if ".lora_A." in name)
-        return sum(map(_size, stored.values())) // rank * (config.lora_rank or rank)
+        wanted = config.lora_rank or rank
+        return sum(map(math.prod, stored.values())) // rank * wanted, wanted
     targets = [f".{target}.weight" for target in config.lora_targets] or [""]
     chosen = [shape for name, shape in linear.items() if any(f".{name}".endswith(target) for target in targets)]
-    return sum((config.lora_rank or DEFAULT_RANK) * (a + b) for a, b in chosen)
+    rank = config.lora_rank or DEFAULT_RANK
+    return sum(rank * (a + b) for a, b in chosen), rank
+
+
+def adapters_held(stage: str, config: Any, source: Source) -> tuple[int, int]:
+    """How many adapters a stage holds, and how many of them it trains; a reference that is the base alone has none."""
+    reference = int(source.folder is not None)
+    if stage == "dpo":
+        return 1 + reference, 1
+    if stage == "ppo":
+        critic = int(config.advantage == "gae" and config.critic == "adapter")
+        scoring = sum(".py:" not in reward for reward in config.reward)
+        return 1 + reference + critic + scoring, 1 + critic
+    return 1, 1
+
+
+def held_by(stage: str, config: Any, source: Source, shapes: Shapes, width: int) -> Held:
+    """Adapters in fp32, and of those that are trained the gradient, both moments, and the gradient as a pass met it."""
+    size, _ = adapter_size(config, source, shapes.linear)
+    held, trained = adapters_held(stage, config, source)
+    in_base_precision = size * width if width < FP32 else 0  # of the adapter that is active
+    return Held(held * size * FP32, 3 * trained * size * FP32, trained * size * FP32 + in_base_precision, size)
+
+
+def largest_pass(config: Any, work: Work, tokens: int) -> int:
+    """Tokens of the largest forward pass: of the longest rows that one optimiser step may meet, cut as they will be."""
+    longest = sorted(work.sizes, reverse=True)[: work.per_step]
+    cut = micro_batches(longest, config.micro_batch_size, on_cuda=False, tokens=tokens)
+    return max((sum(longest[i] for i in rows) for rows in cut), default=0)
+
+
+def choose_passes(config: Any, work: Work, source: Source, shapes: Shapes, free: float | None) -> Passes:
+    """How passes are run where so many bytes are free beside the base; None: as many as wanted.
+
+    Only the cut of a batch and what is recomputed depend on it, and so results only by rounding. Activations are
+    recomputed without being asked for where passes large enough to be fast do not fit otherwise.
+    """
+    device = pick_device(config.device)
+    default = TOKENS_AT_ONCE_CUDA if device.type == "cuda" else TOKENS_AT_ONCE_CPU
+    asked = config.gradient_checkpointing
+    if free is None:
+        return Passes(asked is True, default)
+    width = pick_dtype(config.dtype, device).itemsize
+    room = SHARE * free - held_by(work.stage, config, source, shapes, width).total
+    room -= logits_bytes(shapes, work.read * default, width)
+    _, rank = adapter_size(config, source, shapes.linear)
+    wanted = largest_pass(config, work, default)
+    enough = wanted if isinstance(config.micro_batch_size, int) else max(max(work.sizes), min(ENOUGH, wanted))
+    for checkpointing in (False, True) if asked == AUTO else (asked,):
+        kept, passing = activation_bytes(shapes, width, checkpointing=checkpointing, rank=rank, row=max(work.sizes))
+        fit = int(room / ((kept + passing) * work.computed))
+        if fit >= enough:
+            break
+    return Passes(checkpointing, max(1, min(default, fit)))
+
+
+def rollout_rows(config: Any, work: Work, source: Source, shapes: Shapes, free: float | None) -> int | str:
+    """Responses sampled side by side: as asked for, or fewer where `auto` would not fit into the free bytes."""
+    if free is None or config.rollout_batch_size != AUTO:
+        return config.rollout_batch_size
+    width = pick_dtype(config.dtype, pick_device(config.device)).itemsize
+    room = SHARE * free - held_by(work.stage, config, source, shapes, width).total
+    if rollout_bytes(shapes, width, work) <= room:
+        return AUTO
+    none, one = (rollout_bytes(shapes, width, replace(work, at_once=n)) for n in (0, 1))
+    return max(1, int((room - none) / (one - none)))
+
+
+def rollout_bytes(shapes: Shapes, width: int, work: Work) -> float:
+    """The larger of what a rollout's prompts take, computed and kept, and of what its last token takes to be drawn."""
+    one, fits = cache_bytes(shapes, width), work.at_once * (work.prompt + work.response)
+    if shapes.native:  # slots are there from the beginning, prompts are read a few at a time
+        read = min(work.at_once * work.prompt, TOKENS_AT_ONCE_CPU if width == FP32 else TOKENS_AT_ONCE_CUDA)
+        folded = (shapes.weights - shapes.other) * width if width == FP32 else 0
+        return folded + fits * one + max(read * prefill_bytes(shapes, width), draw_bytes(shapes, work.at_once))
+    first = work.at_once * work.prompt * (one + prefill_bytes(shapes, width))
+    return max(first, fits * one + draw_bytes(shapes, work.at_once))
 
 
 def memory_by_part(
-    config: Any, source: Source, adapters: int, longest: int, *, least: bool = False
+    config: Any, work: Work, source: Source, shapes: Shapes, *, passes: Passes | None = None, tokens: int | None = None
 ) -> dict[str, float]:
-    """Estimated bytes of the base, adapters with their gradients and moments, one pass's activations, and logits.
+    """Bytes at the peak by part; `tokens`: of a pass of exactly this size.
 
-    With `least` a pass is the smallest there is: one row of `longest` tokens.
+    A rollout and a pass are never there at once: the peak is what is held all the time and the larger of both.
     """
-    device = pick_device(config.device)
-    width = pick_dtype(config.dtype, device).itemsize
-    shapes = tensor_shapes(source.base)
-    weights = sum(_size(shape) for shape in shapes.values())
-    linear = {name: s for name, s in shapes.items() if len(s) == 2 and not any(part in name for part in NOT_ADAPTED)}
-    trained = adapter_size(config, source, linear)
-    on_cuda = device.type == "cuda"
-    budget = max(longest, TOKENS_AT_ONCE_CUDA if on_cuda else TOKENS_AT_ONCE_CPU)
-    if least or isinstance(config.micro_batch_size, int):
-        budget = longest * (1 if least else config.micro_batch_size)
-    per_token = sum(a + b for a, b in linear.values()) * width * (0.15 if config.gradient_checkpointing else 1.0)
+    width = pick_dtype(config.dtype, pick_device(config.device)).itemsize
+    passes = passes or choose_passes(config, work, source, shapes, None)
+    held = held_by(work.stage, config, source, shapes, width)
+    _, rank = adapter_size(config, source, shapes.linear)
+    size = largest_pass(config, work, passes.tokens) if tokens is None else tokens
+    how = {"checkpointing": passes.checkpointing, "rank": rank, "row": max(work.sizes)}
+    kept, passing = activation_bytes(shapes, width, **how)
+    # Logits and what passes through a layer are never there together.
+    logits = logits_bytes(shapes, size * work.read, width) if work.read else 0.0
+    computed = size * work.computed
     parts = {
-        "frozen base": weights * width,
-        "adapters (weights)": adapters * trained * FP32,
-        "gradients and Adam moments": max(1, adapters // 2) * trained * FP32 * 3,
-        "activations of one forward pass": budget * per_token,
-        "logits": LOGITS_AT_ONCE_BYTES * 2,
+        "frozen base": base_bytes(shapes, width, four_bit=config.load_in_4bit),
+        "adapters (weights)": held.adapters,
+        "gradients and Adam moments": held.moments,
+        "copies of adapters and gradients": held.copies,
+        "activations of the largest pass": computed * kept + max(0.0, computed * passing - logits),
+        "logits": logits,
     }
-    return parts | {TRAINABLE: trained}
+    return parts | ({"rollout (keys, values)": rollout_bytes(shapes, width, work)} if work.prompt else {})
+
+
+def peak_of(parts: dict[str, float]) -> float:
+    """The most that is there at once."""
+    rollout = parts.get("rollout (keys, values)", 0.0)
+    in_pass = parts["activations of the largest pass"] + parts["logits"]
+    return sum(parts.values()) - rollout - in_pass + max(rollout, in_pass)
 
 
 def memory_text(stage: str, config: Any, tokens: int) -> str:
     """The same estimate in a line, for a pass over one row of so many tokens."""
     known = ("sft", "reward", "ppo", "dpo")
     source = open_source(config.model, stages=known, what="--model", trust_remote_code=config.trust_remote_code)
-    parts = memory_by_part(config, source, ADAPTERS.get(stage, 4), tokens, least=True)
-    return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items() if name != TRAINABLE)
+    parts = memory_by_part(
+        config, Work(stage, [tokens]), source, source_shapes(source, config.load_in_4bit), tokens=tokens
+    )
+    return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
 
 
-def plan_result(
-    stage: str, config: Any, source: Source, sizes: list[int], total: int, left_out: dict[str, int]
-) -> Result:
+def plan_result(config: Any, source: Source, work: Work, total: int, left_out: dict[str, int]) -> Result:
     """The plan of a stage that was resolved and checked but will not train."""
-    parts = memory_by_part(config, source, ADAPTERS.get(stage, 4), max(sizes))
-    trained = int(parts.pop(TRAINABLE))
-    memory = {name: size / 1e9 for name, size in parts.items()} | {"total": sum(parts.values()) / 1e9}
+    device = pick_device(config.device)
+    width = pick_dtype(config.dtype, device).itemsize
+    shapes = source_shapes(source, config.load_in_4bit)
+    free = free_memory(device)
+    beside = None if free is None else free - base_bytes(shapes, width, four_bit=config.load_in_4bit)
+    passes = choose_passes(config, work, source, shapes, beside)
+    rows = rollout_rows(config, work, source, shapes, beside) if work.prompt else 0
+    work = replace(work, at_once=rows) if isinstance(rows, int) else work
+    parts = memory_by_part(config, work, source, shapes, passes=passes)
+    memory = {name: size / 1e9 for name, size in parts.items()} | {"total": peak_of(parts) / 1e9}
     facts = {
-        "rows": len(sizes),
+        "rows": len(work.sizes),
         **left_out,
         "steps": total,
         "batch_size": config.batch_size,
-        "tokens_per_epoch": sum(sizes),
-        "longest_row_tokens": max(sizes),
-        "trainable_parameters_per_adapter": trained,
+        "tokens_per_epoch": sum(work.sizes),
+        "longest_row_tokens": max(work.sizes),
+        "largest_pass_tokens": largest_pass(config, work, passes.tokens),
+        "gradient_checkpointing": passes.checkpointing,
+        **({"responses_at_once": work.at_once} if work.prompt else {}),
+        "trainable_parameters_per_adapter": adapter_size(config, source, shapes.linear)[0],
     }
+    cells = {
+        name: ("on" if value else "off") if isinstance(value, bool) else f"{value:,}" for name, value in facts.items()
+    }
+    label = {"total": "total (a pass and a rollout are never there together)"} if work.prompt else {}
+    rows = tuple((label.get(name, name), f"{size:.3f}") for name, size in memory.items())
+    if beside is not None:
+        rows += (("free on the device", f"{free / 1e9:.3f}"),)
+        memory["free"] = free / 1e9
     tables = (
         Table(
-            f"{stage}: the plan", ("what", "how much"), tuple((k.replace("_", " "), f"{v:,}") for k, v in facts.items())
+            f"{work.stage}: the plan", ("what", "how much"), tuple((k.replace("_", " "), v) for k, v in cells.items())
         ),
-        Table("estimated peak memory", ("part", "GB"), tuple((k, f"{v:.3f}") for k, v in memory.items())),
+        Table("estimated peak memory", ("part", "GB"), rows),
     )
-    return Result(stage, "dry run", None, {"plan": facts, "memory_gb": memory}, tables)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    return Result(work.stage, "dry run", None, {"plan": facts, "memory_gb": memory}, tables)

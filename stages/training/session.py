@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +22,11 @@ from stages.models.roles import Roles, save_adapter
 from stages.models.source import Source
 from stages.models.tokens import Text, load_text
 from stages.results import Report
-from stages.training.devices import Ranks, peak_memory_gb, pick_device, pick_dtype
+from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device, pick_dtype
 from stages.training.loop import Progress
 from stages.training.optimizer import AdamW
+from stages.training.passes import limit_tokens
+from stages.training.plan import Work, choose_passes, source_shapes
 from stages.training.reload import check_reload, check_tokenizer
 
 Row = TypeVar("Row")
@@ -79,7 +82,11 @@ def open_base(source: Source, config: Any, text: Text) -> tuple[Base, Ranks]:
     """
     device = pick_device(config.device)
     base = load_base(
-        source, device=device, dtype=pick_dtype(config.dtype, device), trust_remote_code=config.trust_remote_code
+        source,
+        device=device,
+        dtype=pick_dtype(config.dtype, device),
+        four_bit=config.load_in_4bit,
+        trust_remote_code=config.trust_remote_code,
     )
     if len(text.tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
         raise ModelError(
@@ -88,9 +95,27 @@ def open_base(source: Source, config: Any, text: Text) -> tuple[Base, Ranks]:
             where="--model",
             fix="use the tokenizer that belongs to the base",
         )
-    if getattr(config, "gradient_checkpointing", False):
-        base.checkpoint_activations()
+    limit_tokens(None)
     return base, Ranks(device)
+
+
+def open_for_training(source: Source, config: Any, text: Text, work: Work, report: Report) -> tuple[Base, Ranks]:
+    """`open_base`, and passes of the size that the plan of `work` finds room for beside it."""
+    base, ranks = open_base(source, config, text)
+    free, shapes = free_memory(base.device), source_shapes(source, config.load_in_4bit)
+    passes = choose_passes(config, work, source, shapes, free)
+    if passes.checkpointing:
+        try:
+            base.checkpoint_activations()
+        except ModelError as error:
+            if config.gradient_checkpointing is True:
+                raise
+            report.note(f"memory is short, but {error.what}")
+            passes = choose_passes(replace(config, gradient_checkpointing=False), work, source, shapes, free)
+        else:
+            report.note(f"activations are computed again, in passes of up to {passes.tokens} tokens")
+    limit_tokens(passes.tokens)
+    return base, ranks
 
 
 def open_progress(config: Any, trained: dict[str, list[torch.nn.Parameter]]) -> Progress:

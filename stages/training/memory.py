@@ -1,0 +1,161 @@
+"""What a model takes of memory, worked out from its shapes: weights, activations, key-value cache, logits. In bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FP32, FP64 = 4, 8
+FOUR_BIT = 0.5 + 1 / 64 + FP32 / (64 * 256)  # a weight in NF4: half a byte, and the scales of the scales of 64 weights
+NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "shared")
+DENSE = 384  # as LONGEST in stages/models/dense.py
+LOGITS_AT_ONCE = 2**25  # as in stages/models/forward.py
+NATIVE = ("llama", "mistral", "qwen2", "qwen3")  # as in stages/models/native.py, which takes torch to import
+NAMES = {  # what configs call the same thing
+    "layers": ("num_hidden_layers", "n_layer"),
+    "heads": ("num_attention_heads", "n_head"),
+    "hidden": ("hidden_size", "n_embd"),
+    "inner": ("intermediate_size", "n_inner"),
+}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of an architecture; widths are numbers per token."""
+
+    layers: int
+    heads: int
+    hidden: int
+    queries: int  # heads x head size
+    keys: int  # key-value heads x head size
+    inner: int  # of the feed-forward part
+    curve: int  # how often it is kept: gate before and after its curve, up, their product; without a gate, less
+    norms: int  # per layer, those of whole hidden states
+    centred: bool  # norms are LayerNorm, which keeps no fp32 copy, and not RMSNorm
+    head_norms: bool  # queries and keys have norms of their own
+    native: bool  # our own forward pass runs it, unless its weights are in 4 bits
+    vocabulary: int
+    linear: dict[str, tuple[int, int]]  # shapes of the layers that adapters are put on, by name
+    other: int  # all other weights
+
+    @property
+    def weights(self) -> int:
+        return self.other + sum(a * b for a, b in self.linear.values())
+
+
+def tensor_shapes(base: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of every tensor of a base, by name, read from its safetensors headers."""
+    # Some hub models hold their weights a second time, in files by other names.
+    files = sorted(base.glob("model*.safetensors")) or sorted(base.glob("*.safetensors"))
+    return {name: shape for path in files for name, shape in shapes_in(path).items()}
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of one file, by name."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def shapes_of(config: dict, tensors: dict[str, tuple[int, ...]]) -> Shapes:
+    """The sizes that a base's config.json and the shapes of its tensors tell.
+
+    What a config does not name is read off the tensors, so that an architecture that nobody listed is estimated too.
+    """
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) and inner else config
+    linear = {n: s for n, s in tensors.items() if len(s) == 2 and not any(part in n for part in NOT_ADAPTED)}
+    layers, heads, hidden, inner = (_number(config, names) for names in NAMES.values())
+    layers, heads, hidden = max(layers, 1), max(heads, 1), max(hidden, 1)
+    head_size = _number(config, ("head_dim",)) or hidden // heads
+    vectors = [name for name, shape in tensors.items() if shape == (hidden,) and ("norm" in name or "ln_" in name)]
+    scales = [name for name in vectors if name.endswith("weight")]
+    return Shapes(
+        layers=layers,
+        heads=heads,
+        hidden=hidden,
+        queries=heads * head_size,
+        keys=(_number(config, ("num_key_value_heads",)) or heads) * head_size,
+        inner=inner or 4 * hidden,
+        curve=4 if any("gate" in name for name in linear) else 5 if "gelu_new" in config.values() else 2,
+        norms=max(1, len(scales) // layers),
+        centred=len(vectors) > len(scales),
+        head_norms=any("q_norm" in name for name in tensors),
+        native=config.get("model_type") in NATIVE,
+        vocabulary=_number(config, ("vocab_size",)),
+        linear=linear,
+        other=sum(_size(shape) for name, shape in tensors.items() if name not in linear),
+    )
+
+
+def base_bytes(shapes: Shapes, width: int, *, four_bit: bool) -> float:
+    """The frozen base, `width` bytes a weight; of one in 4 bits, only what is no linear layer has them."""
+    linear = shapes.weights - shapes.other
+    return shapes.other * width + linear * (FOUR_BIT if four_bit else width)
+
+
+def activation_bytes(
+    shapes: Shapes, width: int, *, checkpointing: bool, rank: int = 32, row: int = 1024
+) -> tuple[float, float]:
+    """Per token of a forward pass with gradients: what autograd keeps until the backward pass, and what comes and goes.
+
+    Tensors of `width` bytes; transformers' norms keep fp32 copies. `rank` is that of the adapters, `row` the tokens of
+    a long row. With checkpointing a layer keeps its input alone, and one layer at a time is computed again. Not counted
+    are the attention weights of architectures that squeeze them (Gemma 2): they grow with the square of a row's length.
+    """
+    s, layers_linear = shapes, max(1, len(shapes.linear) // shapes.layers)
+    inputs = (2 * s.hidden + s.queries) * width  # of the projections to q, k, v, of the feed-forward part, and of o
+    if s.native:
+        norms = s.norms * (s.hidden * width + FP32) + ((s.queries + s.keys) * width if s.head_norms else 0)
+        attention = (2 * s.queries + 2 * s.keys) * width + s.heads * FP32
+        if width == FP32 and row <= DENSE:  # attention weights are kept, and the result once
+            attention += s.heads * row * FP32 - s.queries * width
+        layer, passing = norms + inputs + attention + 2 * s.inner * width, 3 * s.inner * width
+        last = s.hidden * width
+    else:
+        norms = s.norms * s.hidden * (width if s.centred else FP32)
+        norms += (s.queries + s.keys) * FP32 if s.head_norms else 0
+        attention = 2 * (s.queries + s.keys) * width + s.heads * FP32  # q, k, v and the result; its norm's logarithm
+        layer = norms + inputs + attention + s.curve * s.inner * width + layers_linear * rank * width
+        passing = 2 * s.inner * width
+        last = s.hidden * (width if s.centred else FP32)  # the norm behind all layers
+    if checkpointing:
+        return s.layers * s.hidden * width + last, layer + passing
+    return s.layers * layer + last, passing
+
+
+def prefill_bytes(shapes: Shapes, width: int) -> float:
+    """Per token of a forward pass without gradients: what is there at once within one layer."""
+    return (3 * shapes.inner + 5 * shapes.hidden) * width
+
+
+def cache_bytes(shapes: Shapes, width: int) -> float:
+    """Keys and values of one token in every layer."""
+    return 2 * shapes.layers * shapes.keys * width
+
+
+def logits_bytes(shapes: Shapes, rows: float, width: int) -> float:
+    """Logits of so many positions, their logarithms and probabilities in fp32; at most a chunk is there at once."""
+    return (3 * FP32 + (width if width < FP32 else 0)) * min(rows * shapes.vocabulary, LOGITS_AT_ONCE)
+
+
+def draw_bytes(shapes: Shapes, rows: int) -> float:
+    """Distributions that one token each of so many responses is drawn from, in fp64, three times over."""
+    return 3 * FP64 * rows * shapes.vocabulary
+
+
+def _number(config: dict, names: tuple[str, ...]) -> int:
+    """The first of these that a config gives as a number, the largest of one per layer; 0 where there is none."""
+    for name in names:
+        found = config[name] if isinstance(config.get(name), list) else [config.get(name)]
+        if found and all(type(number) is int and number > 0 for number in found):
+            return max(found)
+    return 0
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
