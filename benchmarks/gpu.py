@@ -124,6 +124,7 @@ def run(args: argparse.Namespace) -> dict:
     from measures import SIZES, ceilings
 
     from stages.files.manifest import versions
+    from stages.rollout.graphs import Usable
     from stages.training.passes import limit_tokens
 
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
@@ -154,7 +155,8 @@ def run(args: argparse.Namespace) -> dict:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{name}: done, {whole.left:.0f} s left", file=sys.stderr, flush=True)
-    return found | {"seconds": time.monotonic() - began}
+    graphs = Usable.reason or ("captured" if device.type == "cuda" else "only on CUDA")
+    return found | {"decoding_graphs": graphs, "seconds": time.monotonic() - began}
 
 
 # --- for a person

@@ -118,7 +118,7 @@ def reward_model(assets: Path, policy: Path, folder: Path) -> Path:
     return folder / "rm"
 
 
-def start_up(assets: Path, folder: Path, rounds: int) -> dict[str, float]:
+def start_up(assets: Path, policy: Path, folder: Path, rounds: int) -> dict[str, float]:
     """Seconds of wall time, the least of several: help, a mistake, and a whole command of one step."""
     bad = folder / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 1}\n')
@@ -140,17 +140,21 @@ def start_up(assets: Path, folder: Path, rounds: int) -> dict[str, float]:
         "a mistake in a row": ["sft", *model, "--dataset", str(bad), "--output", str(folder / "x")],
     }
     found = {name: min(_seconds(line) for _ in range(rounds)) for name, line in lines.items()}
-    for stage in ("sft", "reward", "dpo"):
-        line = command(stage, assets, assets / "base", folder, folder / "one")
+    reward = reward_model(assets, policy, folder) if not (folder / "rm").exists() else folder / "rm"
+    for stage in ("sft", "reward", "dpo", "ppo"):
+        line = command(stage, assets, policy, reward, folder / "one")
         line[line.index("--max-steps") + 1] = "1"
         line[line.index("--output") + 1] = str(folder / f"one-{stage}")
-        found[f"{stage}, one step"] = min(_seconds([*line, "--overwrite", "--seed", str(i)]) for i in range(rounds))
+        found[f"{stage}, one step"] = min(_seconds([*line, "--overwrite", "--seed", str(i)], 0) for i in range(rounds))
     return found
 
 
-def _seconds(line: list[str]) -> float:
+def _seconds(line: list[str], code: int | None = None) -> float:
+    """How long a command takes; `code` is what it has to end with."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "rlhf_cli", *line], capture_output=True, env=environment())
+    ended = subprocess.run([sys.executable, "-m", "rlhf_cli", *line], capture_output=True, text=True, env=environment())
+    if code not in (None, ended.returncode):
+        raise SystemExit(f"`{shlex.join(line)}` ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
     return time.perf_counter() - began
 
 
@@ -159,7 +163,7 @@ def _seconds(line: list[str]) -> float:
 
 def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     """A row per stage and variant: ours, the peer's, and their ratios round by round."""
-    policy = args.policy or args.assets / "base"
+    policy = policy_of(args)
     rows = []
     for stage in args.stages.split(","):
         reward = reward_model(args.assets, policy, folder) if stage == "ppo" else folder
@@ -172,6 +176,11 @@ def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
             rows.append({"stage": name, "ours": ours, "peer": peers})
             print(line_of(rows[-1]), flush=True)
     return rows
+
+
+def policy_of(args: argparse.Namespace) -> Path:
+    """The model of the ppo runs."""
+    return args.policy or args.assets / "base"
 
 
 def line_of(row: dict) -> str:
@@ -212,7 +221,7 @@ def main() -> None:
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
     with tempfile.TemporaryDirectory() as name:
         rows = compare(args, Path(name))
-        started = start_up(args.assets, Path(name), args.rounds)
+        started = start_up(args.assets, policy_of(args), Path(name), args.rounds)
     print("\n| start-up | s |\n|---|---|")
     print("\n".join(f"| {what} | {seconds:.2f} |" for what, seconds in started.items()))
     if args.output:

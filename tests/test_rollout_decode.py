@@ -9,7 +9,7 @@ from stages.errors import ModelError
 from stages.models.fused import Linear
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles
-from stages.rollout import decode
+from stages.rollout import decode, graphs
 from stages.rollout.generate import Sampling, check_engine, generate, respond
 from tests.parts import random_adapter, sequences_of
 
@@ -119,3 +119,56 @@ def test_layers_fold_their_delta_into_fp32_weights():
     assert len(layer.weights) == 1 and layer.down is None
     # 1 x 10 + 2 x 20 + 0.5 + 2 x 3 x (10 - 20), and without the delta
     assert decode.run(torch.tensor([[10.0, 20.0]]), layer).tolist() == [[-9.5, 50.5]]
+
+
+# --- steps of fixed shape, as CUDA graphs need them
+
+
+def counted(captured):
+    """A capture that counts: its step runs anew each time, as a graph would, on the same memory."""
+    return lambda step: captured.append(step) or step
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_steps_of_fixed_shape_give_the_same_responses(open_tiny, architecture, monkeypatch):
+    """Five rows run as five, and three as four once two have ended; slots are read in steps of 8."""
+    base = open_tiny(architecture)
+    stops = tuple(range(0, base.vocabulary, 25))
+    captured = []
+    with adapted(base).use("policy"):
+        expected = respond(base, PROMPTS, KEYS, stops, Sampling(0.9, 40))
+        monkeypatch.setattr("stages.rollout.generate.capture_for", lambda device, tokens: counted(captured))
+        monkeypatch.setattr(graphs, "SLOT_STEP", 8)
+        found = respond(base, PROMPTS, KEYS, stops, Sampling(0.9, 40))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.tokens, b.tokens) and (a.logprobs - b.logprobs).abs().max() <= 1e-5
+    shapes = [(len(step.args[3]), step.args[5]) for step in captured]
+    assert shapes[0] == (5, 16) and len(set(shapes)) == len(shapes) > 3  # captured once each
+    assert {rows for rows, _ in shapes} <= {1, 2, 4, 5} and all(n % 8 == 0 or n == 54 for _, n in shapes)
+
+
+def test_where_capturing_fails_steps_run_as_they_are(open_tiny, monkeypatch):
+    monkeypatch.setattr(graphs.Usable, "reason", None)
+
+    def failing(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    base = open_tiny("llama")
+    expected = generate(base, PROMPTS, KEYS, NEVER, Sampling(0.9, 6))
+    monkeypatch.setattr("stages.rollout.generate.capture_for", lambda device, tokens: failing)
+    found = generate(base, PROMPTS, KEYS, NEVER, Sampling(0.9, 6))
+    assert [r.tolist() for r in found] == [r.tolist() for r in expected]
+    assert "not permitted" in graphs.Usable.reason and graphs.capture_for(torch.device("cuda"), 99) is None
+
+
+def test_captures_are_for_cuda_and_for_many_tokens(monkeypatch):
+    monkeypatch.setattr(graphs, "cuda_graph", lambda: "captured")
+    monkeypatch.setattr(graphs.Usable, "reason", None)
+    assert graphs.capture_for(torch.device("cpu"), 999) is None
+    assert graphs.capture_for(torch.device("cuda"), 15) is None
+    assert graphs.capture_for(torch.device("cuda"), 16) == "captured"
+
+
+def test_rows_are_padded_to_powers_of_two():
+    assert [graphs.at_least(n, 256) for n in (1, 2, 3, 4, 5, 8, 9, 200, 256)] == [1, 2, 4, 4, 8, 8, 16, 256, 256]
+    assert [graphs.at_least(n, 100) for n in (60, 65, 100)] == [64, 100, 100]

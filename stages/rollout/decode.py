@@ -6,6 +6,7 @@ slots than the furthest row has filled.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from stages.models.base import Base
 from stages.models.fused import Linear, folded, normed, turned
 from stages.models.native import Block, Native
 from stages.models.prefixes import pack
+from stages.rollout.graphs import Capture, FixedSteps, Step, Usable
 from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
+from stages.training.passes import out_of_memory
 
 
 class Steady(NamedTuple):
@@ -85,30 +88,48 @@ def layers_of(native: Native) -> list[Layer]:
 class Slots:
     """Keys and values of the rows being sampled: per layer (rows, kv heads, room, D) each."""
 
-    def __init__(self, native: Native, rows: int, room: int, dtype: torch.dtype, device: torch.device):
-        shapes = [(rows, len(b.k.weight) // b.head_size, room, b.head_size) for b in native.blocks]
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    def __init__(self, keys: list[Tensor], values: list[Tensor]):
+        self.keys, self.values = keys, values
 
-    def keep(self, rows: Tensor) -> None:
-        """Leave only these rows, in this order."""
+    @classmethod
+    def empty(cls, native: Native, rows: int, room: int, dtype: torch.dtype, device: torch.device) -> Slots:
+        """Slots for so many rows of up to `room` tokens."""
+        shapes = [(rows, len(b.k.weight) // b.head_size, room, b.head_size) for b in native.blocks]
+        return cls(*([torch.zeros(s, dtype=dtype, device=device) for s in shapes] for _ in range(2)))
+
+    def first(self, rows: int) -> Slots:
+        """The first rows, in the same memory."""
+        return Slots([x[:rows] for x in self.keys], [x[:rows] for x in self.values])
+
+    def keep(self, rows: Tensor, *, in_place: bool) -> None:
+        """Leave only these rows, in this order; in place they become the first ones, and memory stays as it is."""
         for slots in (self.keys, self.values):
             for i, slot in enumerate(slots):
-                slots[i] = slot[rows]
+                if in_place:
+                    slot[: len(rows)] = slot[rows]
+                else:
+                    slots[i] = slot[rows]
 
 
 class NativeDecoder:
     """Rows being sampled through the native forward pass under the active role."""
 
-    def __init__(self, base: Base, layers: list[Layer], prompts: list[Tensor], more: int):
+    def __init__(
+        self, base: Base, layers: list[Layer], prompts: list[Tensor], more: int, capture: Capture | None = None
+    ):
         assert base.native is not None
         self.base, self.native, self.layers = base, base.native, layers
-        longest = max(map(len, prompts))
-        self.slots = Slots(self.native, len(prompts), longest + more, base.dtype, base.device)
-        self.cos, self.sin = self.native.angles(torch.arange(longest + more, device=base.device))
+        longest, rows = max(map(len, prompts)), len(prompts)
+        room = longest + more
+        self.slots = Slots.empty(self.native, rows, room, base.dtype, base.device)
+        self.angles = self.native.angles(torch.arange(room, device=base.device))
         self.places = torch.tensor([len(p) for p in prompts], device=base.device)  # (R,) of each row's next token
         self.filled = longest
         self.prompts = prompts
+        self.fixed: FixedSteps | None = None
+        if capture is not None:
+            self._inputs = torch.zeros(2, rows, dtype=torch.long, device=base.device)  # ids, places
+            self.fixed = FixedSteps(capture, self._fixed_step, rows, room)
 
     def start(self) -> Tensor:
         """States (R, H) of the last token of every prompt; prompts that begin alike are computed together."""
@@ -143,13 +164,34 @@ class NativeDecoder:
     def step(self, ids: Tensor) -> Tensor:
         """States (R, H) after one more token (R,) of every row."""
         self.filled += 1
-        states = decode(self.native, self.layers, self.slots, ids, self.places, self.filled, (self.cos, self.sin))
+        states = self._in_fixed_shape(ids) if self.fixed is not None else None
+        if states is None:
+            slots = self.slots.first(len(ids))
+            states = decode(self.native, self.layers, slots, ids, self.places, self.filled, self.angles)
         self.places = self.places + 1
         return states
 
+    def _in_fixed_shape(self, ids: Tensor) -> Tensor | None:
+        """The same through a captured step; None, from here on, where steps turn out not to be captured."""
+        assert self.fixed is not None
+        rows = len(ids)
+        self._inputs[0, :rows], self._inputs[1, :rows] = ids, self.places
+        self._inputs[1, rows:] = 0  # padding writes to the front of slots that nobody reads any more
+        try:
+            return self.fixed.run(rows, self.filled)[:rows]
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            Usable.reason, self.fixed = str(error).splitlines()[0], None
+            return None
+
+    def _fixed_step(self, rows: int, filled: int) -> Step:
+        ids, places = self._inputs[:, :rows]
+        return partial(decode, self.native, self.layers, self.slots.first(rows), ids, places, filled, self.angles)
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
-        self.slots.keep(rows)
+        self.slots.keep(rows, in_place=self.fixed is not None)
         self.places = self.places[rows]
 
 

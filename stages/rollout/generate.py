@@ -13,6 +13,7 @@ from stages.errors import ModelError
 from stages.models.base import Base
 from stages.models.forward import read
 from stages.rollout.decode import Layer, NativeDecoder, layers_of
+from stages.rollout.graphs import capture_for
 from stages.training import signals
 from stages.training.passes import divisor, out_of_memory, smaller
 from stages.training.seeds import noise
@@ -141,7 +142,9 @@ def _sample_batch(
     """Prefill, then one token at a time; a row leaves the batch once enough rows have ended."""
     device, limit = base.device, sampling.max_tokens
     decoder: Decoder = (
-        TransformersDecoder(base, prompts) if layers is None else NativeDecoder(base, layers, prompts, limit)
+        TransformersDecoder(base, prompts)
+        if layers is None
+        else NativeDecoder(base, layers, prompts, limit, capture_for(device, limit))
     )
     stops = torch.tensor(stop_ids, device=device)
     tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
