@@ -10,9 +10,10 @@ transformers' own scaled-dot-product attention.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -200,7 +201,30 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float |
 def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None
 ) -> Tensor:
-    """The same on CUDA through torch's variable-length kernel; its signature changed between torch 2.11 and 2.13."""
+    """The same on CUDA through a variable-length kernel: flash-attn's where that is installed, else torch's own."""
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    if segments.keys is not None:  # the last key stands under the last query, as causal kernels align them
+        k, v = k[segments.keys], v[segments.keys]
+    bounds = segments.offsets, segments.key_offsets, *segments.longest
+    flash = _flash_attn()
+    if flash is not None:
+        back = (-1, -1) if window is None else (window - 1, 0)
+        return flash(q, k, v, *bounds, softmax_scale=scale, causal=True, window_size=back)[None]
+    return _torch_varlen(q, k, v, bounds, scale, window)[None]
+
+
+@lru_cache(maxsize=1)
+def _flash_attn() -> Callable[..., Tensor] | None:
+    """flash-attn's kernel; None where it is not installed, or does not load beside this torch."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except Exception:  # an extension that was built for another torch fails in ways of its own
+        return None
+    return flash_attn_varlen_func
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: tuple, scale: float | None, window: int | None) -> Tensor:
+    """torch's kernel on (N, heads, D); its signature changed between torch 2.11 and 2.13."""
     from torch.nn.attention.varlen import varlen_attn
 
     accepts = inspect.signature(varlen_attn).parameters
@@ -215,10 +239,7 @@ def _attend_varlen(
         else:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-    if segments.keys is not None:  # the last key stands under the last query, as causal kernels align them
-        k, v = k[segments.keys], v[segments.keys]
-    return varlen_attn(q, k, v, segments.offsets, segments.key_offsets, *segments.longest, **options).unsqueeze(0)
+    return varlen_attn(q, k, v, *bounds, **options)
 
 
 def register() -> None:
