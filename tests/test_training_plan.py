@@ -219,6 +219,16 @@ def test_the_peak_of_a_rollout_is_the_plans(model_folder, dtype, prompt, respons
     assert rollout_bytes(source_shapes(source), dtype.itemsize, work) == pytest.approx(live.peak, rel=0.15)
 
 
+def test_what_runs_on_cuda_is_planned_as_it_runs_there_in_fp32_too(model_folder):
+    """Prompts are read in passes of CUDA's size, and attention weights of short rows are not kept."""
+    shapes = source_shapes(source_of(model_folder("llama")))
+    work = Work("ppo", [100], prompt=100, response=1, at_once=170)
+    more = rollout_bytes(shapes, 4, work, on_cuda=True) - rollout_bytes(shapes, 4, work)
+    assert more == (16384 - 2048) * (3 * 48 + 5 * 32) * 4
+    here, there = (activation_bytes(shapes, 4, checkpointing=False, row=100, on_cuda=c)[0] for c in (False, True))
+    assert here - there == 2 * (4 * 100 - 32) * 4  # layers x (heads x row - the attention's result, kept once)
+
+
 def test_a_rollout_and_a_pass_are_never_there_at_once(model_folder):
     config, source = ppo_config(device="cpu"), source_of(model_folder("llama"))
     small = parts_of(config, source, Work("ppo", [100], prompt=10, response=90, at_once=1))
