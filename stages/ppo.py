@@ -160,12 +160,14 @@ def work_of(config: PpoConfig, prompts: list[PromptRow]) -> Work:
     at_once = config.rollout_batch_size
     at_once = ROWS_AT_ONCE[pick_device(config.device).type] if at_once == AUTO else at_once
     mean = sum(len(p.ids) for p in prompts) / len(prompts)
+    here = several / config.minibatches  # of a prompt's responses that are in a minibatch, and whether any is
+    any_here = 1 - (1 - 1 / config.minibatches) ** several
     return Work(
         "ppo",
         [len(p.ids) + response for p in prompts for _ in range(several)],
-        max(1, config.batch_size * several // config.minibatches),
+        math.ceil(config.batch_size * several / config.minibatches),
         read=response / (mean + response),
-        computed=(mean + several * response) / (several * (mean + response)),
+        computed=(any_here * mean + here * response) / (here * (mean + response)),
         prompt=longest,
         response=response,
         at_once=min(at_once, config.batch_size * several),

@@ -327,3 +327,25 @@ def test_the_bases_own_weights_stay_what_they_were(model_folder, open_tiny):
     plain = whole_model(model_folder("gpt2")).state_dict()
     mine = {name.replace(".base.", "."): value for name, value in base.model.state_dict().items()}
     assert mine.keys() == plain.keys() and all(torch.equal(mine[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_gradients_of_states_read_more_than_once_have_the_same_bits_every_time(open_tiny, architecture):
+    """As of the end of a prompt that many responses share, on more threads than one."""
+    base = open_tiny(architecture)
+    roles = roles_on(base)
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randint(40, (4000,), generator=generator)
+    weights = torch.randn(4000, base.width, generator=generator)
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    try:
+        for _ in range(12):
+            for parameter in roles.parameters("policy"):
+                parameter.grad = None
+            with roles.use("policy"):
+                (base.hidden(sequences_of([40]), wanted) * weights).sum().backward()
+            found.append(torch.cat([p.grad.flatten() for p in roles.parameters("policy")]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], again) for again in found)

@@ -80,6 +80,16 @@ def test_frozen_deltas_and_inputs_get_no_gradient():
     assert one.a.grad is not None and frozen.a.grad is None and x.grad is None
 
 
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_half_a_delta_may_learn(tokens):
+    x, one = numbers(tokens, 5, grad=False), linear(5, 5, seed=10)
+    half = one._replace(a=one.a.detach())
+    same_gradients(project(x, (half,)), [plain(x, half)], [half.b])
+    rest = linear(5, 5, delta=False, seed=20)
+    expected = x + plain(functional.silu(plain(x, half)) * plain(x, rest), rest)
+    same_gradients([gated_mlp(x, x, half, rest, rest)], [expected], [half.b])
+
+
 def test_half_precision_never_folds_the_delta_away():
     """A delta of 2^-10 beside weights of 1 is lost when added in bfloat16, whose spacing there is 2^-7."""
     weight = torch.ones(4, 4, dtype=torch.bfloat16)

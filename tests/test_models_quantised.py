@@ -15,6 +15,7 @@ from stages.models.lora import LoraLinear, fresh
 from stages.models.quantised import is_four_bit
 from stages.models.roles import Roles
 from stages.models.source import open_source
+from stages.rollout.generate import check_engine
 from tests.commands import SMALL, demonstrations, done, lines_of, manifest, refused, result, weights, write_data
 from tests.parts import gradient, random_adapter, relative, sequences_of, sft_config
 from tests.tiny import write_jsonl
@@ -120,6 +121,13 @@ def test_the_first_layers_have_a_gradient(opened):
     with roles.use("policy"):
         base.hidden(sequences_of([9])).square().sum().backward()
     assert delta.a.grad.abs().max() > 0
+
+
+def test_transformers_samples_from_it(opened):
+    """Our decoder covers the same architecture in full."""
+    assert check_engine(opened(four_bit=False), "auto") == ()
+    said = "our own decoder does not cover `llama` in 4 bits: transformers samples, which is slower"
+    assert check_engine(opened(), "auto") == (said,)
 
 
 def test_gpt2s_layers_know_that_their_files_are_transposed(opened):

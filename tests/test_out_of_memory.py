@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stages.errors import OutOfMemory
 from stages.models.base import Base
 from stages.rollout import generate
 from stages.training import passes
 from stages.training.passes import accumulate, collect
 from tests.commands import assert_same_weights, done, lines_of, refused
+from tests.parts import sequences_of
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 RUN = (
@@ -113,6 +115,17 @@ def fits(monkeypatch, rows):
 
     monkeypatch.setattr(Base, "hidden", small_hidden)
     monkeypatch.setattr(generate, "_sample_batch", small_batch)
+
+
+def test_weights_that_do_not_fit_beside_the_base_are_said_to_be_too_large(open_tiny, monkeypatch):
+    """Sampling in fp32 folds the adapter into copies of the weights."""
+
+    def no_room(native):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(generate, "layers_of", no_room)
+    with pytest.raises(OutOfMemory, match="sampling one response, 9 tokens"):
+        generate.respond(open_tiny("llama"), sequences_of([5, 3]), [(0,), (1,)], (2,), generate.Sampling(1.0, 4))
 
 
 def command(found, stage, output):

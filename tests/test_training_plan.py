@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stages import ppo
 from stages.models.base import load_base
+from stages.models.prefixes import pack
 from stages.models.roles import Roles
 from stages.models.source import open_source
 from stages.models.tokens import TokenRow
@@ -24,8 +26,17 @@ from stages.training.plan import (
     rollout_rows,
     source_shapes,
 )
+from stages.training.seeds import permutation
 from tests.memory import LiveBytes, saved_bytes
-from tests.parts import ppo_config, publish_checkpoint, random_adapter, sequences_of, sft_config, whole_model
+from tests.parts import (
+    ppo_config,
+    prompt_rows,
+    publish_checkpoint,
+    random_adapter,
+    sequences_of,
+    sft_config,
+    whole_model,
+)
 from tests.tiny import ARCHITECTURES
 
 ACTIVATIONS, MOMENTS = "activations of the largest pass", "gradients and Adam moments"
@@ -219,6 +230,16 @@ def test_the_peak_of_a_rollout_is_the_plans(model_folder, dtype, prompt, respons
     assert rollout_bytes(source_shapes(source), dtype.itemsize, work) == pytest.approx(live.peak, rel=0.15)
 
 
+def test_what_runs_on_cuda_is_planned_as_it_runs_there_in_fp32_too(model_folder):
+    """Prompts are read in passes of CUDA's size, and attention weights of short rows are not kept."""
+    shapes = source_shapes(source_of(model_folder("llama")))
+    work = Work("ppo", [100], prompt=100, response=1, at_once=170)
+    more = rollout_bytes(shapes, 4, work, on_cuda=True) - rollout_bytes(shapes, 4, work)
+    assert more == (16384 - 2048) * (3 * 48 + 5 * 32) * 4
+    here, there = (activation_bytes(shapes, 4, checkpointing=False, row=100, on_cuda=c)[0] for c in (False, True))
+    assert here - there == 2 * (4 * 100 - 32) * 4  # layers x (heads x row - the attention's result, kept once)
+
+
 def test_a_rollout_and_a_pass_are_never_there_at_once(model_folder):
     config, source = ppo_config(device="cpu"), source_of(model_folder("llama"))
     small = parts_of(config, source, Work("ppo", [100], prompt=10, response=90, at_once=1))
@@ -245,6 +266,22 @@ def test_shared_beginnings_and_unread_tokens_need_less(model_folder):
 
     assert parts(read=0.5)["logits"] == parts()["logits"] / 2 and parts(read=0.0)["logits"] == 0
     assert parts(read=0.0, computed=0.6)[ACTIVATIONS] == pytest.approx(0.6 * parts(read=0.0)[ACTIVATIONS])
+
+
+@pytest.mark.parametrize(("several", "minibatches"), [(1, 1), (4, 1), (4, 2), (8, 3)])
+def test_a_minibatch_of_ppo_shares_only_the_prompts_whose_responses_meet_in_it(several, minibatches):
+    """Against rows that are shuffled, cut and packed as they will be."""
+    shape = {"batch_size": 32, "responses_per_prompt": several, "minibatches": minibatches}
+    config = ppo_config(device="cpu", max_response_tokens=10, **shape)
+    prompts, ends = sequences_of([30] * 32, vocabulary=10**9), sequences_of([10] * 32 * several, 1, 10**9)
+    work, rows = ppo.work_of(config, prompt_rows(prompts)), 32 * several
+    lengths = []
+    for part in range(minibatches):
+        chosen = permutation(rows, 0)[part * rows // minibatches : (part + 1) * rows // minibatches]
+        row = pack([torch.cat([prompts[i // several], ends[i]]) for i in chosen], share=True)
+        lengths.append((len(chosen), len(row.ids)))
+    assert work.per_step == max(count for count, _ in lengths)
+    assert work.computed == pytest.approx(sum(n for _, n in lengths) / (rows * 40), rel=0.05)
 
 
 # --- what is decided by it

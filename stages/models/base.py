@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stages.errors import ModelError
 from stages.models import attention
@@ -97,10 +98,10 @@ class Base:
             return self._hidden_native(sequences, wanted)
         run = self._hidden_packed if self.packs else self._hidden_padded
         if not (self.checkpoints and torch.is_grad_enabled()):
-            return _chosen(run(sequences), wanted)
+            return _taken(run(sequences), wanted)
         self.model.train()  # only here: in train mode a checkpointing layer ignores its cache, and sampling needs it
         try:
-            return _chosen(run(sequences), wanted)
+            return _taken(run(sequences), wanted)
         finally:
             self.model.eval()
 
@@ -112,14 +113,14 @@ class Base:
         if places is None:
             return self.native.hidden(row, None, recompute=self.checkpoints)
         needed, again = places.to(self.device).unique(return_inverse=True)  # sequences may share a place
-        return self.native.hidden(row, needed, recompute=self.checkpoints)[again]
+        return _taken(self.native.hidden(row, needed, recompute=self.checkpoints), again)
 
     def _hidden_packed(self, sequences: list[Tensor]) -> Tensor:
         row = pack(sequences, share=self.shares)
         ids, positions = row.ids.to(self.device)[None], row.positions.to(self.device)[None]
         with attention.packed(row.trees, self.device):
             states = self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
-        return states if row.places is None else states[row.places.to(self.device)]
+        return _taken(states, row.places)
 
     def _hidden_padded(self, sequences: list[Tensor]) -> Tensor:
         lengths = torch.tensor([len(s) for s in sequences])
@@ -202,8 +203,12 @@ class Base:
         return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
 
 
-def _chosen(states: Tensor, wanted: Tensor | None) -> Tensor:
-    return states if wanted is None else states[wanted.to(states.device)]
+def _taken(states: Tensor, places: Tensor | None) -> Tensor:
+    """States (N, H) at places (M,), which may repeat; all of them where there are none."""
+    if places is None:
+        return states
+    # Not states[places]: where several threads meet at a place, indexing adds up its gradient in any order.
+    return functional.embedding(places.to(states.device), states)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:

@@ -15,14 +15,20 @@ from torch import Tensor
 LONGEST = 384  # tokens that a query may look back on for this to be used
 
 
-@lru_cache(maxsize=1024)
 def mask_of(before: int, length: int, window: int | None, group: int) -> Tensor:
     """What is added to the logits of `length` queries that follow `before` others, (group x length, before + length).
 
     0 or -inf: a token sees those before it, `window` of them with itself at most. Each query stands `group` times, once
-    for every head that shares its keys.
+    for every head that shares its keys. before + length is at most `LONGEST`.
     """
-    back = torch.arange(before, before + length)[:, None] - torch.arange(before + length)
+    end = before + length
+    return _whole_mask(window, group)[before * group : end * group, :end]
+
+
+@lru_cache(maxsize=8)
+def _whole_mask(window: int | None, group: int) -> Tensor:
+    """The mask of `LONGEST` tokens, (group x LONGEST, LONGEST); those of all shorter pieces are corners of it."""
+    back = torch.arange(LONGEST)[:, None] - torch.arange(LONGEST)
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
     return torch.where(seen, 0.0, float("-inf")).repeat_interleave(group, dim=0)
 

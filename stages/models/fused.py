@@ -111,8 +111,7 @@ class _Project(torch.autograd.Function):
         x, *flat = ctx.saved_tensors
         dx, out = None, []
         for i, (grad, linear) in enumerate(zip(grads, _linears(flat, ctx.scales), strict=True)):
-            needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3 + 4 * i + 2]
-            dx, da, db = _gradients(grad, x, linear, dx, needs)
+            dx, da, db = _gradients(grad, x, linear, dx, (ctx.needs_input_grad[0], _trains(ctx, i)))
             out += [None, None, da, db]
         return dx, grads[0] if ctx.needs_input_grad[1] else None, None, *out
 
@@ -130,7 +129,7 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, opened, raised, *flat = ctx.saved_tensors
         gate, up, down = _linears(flat, ctx.scales)
-        trains = [ctx.needs_input_grad[3 + 4 * i + 2] for i in range(3)]
+        trains = [_trains(ctx, i) for i in range(3)]
         active = functional.silu(opened)
         inner, down_a, down_b = _gradients(grad, active * raised, down, None, (True, trains[2]))
         d_raised = active.mul_(inner)
@@ -144,6 +143,12 @@ class _GatedMlp(torch.autograd.Function):
 
 def _linears(flat: tuple[Tensor | None, ...] | list[Tensor | None], scales: tuple[float, ...]) -> list[Linear]:
     return [Linear(*flat[4 * i : 4 * i + 4], scale) for i, scale in enumerate(scales)]
+
+
+def _trains(ctx, number: int) -> bool:
+    """Whether layer `number` of those laid flat behind the first three arguments has a delta that learns."""
+    start = 3 + 4 * number
+    return any(ctx.needs_input_grad[start + 2 : start + 4])
 
 
 # --- norm and rotation

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stages.errors import ModelError
 from stages.models.base import Base
 from stages.models.forward import read
+from stages.models.quantised import is_four_bit
 from stages.rollout.decode import Layer, NativeDecoder, layers_of
 from stages.rollout.graphs import capture_for
 from stages.training import signals
@@ -90,11 +91,12 @@ def respond(
     size = rows if isinstance(rows, int) else ROWS_AT_ONCE[base.device.type]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     out: list[Response | None] = [None] * len(prompts)
-    layers = native_layers(base, sampling.engine)
+    layers: list[Layer] | None = None
     done = 0
     while done < len(order):
         chosen = order[done : done + max(1, size // divisor())]
         try:
+            layers = layers or native_layers(base, sampling.engine)
             uniform = noise([keys[i] for i in chosen], sampling.max_tokens).to(base.device)
             batch = [prompts[i] for i in chosen]
             responses = _sample_batch(base, layers, batch, uniform, stop_ids, sampling, head)
@@ -113,6 +115,7 @@ def respond(
     return out  # type: ignore[return-value]
 
 
+@torch.no_grad()
 def native_layers(base: Base, engine: str) -> list[Layer] | None:
     """The base's layers under the active role for our own decoder; None where transformers is to run it."""
     check_engine(base, engine)
@@ -123,7 +126,8 @@ def check_engine(base: Base, engine: str) -> tuple[str, ...]:
     """What there is to say of the engine that will sample; raises ModelError where ours is asked for in vain."""
     if base.native is not None or engine == "transformers":
         return ()
-    why = f"our own decoder does not cover `{base.source.config['model_type']}`"
+    held = " in 4 bits" if any(is_four_bit(layer.base) for layer in base.layers.values()) else ""
+    why = f"our own decoder does not cover `{base.source.config['model_type']}`{held}"
     if engine == "native":
         raise ModelError(why, where="rollout_engine", fix="leave --rollout-engine out")
     return (f"{why}: transformers samples, which is slower",)

@@ -96,7 +96,7 @@ def base_bytes(shapes: Shapes, width: int, *, four_bit: bool) -> float:
 
 
 def activation_bytes(
-    shapes: Shapes, width: int, *, checkpointing: bool, rank: int = 32, row: int = 1024
+    shapes: Shapes, width: int, *, checkpointing: bool, rank: int = 32, row: int = 1024, on_cuda: bool = False
 ) -> tuple[float, float]:
     """Per token of a forward pass with gradients: what autograd keeps until the backward pass, and what comes and goes.
 
@@ -109,7 +109,7 @@ def activation_bytes(
     if s.native:
         norms = s.norms * (s.hidden * width + FP32) + ((s.queries + s.keys) * width if s.head_norms else 0)
         attention = (2 * s.queries + 2 * s.keys) * width + s.heads * FP32
-        if width == FP32 and row <= DENSE:  # attention weights are kept, and the result once
+        if width == FP32 and row <= DENSE and not on_cuda:  # attention weights are kept, and the result once
             attention += s.heads * row * FP32 - s.queries * width
         layer, passing = norms + inputs + attention + 2 * s.inner * width, 3 * s.inner * width
         last = s.hidden * width

@@ -132,8 +132,9 @@ def choose_passes(config: Any, work: Work, source: Source, shapes: Shapes, free:
     _, rank = adapter_size(config, source, shapes.linear)
     wanted = largest_pass(config, work, default)
     enough = wanted if isinstance(config.micro_batch_size, int) else max(max(work.sizes), min(ENOUGH, wanted))
+    how = {"rank": rank, "row": max(work.sizes), "on_cuda": device.type == "cuda"}
     for checkpointing in (False, True) if asked == AUTO else (asked,):
-        kept, passing = activation_bytes(shapes, width, checkpointing=checkpointing, rank=rank, row=max(work.sizes))
+        kept, passing = activation_bytes(shapes, width, checkpointing=checkpointing, **how)
         fit = int(room / ((kept + passing) * work.computed))
         if fit >= enough:
             break
@@ -144,19 +145,20 @@ def rollout_rows(config: Any, work: Work, source: Source, shapes: Shapes, free: 
     """Responses sampled side by side: as asked for, or fewer where `auto` would not fit into the free bytes."""
     if free is None or config.rollout_batch_size != AUTO:
         return config.rollout_batch_size
-    width = pick_dtype(config.dtype, pick_device(config.device)).itemsize
+    device = pick_device(config.device)
+    width, on_cuda = pick_dtype(config.dtype, device).itemsize, device.type == "cuda"
     room = SHARE * free - held_by(work.stage, config, source, shapes, width).total
-    if rollout_bytes(shapes, width, work) <= room:
+    if rollout_bytes(shapes, width, work, on_cuda=on_cuda) <= room:
         return AUTO
-    none, one = (rollout_bytes(shapes, width, replace(work, at_once=n)) for n in (0, 1))
+    none, one = (rollout_bytes(shapes, width, replace(work, at_once=n), on_cuda=on_cuda) for n in (0, 1))
     return max(1, int((room - none) / (one - none)))
 
 
-def rollout_bytes(shapes: Shapes, width: int, work: Work) -> float:
+def rollout_bytes(shapes: Shapes, width: int, work: Work, *, on_cuda: bool = False) -> float:
     """The larger of what a rollout's prompts take, computed and kept, and of what its last token takes to be drawn."""
     one, fits = cache_bytes(shapes, width), work.at_once * (work.prompt + work.response)
     if shapes.native:  # slots are there from the beginning, prompts are read a few at a time
-        read = min(work.at_once * work.prompt, TOKENS_AT_ONCE_CPU if width == FP32 else TOKENS_AT_ONCE_CUDA)
+        read = min(work.at_once * work.prompt, TOKENS_AT_ONCE_CUDA if on_cuda else TOKENS_AT_ONCE_CPU)
         folded = (shapes.weights - shapes.other) * width if width == FP32 else 0
         return folded + fits * one + max(read * prefill_bytes(shapes, width), draw_bytes(shapes, work.at_once))
     first = work.at_once * work.prompt * (one + prefill_bytes(shapes, width))
@@ -170,12 +172,13 @@ def memory_by_part(
 
     A rollout and a pass are never there at once: the peak is what is held all the time and the larger of both.
     """
-    width = pick_dtype(config.dtype, pick_device(config.device)).itemsize
+    device = pick_device(config.device)
+    width, on_cuda = pick_dtype(config.dtype, device).itemsize, device.type == "cuda"
     passes = passes or choose_passes(config, work, source, shapes, None)
     held = held_by(work.stage, config, source, shapes, width)
     _, rank = adapter_size(config, source, shapes.linear)
     size = largest_pass(config, work, passes.tokens) if tokens is None else tokens
-    how = {"checkpointing": passes.checkpointing, "rank": rank, "row": max(work.sizes)}
+    how = {"checkpointing": passes.checkpointing, "rank": rank, "row": max(work.sizes), "on_cuda": on_cuda}
     kept, passing = activation_bytes(shapes, width, **how)
     # Logits and what passes through a layer are never there together.
     logits = logits_bytes(shapes, size * work.read, width) if work.read else 0.0
@@ -188,7 +191,9 @@ def memory_by_part(
         "activations of the largest pass": computed * kept + max(0.0, computed * passing - logits),
         "logits": logits,
     }
-    return parts | ({"rollout (keys, values)": rollout_bytes(shapes, width, work)} if work.prompt else {})
+    if work.prompt:
+        parts["rollout (keys, values)"] = rollout_bytes(shapes, width, work, on_cuda=on_cuda)
+    return parts
 
 
 def peak_of(parts: dict[str, float]) -> float:
