@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rlhf_cli import main
 from rlhf_cli.main import app
-from rlhf_cli.program import QUIET, QUIET_PIPED
+from rlhf_cli.program import QUIET_PIPED, SETTINGS
 from stages import __version__
 from stages.config import PpoConfig, SftConfig, TrainingKnobs, knob
 from stages.errors import (
@@ -37,7 +37,7 @@ PPO = ["ppo", "--model", "m", "--dataset", "d", "--output", "o", "--reward", "r"
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
     """Libraries' quiet settings and ranks must not leak between tests."""
-    for name in [*QUIET, *QUIET_PIPED, "RANK", "RLHF_DEBUG"]:
+    for name in [*SETTINGS, *QUIET_PIPED, "RANK", "RLHF_DEBUG"]:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 

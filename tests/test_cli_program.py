@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_cli import program
-from rlhf_cli.program import QUIET, QUIET_PIPED, App, load
+from rlhf_cli.program import QUIET_PIPED, SETTINGS, App, load
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
     """Libraries' quiet settings must not leak between tests."""
-    for name in [*QUIET, *QUIET_PIPED]:
+    for name in [*SETTINGS, *QUIET_PIPED]:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 

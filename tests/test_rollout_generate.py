@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,19 @@ import torch
 
 from stages.models.forward import read_targets
 from stages.models.roles import Roles
-from stages.rollout.generate import Sampling, draw, generate
+from stages.rollout import generate as sampling
+from stages.rollout.generate import Sampling, entropy_of, generate, log_law
 from stages.training.seeds import noise
 from tests.parts import PACKING, random_adapter, sequences_of, whole_model
 
 PROMPTS = sequences_of([9, 3, 14, 6])
 KEYS = [(0, "row", i) for i in range(4)]
 NEVER = (10**6,)  # a stop token that is not in the vocabulary
+
+
+def draw(logits, uniform, temperature, top_p=1.0):
+    """A draw from logits."""
+    return sampling.draw(log_law(logits, temperature), uniform, temperature, top_p)
 
 
 def spy(base, monkeypatch):
@@ -79,6 +86,15 @@ def test_a_draw_never_takes_an_impossible_token():
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(4, 5)
     uniform = torch.tensor([0.0, 0.4999999, 0.5000001, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits, uniform, 1.0).tolist() == [1, 1, 3, 3]
+
+
+def test_the_law_is_tempered_and_its_entropy_counts_impossible_tokens_for_nothing():
+    """Odds 4 : 1 at temperature 0.5 are 16 : 1."""
+    law = log_law(torch.tensor([[4.0, 1.0, 0.0]]).log(), 0.5)
+    assert law.exp()[0].tolist() == pytest.approx([16 / 17, 1 / 17, 0.0], abs=1e-6)
+    expected = 16 / 17 * math.log(17 / 16) + math.log(17) / 17
+    assert float(entropy_of(law)) == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(log_law(law, 0.0), law.log_softmax(-1)) and log_law(law.half(), 1.0).dtype == torch.float32
 
 
 def test_temperature_0_takes_the_likeliest_token():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import ModelError
+from stages.maths.tensors import at_least_fp32
 from stages.models.base import Base
-from stages.models.forward import read
 from stages.models.quantised import is_four_bit
 from stages.rollout.decode import Layer, NativeDecoder, layers_of
 from stages.rollout.graphs import capture_for
@@ -158,9 +158,9 @@ def _sample_batch(
     states = decoder.start()
     for step in range(limit):
         signals.check()
-        logits = base.logits(states)
-        drawn = draw(logits, uniform[alive, step], sampling.temperature, sampling.top_p)
-        logprobs, entropy = read(logits, drawn, sampling.temperature or 1.0, True, with_slopes=False)
+        law = log_law(base.logits(states), sampling.temperature)
+        drawn = draw(law, uniform[alive, step], sampling.temperature, sampling.top_p)
+        logprobs, entropy = law.gather(-1, drawn[:, None])[:, 0], entropy_of(law)
         values = head(states) if head is not None else torch.zeros_like(logprobs)
         tokens[alive, step] = drawn  # what a row that has ended draws is cut off in the end
         known[:, alive, step] = torch.stack([logprobs.float(), entropy.float(), values.float()])
@@ -221,19 +221,30 @@ class TransformersDecoder:
         ).last_hidden_state[:, -1]
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """One token per row (B,) by inverting the cumulative distribution of softmax(logits / temperature) at `uniform`.
+def log_law(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (B, V) of softmax(logits / temperature), in fp32 at least; at temperature 0 of the logits."""
+    heat = temperature + 1e-7 if temperature not in (0.0, 1.0) else 1.0
+    return (at_least_fp32(logits) / heat).log_softmax(-1)
 
-    logits (B, V), uniform (B,) in [0, 1). Temperature 0 takes the likeliest token. With top_p < 1 the smallest set of
-    likeliest tokens whose probability reaches top_p is kept and renormalised (Holtzman et al. 2020).
+
+def entropy_of(law: Tensor) -> Tensor:
+    """Entropy (B,) in nats of log-probabilities (B, V); an impossible token adds lim p log p = 0."""
+    return -(law.exp() * law.clamp(min=torch.finfo(law.dtype).min)).sum(-1)
+
+
+def draw(law: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+    """One token per row (B,) by inverting the cumulative distribution at `uniform`, which is summed in fp64.
+
+    law (B, V) log-probabilities, uniform (B,) in [0, 1). Temperature 0 takes the likeliest token. With top_p < 1 the
+    smallest set of likeliest tokens whose probability reaches top_p is kept and renormalised (Holtzman et al. 2020).
     """
     if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.double() / (temperature + 1e-7)).softmax(-1)
+        return law.argmax(-1)
+    probabilities = law.exp()
     if top_p < 1.0:
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        ranked = ranked * (ranked.cumsum(-1) - ranked < top_p)
+        ranked = ranked * (ranked.cumsum(-1, dtype=torch.float64) - ranked < top_p)
         probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
-    cumulative = probabilities.cumsum(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     target = uniform.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=law.shape[-1] - 1)
