@@ -29,6 +29,7 @@ from stages.rollout.clipped import Judged, clipped_steps
 from stages.rollout.estimate import estimate
 from stages.rollout.experience import Experience, Rollout, policy_knew, role_logprobs, role_values, roll_out, rollout_kl
 from stages.rollout.generate import ROWS_AT_ONCE, Sampling, check_engine
+from stages.rollout.graphs import Usable
 from stages.rollout.sources import Rewards
 from stages.rollout.watching import Watch, alarm_table, alarms_in, kept
 from stages.training.batching import batch_at
@@ -114,6 +115,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     train(out, report, ranks, progress, config, title="ppo", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("ppo", "done", config.output, {})
+    if Usable.reason is not None:
+        report.note(f"decoding ran without CUDA graphs: {Usable.reason}")
     lines = read_metrics(out)
     metrics = {**before_and_after(lines), **{k: lines[-1].get(k) for k in ("reward_score", "reward_kl", "entropy")}}
     alarms = alarms_in(lines)

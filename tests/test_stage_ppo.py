@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.rollout import graphs
 from tests.commands import (
     Chain,
     assert_same_weights,
@@ -396,6 +397,14 @@ def test_a_longer_response_is_paid_for_and_comes(chain, tmp_path):
     line = ("ppo", "--model", chain().base, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)
     metrics = result(*line, "--output", tmp_path / "x", *flags)["metrics"]
     assert metrics["eval_score"] > 1.25 * metrics["eval_score_before"]
+
+
+def test_where_graphs_did_not_work_the_run_says_so(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs.Usable, "reason", "operation not permitted")
+    found = chain()
+    line = ("--model", found.sft, "--reward", found.reward, "--dataset", found.prompts)
+    found = done("ppo", *line, "--output", tmp_path / "x", *SMALL)
+    assert "decoding ran without CUDA graphs: operation not permitted" in found.stderr
 
 
 # --- estimators without a critic, and what else changes the objective
