@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stages.maths.tensors import entropy_of
 from stages.models.forward import read_targets
 from stages.models.roles import Roles
 from stages.rollout import generate as sampling
-from stages.rollout.generate import Sampling, entropy_of, generate, log_law
+from stages.rollout.generate import Sampling, generate, log_law
 from stages.training.seeds import noise
 from tests.parts import PACKING, random_adapter, sequences_of, whole_model
 

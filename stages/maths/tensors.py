@@ -109,7 +109,11 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy (...) in nats of the distributions with `logits` (..., V), in fp32 at least; -inf logits are fine."""
-    logprobs = at_least_fp32(logits).log_softmax(dim=-1)
+    return entropy_of(at_least_fp32(logits).log_softmax(dim=-1))
+
+
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """Entropy (...) in nats of distributions given as log-probabilities (..., V)."""
     probabilities = logprobs.exp()
     # An impossible token contributes lim p log p = 0, not 0 * -inf.
     return -(probabilities * logprobs.masked_fill(probabilities == 0, 0)).sum(dim=-1)

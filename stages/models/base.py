@@ -107,9 +107,7 @@ class Base:
 
     def _hidden_native(self, sequences: list[Tensor], wanted: Tensor | None) -> Tensor:
         row = pack(sequences, share=self.shares)
-        places = row.places if wanted is None or row.places is None else row.places[wanted.cpu()]
-        if row.places is None:
-            places = wanted
+        places = wanted if row.places is None else row.places if wanted is None else row.places[wanted.cpu()]
         if places is None:
             return self.native.hidden(row, None, recompute=self.checkpoints)
         needed, again = places.to(self.device).unique(return_inverse=True)  # sequences may share a place
@@ -181,9 +179,9 @@ class Base:
         if native is None:
             return None
         whole = self._probe_text(PROBE[0])
-        row = pack([torch.cat([whole, self._probe_text(text)]) for text in PROBE], share=True)
-        expected = self._hidden_packed([torch.cat([whole, self._probe_text(text)]) for text in PROBE])
-        found = native.hidden(row, row.places.to(self.device), recompute=False)
+        sequences = [torch.cat([whole, self._probe_text(text)]) for text in PROBE]
+        row, expected = pack(sequences, share=True), self._hidden_packed(sequences)
+        found = native.hidden(row, row.places.to(self.device))
         exact = 1e-4 if self.dtype == torch.float32 else self._tolerance
         return native if _close(found, expected, exact) else None
 

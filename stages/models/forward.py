@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.maths.tensors import at_least_fp32
+from stages.maths.tensors import at_least_fp32, token_logprobs
 from stages.models.base import Base
 from stages.models.roles import Roles
 
@@ -91,10 +91,11 @@ def read(
     """
     heat = 1.0 if temperature == 1.0 else temperature + 1e-7
     logits = at_least_fp32(raw) if heat == 1.0 else at_least_fp32(raw) / heat
+    if not (want_entropy or with_slopes):
+        plain = token_logprobs(logits, tokens)
+        return plain, torch.zeros_like(plain)
     total = logits.logsumexp(-1, keepdim=True)
     logprob = logits.gather(-1, tokens[:, None]) - total
-    if not (want_entropy or with_slopes):
-        return logprob[:, 0], torch.zeros_like(logprob[:, 0])
     every = (logits - total).clamp_(min=torch.finfo(logits.dtype).min)  # log p; an impossible token's p log p is 0
     p = every.exp()
     spread = -(p * every).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(logprob)

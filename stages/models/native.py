@@ -117,8 +117,7 @@ def _block(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: attention.Segments, scale: float, window: int | None) -> Tensor:
     """Attention within a packed row, q (N, heads, D), k and v (N, kv heads, D) -> (N, heads D)."""
-    short = not q.is_cuda and q.dtype == torch.float32 and segments.longest[1] <= dense.LONGEST
-    if short:
+    if not q.is_cuda and q.dtype == torch.float32 and segments.longest[1] <= dense.LONGEST:
         return dense.attend(q, k, v, segments.trees, scale, window).flatten(1)
     return attention.over(*(y.transpose(0, 1)[None] for y in (q, k, v)), segments, scale, window, None).flatten(2)[0]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import ModelError
-from stages.maths.tensors import at_least_fp32
+from stages.maths.tensors import at_least_fp32, entropy_of
 from stages.models.base import Base
 from stages.models.quantised import is_four_bit
 from stages.rollout.decode import Layer, NativeDecoder, layers_of
@@ -225,11 +225,6 @@ def log_law(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities (B, V) of softmax(logits / temperature), in fp32 at least; at temperature 0 of the logits."""
     heat = temperature + 1e-7 if temperature not in (0.0, 1.0) else 1.0
     return (at_least_fp32(logits) / heat).log_softmax(-1)
-
-
-def entropy_of(law: Tensor) -> Tensor:
-    """Entropy (B,) in nats of log-probabilities (B, V); an impossible token adds lim p log p = 0."""
-    return -(law.exp() * law.clamp(min=torch.finfo(law.dtype).min)).sum(-1)
 
 
 def draw(law: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
