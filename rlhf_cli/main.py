@@ -199,7 +199,8 @@ def guarded(work: Callable[[], Result], as_json: bool, debug: bool) -> int:
             say(f"error: {UserError.__str__(error)}")
         return error.exit_code
     except UserError as error:
-        say(f"{mine}error: {UserError.__str__(error)}")
+        if not error.told_by_first:
+            say(f"{mine}error: {UserError.__str__(error)}")
         return error.exit_code
     except (TrainingStopped, Interrupted) as error:
         if not mine:

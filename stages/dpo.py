@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.config import DpoConfig
+from stages.errors import DatasetError
 from stages.files.atomic import write_json
 from stages.inputs import Inputs
 from stages.maths.preferences import dpo_loss, implicit_reward, ipo_loss, kto_baseline, kto_loss
@@ -25,10 +26,9 @@ from stages.training.comparing import (
     report_tables,
     step_metrics,
 )
-from stages.training.devices import Ranks
 from stages.training.implicit import cached_logprobs, flatten, logprob_sums, summed_logprobs
 from stages.training.language import count_targets
-from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
+from stages.training.loop import add_gradients, apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
 from stages.training.plan import Work, plan_result
@@ -49,6 +49,12 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes, read = [row.size for row in rows], count_targets(flatten(rows))
     work = Work("dpo", sizes, config.batch_size, read=read / sum(sizes), computed=computed_share(rows))
+    if config.loss == "kto" and len(rows) == 1:
+        raise DatasetError(
+            "--loss kto compares each response with one to another prompt, and only one row is trained on",
+            where=config.dataset,
+            fix="give two rows or more, or another --loss",
+        )
     if dry_run:
         return plan_result(config, source, work, total, inputs.rows_left_out)
 
@@ -79,17 +85,23 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
 
     def update(step: int) -> dict[str, float]:
         numbers = batch_at(step, len(rows), config.batch_size, config.seed, "dpo")
-        batch = [Known(rows[i], known()[i]) for i in numbers]
-        sums = ranks.sum_floats(backward(roles, ranks.share(batch), len(batch), config, ranks), base.device)
+        with ranks.together():
+            batch = [Known(rows[i], known()[i]) for i in numbers]
+            crossed = cross_batch(rows, numbers) if config.loss == "kto" else []
+            shifts = policy_shifts(roles, ranks.share(crossed), config.micro_batch_size)
+        baseline = kto_baseline(shifts.to(base.device), ranks.sum) if crossed else None
+        mine = partial(backward, roles, ranks.share(batch), len(batch), config, baseline)
+        sums = ranks.sum_floats(add_gradients(roles, ranks, mine), base.device)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
         epoch = epoch_at(step + 1, len(rows), config.batch_size)
         return step_metrics(sums, [row.comparison for row in batch], rate, epoch, base.device) | stepped
 
     def evaluate(step: int) -> dict[str, float]:
-        if step == 0:
-            known()  # before the clock of the first step runs
-        found = held_out_report()
+        with ranks.together():
+            if step == 0:
+                known()  # before the clock of the first step runs
+            found = held_out_report()
         names = ("accuracy", "log_loss", "margin_mean", "score_length_corr")
         return {f"eval_{name}": found[name] for name in names if name in found}
 
@@ -141,9 +153,13 @@ def implicit_scores(roles: Roles, rows: list[TokenComparison], reference: Tensor
     return implicit_reward(policy - reference, config.beta)
 
 
-def backward(roles: Roles, rows: list[Known], denominator: int, config: DpoConfig, ranks: Ranks) -> dict[str, float]:
-    """Add the gradient of sum(comparison losses) / denominator; returns sums over pairs."""
-    baseline = mismatched_baseline(roles, rows, config, ranks) if config.loss == "kto" else None
+def backward(
+    roles: Roles, rows: list[Known], denominator: int, config: DpoConfig, baseline: Tensor | None
+) -> dict[str, float]:
+    """Add the gradient of sum(comparison losses) / denominator; returns sums over pairs.
+
+    `baseline` is KTO's reference point, None for the other losses.
+    """
 
     def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
         chosen = [rows[i] for i in micro]
@@ -159,8 +175,8 @@ def backward(roles: Roles, rows: list[Known], denominator: int, config: DpoConfi
 
     zeros = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
     with roles.use("policy"):
-        how = {"on_cuda": roles.base.device.type == "cuda", "gradients": roles.gradients()}
-        return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, **how)
+        on_cuda = roles.base.device.type == "cuda"
+        return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
 
 
 def comparison_losses(
@@ -186,12 +202,19 @@ def comparison_losses(
     return losses * torch.tensor(pairs.weight, device=ratios.device), winners, losers
 
 
-def mismatched_baseline(roles: Roles, rows: list[Known], config: DpoConfig, ranks: Ranks) -> Tensor:
-    """KTO's reference point: how far the policy moved on responses put under another row's prompt."""
-    best = [row.comparison.best for row in rows]
-    crossed = [cross(mine, other) for mine, other in zip(best, best[1:] + best[:1], strict=True)]
-    sums = [summed_logprobs(roles, role, crossed, config.micro_batch_size) for role in ("policy", "reference")]
-    return kto_baseline((sums[0] - sums[1]).to(roles.base.device), ranks.sum)
+def cross_batch(rows: list[TokenComparison], numbers: list[int]) -> list[TokenRow]:
+    """The prompt of each row of a batch with the chosen response of the row after it, the last with that of the first.
+
+    A batch of one row takes the response of the dataset's next row: its own would be no mismatch.
+    """
+    following = numbers[1:] + numbers[:1] if len(numbers) > 1 else [(numbers[0] + 1) % len(rows)]
+    return [cross(rows[i].best, rows[j].best) for i, j in zip(numbers, following, strict=True)]
+
+
+def policy_shifts(roles: Roles, crossed: list[TokenRow], micro_batch_size: int | str) -> Tensor:
+    """log(policy / reference) (N,) of mismatched rows, on the CPU: how far the policy moved whatever the prompt."""
+    policy, reference = (summed_logprobs(roles, role, crossed, micro_batch_size) for role in ("policy", "reference"))
+    return policy - reference
 
 
 def cross(prompt_of: TokenRow, response_of: TokenRow) -> TokenRow:

@@ -7,6 +7,7 @@ class UserError(Exception):
     """A mistake of the user's: `what` is wrong, `where` (file:line, field, flag), what to do (`fix`)."""
 
     exit_code = 2
+    told_by_first = False  # True where rank 0 says the same
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.fix = what, fix

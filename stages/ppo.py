@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.config import AUTO, PpoConfig
 from stages.errors import ConfigError, TrainingStopped
+from stages.files.run import Run
 from stages.inputs import Inputs
 from stages.maths.advantages import dead_groups
 from stages.maths.kl import k3, next_kl_coef, sequence_kl
@@ -35,7 +36,7 @@ from stages.rollout.watching import Watch, alarm_table, alarms_in, kept
 from stages.training.batching import batch_at
 from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device
 from stages.training.language import count_targets, learn_rows
-from stages.training.loop import Progress, before_and_after, read_metrics, train
+from stages.training.loop import Progress, before_and_after, read_metrics, stop_together, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, plan_result, rollout_rows, source_shapes
 from stages.training.seeds import derive, permutation
@@ -89,19 +90,10 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
 
     def update(step: int) -> dict[str, float]:
         chosen = [prompts[i] for i in prompts_at(step, len(prompts), config.batch_size, config.seed)]
-        # On the CPU: a second copy of weights and moments would take memory from the passes.
-        before = {n: tensor.to("cpu", copy=True) for n, tensor in progress.tensors().items()}, progress.stored()
         try:
-            metrics = ppo_update(bench, chosen, step)
-            metrics |= watch.look(step, metrics)
+            metrics = ppo_update(bench, watch, chosen, step)
         except TrainingStopped as stop:
-            progress.restore(*before)
-            out.save_state(step, progress.tensors(), progress.stored())
-            ranks.wait()  # a rank that left earlier would take the one that saves with it
-            raise kept(stop, step, config.output, config.stop_on) from None
-        except BaseException:  # a signal in the middle: the state to save is the one before this update
-            progress.restore(*before)
-            raise
+            raise keep_state(stop, out, progress, ranks, config, step) from None
         return metrics | {"epoch": (step + 1) * config.batch_size / len(prompts)}
 
     def evaluate(step: int) -> dict[str, float]:
@@ -111,7 +103,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         return metrics
 
     report.note(f"{len(prompts)} prompts, {total} updates, {roles.adapters['policy'].size:,} parameters in the policy")
-    try_functions(bench, prompts[:2])
+    with ranks.together():
+        try_functions(bench, prompts[:2])
     train(out, report, ranks, progress, config, title="ppo", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("ppo", "done", config.output, {})
@@ -132,6 +125,21 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     tables = (start_and_end(metrics) if held else metrics_table("ppo", metrics),)
     tables += (alarm_table(alarms, total),) if alarms else ()
     return Result("ppo", "done", config.output, data, tables, next_commands("ppo", config))
+
+
+def keep_state(
+    stop: TrainingStopped, out: Run, progress: Progress, ranks: Ranks, config: PpoConfig, step: int
+) -> TrainingStopped:
+    """Save the state from before update `step`, if it is still there, and say in the stop how to go on.
+
+    What stops an update after its first optimiser step leaves the last saved state.
+    """
+    if not progress.intact:
+        return kept(stop, None, config.output, config.stop_on)
+    progress.go_back()
+    with ranks.together():  # a rank that left earlier would take the one that saves with it
+        out.save_state(step, progress.tensors(), progress.stored())
+    return kept(stop, step, config.output, config.stop_on)
 
 
 @dataclass(frozen=True)
@@ -239,32 +247,43 @@ def prompts_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
     return [orders[place // n][place % n] for place in places]
 
 
-def ppo_update(bench: Bench, prompts: list[PromptRow], step: int) -> dict[str, float]:
-    """One PPO update, in the order of Huang et al. 2024; returns its metrics."""
+def ppo_update(bench: Bench, watch: Watch, prompts: list[PromptRow], step: int) -> dict[str, float]:
+    """One PPO update, in the order of Huang et al. 2024; returns its metrics.
+
+    Raises TrainingStopped where a watched condition says so: of the rollout, before anything is learned from it.
+    """
     config, ranks = bench.config, bench.ranks
-    clock = [time.perf_counter()]
-    rollout = sample(bench, prompts, step)
-    clock.append(time.perf_counter())
-    experience = judge(bench, rollout)
-    clock.append(time.perf_counter())
+    began = time.perf_counter()
+    with ranks.together():
+        rollout = sample(bench, prompts, step)
+    sampled = time.perf_counter()
+    stop_together(ranks)
+    with ranks.together():
+        experience = judge(bench, rollout)
+    judged_at = time.perf_counter()
+    stop_together(ranks)
     kl_coef = bench.progress.facts["kl_coef"]
     score = final_score(bench, experience)
     groups = torch.arange(len(score), device=bench.device) // config.responses_per_prompt
     advantages, returns = estimate(config, experience, score, kl_coef, groups, ranks.sum)
+    metrics = summarise(bench, experience, score, returns, kl_coef, groups)
+    watch.stop_before_learning(step, metrics)
     rate = learning_rate_at(step, bench.total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
     judged = Judged(experience, advantages, returns, kl_coef, train_policy=step >= config.critic_warmup)
+    learned_from = time.perf_counter()
     also = partial(language_step, bench, step)
-    learned = clipped_steps(config, bench.roles, ranks, bench.progress, judged, rate, step, also)
-    clock.append(time.perf_counter())
-    metrics = summarise(bench, experience, score, returns, kl_coef, groups)
+    metrics |= clipped_steps(config, bench.roles, ranks, bench.progress, judged, rate, step, also)
+    metrics["time_rollout"] = sampled - began
+    metrics["time_experience"] = judged_at - sampled
+    metrics["time_update"] = time.perf_counter() - learned_from
+    metrics["memory_gb"] = peak_memory_gb(bench.device)
     if config.kl_target is not None:
         episodes = config.batch_size * config.responses_per_prompt
         bench.progress.facts["kl_coef"] = next_kl_coef(
             kl_coef, metrics["reward_kl"], config.kl_target, episodes, config.kl_horizon
         )
     metrics["nonfinite_in_a_row"] = float(bench.progress.bad_steps)
-    names = ("time_rollout", "time_experience", "time_update")
-    return metrics | learned | {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
+    return metrics | watch.look(step, metrics)
 
 
 def sample(bench: Bench, prompts: list[PromptRow], step: int) -> Rollout:
@@ -337,7 +356,7 @@ def charge_of(bench: Bench, ended: Tensor) -> str:
 def language_step(bench: Bench, step: int, number: int) -> dict[str, float]:
     """Add the gradient of ptx_coef x language-modelling loss on as many demonstrations as a minibatch has prompts.
 
-    Source: PPO-ptx of Ouyang et al. 2022, eq. 2.
+    Returns the loss of this rank's rows, to be summed over ranks. Source: PPO-ptx of Ouyang et al. 2022, eq. 2.
     """
     config, ranks = bench.config, bench.ranks
     if not bench.ptx:
@@ -345,11 +364,9 @@ def language_step(bench: Bench, step: int, number: int) -> dict[str, float]:
     place = (step * config.ppo_epochs * config.minibatches + number) % (2**31)
     size = max(1, config.batch_size // config.minibatches)
     batch = [bench.ptx[i] for i in batch_at(place, len(bench.ptx), size, config.seed, "ptx")]
+    rows, tokens = ranks.share(batch), count_targets(batch)
     with bench.roles.use("policy"):
-        loss = learn_rows(
-            bench.roles, ranks.share(batch), count_targets(batch), config.micro_batch_size, config.ptx_coef
-        )
-    return {"ptx_loss": ranks.sum_floats({"loss": loss}, bench.device)["loss"]}
+        return {"ptx_loss": learn_rows(bench.roles, rows, tokens, config.micro_batch_size, config.ptx_coef)}
 
 
 def summarise(
@@ -391,7 +408,6 @@ def summarise(
         "sampling_mismatch": bench.ranks.max(experience.mismatch, bench.device),
         "tokens": float(all_ranks["tokens"].sum()),
         "samples": float(len(texts)),
-        "memory_gb": peak_memory_gb(bench.device),
     }
 
 
@@ -414,17 +430,18 @@ def held_out_metrics(bench: Bench, prompts: list[PromptRow], shown: int) -> tupl
     keys = [(config.seed, "ppo", "held-out", i) for i in mine]
     metrics: dict[str, list[float]] = {name: [] for name in ("score", "kl", "length", "eos_rate")}
     samples: list[dict] = []
-    if mine:
-        rollout = roll_out(roles, "policy", bench.text, [prompts[i] for i in mine], keys, bench.sampling)
-        experience_kl = rollout_kl(roles, rollout, config.temperature, config.micro_batch_size)
-        score = bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended).tolist()
-        lengths = [float(n) for n in rollout.lengths]
-        columns = (score, experience_kl.tolist(), lengths, rollout.ended.double().tolist())
-        metrics = dict(zip(metrics, columns, strict=True))
-        samples = [
-            {"prompt": p.text, "response": t, "score": s, "where": p.where}
-            for p, t, s in zip(rollout.prompts, rollout.texts, score, strict=True)
-        ]
+    with ranks.together():
+        if mine:
+            rollout = roll_out(roles, "policy", bench.text, [prompts[i] for i in mine], keys, bench.sampling)
+            experience_kl = rollout_kl(roles, rollout, config.temperature, config.micro_batch_size)
+            score = bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended).tolist()
+            lengths = [float(n) for n in rollout.lengths]
+            columns = (score, experience_kl.tolist(), lengths, rollout.ended.double().tolist())
+            metrics = dict(zip(metrics, columns, strict=True))
+            samples = [
+                {"prompt": p.text, "response": t, "score": s, "where": p.where}
+                for p, t, s in zip(rollout.prompts, rollout.texts, score, strict=True)
+            ]
     gathered = {name: ranks.gather(values) for name, values in metrics.items()}
     return {f"eval_{name}": sum(v) / len(v) for name, v in gathered.items()}, ranks.gather(samples)[:shown]
 

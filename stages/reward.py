@@ -32,7 +32,7 @@ from stages.training.comparing import (
     score_rows,
     step_metrics,
 )
-from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
+from stages.training.loop import add_gradients, apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
 from stages.training.plan import Work, plan_result
@@ -76,7 +76,7 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
         numbers = batch_at(step, len(rows), config.batch_size, config.seed, "reward")
         batch = [rows[i] for i in numbers]
         with roles.use(ROLE):
-            sums = backward(roles, ranks.share(batch), len(batch), config)
+            sums = add_gradients(roles, ranks, partial(backward, roles, ranks.share(batch), len(batch), config))
         sums = ranks.sum_floats(sums, base.device)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {ROLE: rate}, config.max_grad_norm, ranks, step + 1)
@@ -85,7 +85,8 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     def evaluate(step: int) -> dict[str, float]:
         if not held:
             return {}
-        found = report_on(roles, ROLE, held, config.micro_batch_size)
+        with ranks.together():
+            found = report_on(roles, ROLE, held, config.micro_batch_size)
         return {f"eval_{name}": found[name] for name in ("accuracy", "log_loss", "margin_mean", "score_length_corr")}
 
     report.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
@@ -174,9 +175,9 @@ def backward(roles: Roles, rows: list[TokenComparison], denominator: int, config
         counts |= {"score_chosen": better.detach().sum(), "score_rejected": worse.detach().sum()}
         return loss, {name: float(value) for name, value in counts.items()}
 
-    how = {"on_cuda": roles.base.device.type == "cuda", "gradients": roles.gradients()}
+    on_cuda = roles.base.device.type == "cuda"
     zeros = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
-    return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, **how)
+    return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
 
 
 def comparison_losses(

@@ -13,7 +13,7 @@ from stages.rollout.samples import show_samples
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.devices import peak_memory_gb
 from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
-from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
+from stages.training.loop import add_gradients, apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
@@ -54,8 +54,9 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     def update(step: int) -> dict[str, float]:
         numbers = batch_at(step, len(rows), config.batch_size, config.seed, "sft")
         batch = [rows[i] for i in numbers]
+        mine = partial(learn_rows, roles, ranks.share(batch), count_targets(batch), config.micro_batch_size)
         with roles.use("policy"):
-            loss = learn_rows(roles, ranks.share(batch), count_targets(batch), config.micro_batch_size)
+            loss = add_gradients(roles, ranks, mine)
         loss = ranks.sum_floats({"loss": loss}, base.device)["loss"]
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
@@ -70,9 +71,11 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         }
 
     def evaluate(step: int) -> dict[str, float]:
-        found = held_out_loss(roles, "policy", held, config.micro_batch_size)
+        with ranks.together():
+            found = held_out_loss(roles, "policy", held, config.micro_batch_size)
         prompts = [prompt for prompt in map(prompt_of, inputs.held_out) if prompt is not None][: config.samples]
-        show_samples(out, roles, "policy", text, prompts, step, config.seed, ranks)
+        with ranks.together():
+            show_samples(out, roles, "policy", text, prompts, step, config.seed, ranks)
         return found
 
     report.note(f"{len(rows)} demonstrations, {total} steps, {adapter.size:,} trainable parameters")

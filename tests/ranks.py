@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 
 import torch
 
-from stages import reward
+from stages import dpo, reward
+from stages.config import DpoConfig
+from stages.errors import OutOfMemory, RewardError
+from stages.maths.preferences import kto_baseline
 from stages.maths.tensors import whiten
 from stages.models.base import load_base
 from stages.models.roles import Roles
@@ -19,6 +23,7 @@ from stages.models.source import open_source
 from stages.rollout.clipped import Judged, clipped_steps
 from stages.rollout.experience import Experience, lay_out
 from stages.training.devices import Ranks
+from stages.training.implicit import summed_logprobs
 from stages.training.language import count_targets, learn_rows
 from stages.training.loop import apply_gradients
 from stages.training.session import open_progress
@@ -45,7 +50,10 @@ def learn(folder: str, ranks: Ranks) -> dict[str, object]:
     """What one step of each kind makes of the weights and reports, as seen by this rank."""
     source = open_source(folder, stages=(), what="--model")
     base = load_base(source, device=CPU, dtype=torch.float32)
-    return sft_step(base, ranks) | reward_step(base, ranks) | ppo_step(base, ranks, folder) | talk(ranks)
+    found = sft_step(base, ranks) | reward_step(base, ranks) | talk(ranks)
+    for rows in (3, 1):  # of one row the second rank has none
+        found |= kto_step(base, ranks, rows)
+    return found | ppo_step(base, ranks, folder, "ppo", 1, 1) | ppo_step(base, ranks, folder, "ppo parts", 2, 4)
 
 
 def sft_step(base, ranks):
@@ -77,19 +85,41 @@ def reward_step(base, ranks):
     return found | {"reward weights": progress.optimizers["reward"].weights}
 
 
-def ppo_step(base, ranks, folder):
+def kto_step(base, ranks, count):
+    """KTO on the first rows of a dataset of four, of which the reference says 1 nat less."""
+    roles = Roles(base)
+    roles.add("policy", random_adapter(base, 1))
+    roles.add("reference", None)
+    config = DpoConfig(model="m", dataset="d", output="o", loss="kto", beta=0.5, adam_eps=1e-3, micro_batch_size=2)
+    progress = open_progress(config, {"policy": roles.parameters("policy")})
+    rows, numbers = token_comparisons(), [2, 0, 3][:count]
+    batch = [dpo.Known(rows[i], summed_logprobs(roles, "policy", rows[i].responses, 2) - 1) for i in numbers]
+    shifts = dpo.policy_shifts(roles, ranks.share(dpo.cross_batch(rows, numbers)), 2)
+    baseline = kto_baseline(shifts, ranks.sum)
+    sums = dpo.backward(roles, ranks.share(batch), count, config, baseline)
+    apply_gradients(progress, {"policy": 1e-2}, 1.0, ranks, 1)
+    found = {f"kto {count} {name}": value for name, value in ranks.sum_floats(sums, CPU).items()}
+    found[f"kto {count} baseline"] = float(baseline)
+    return found | {f"kto {count} weights": progress.optimizers["policy"].weights}
+
+
+def ppo_step(base, ranks, folder, name, minibatches, several):
+    """One update on five prompts with `several` responses each, of which a rank holds those to its own prompts."""
     roles = roles_on(base)
     text = open_tiny_text(folder, stop_ids=(2, *range(7, 47)))
-    whole = judged_at_random(experience_of(roles, text, prompt_rows(sequences_of([9, 3, 14, 6, 5]))))
-    judged = part_of(whole, ranks.share(list(range(5))))
+    prompts = [prompt for prompt in prompt_rows(sequences_of([9, 3, 14, 6, 5])) for _ in range(several)]
+    whole = judged_at_random(experience_of(roles, text, prompts))
+    mine = ranks.share(list(range(5)))
+    judged = part_of(whole, [i * several + k for i in mine for k in range(several)])
     advantages = whiten(judged.advantages, judged.experience.mask, ranks.sum)
     old = dataclasses.replace(judged.experience, logprobs=judged.experience.logprobs - 0.3 * judged.advantages)
     judged = dataclasses.replace(judged, experience=old, advantages=advantages)
-    config = ppo_config(ppo_epochs=1, minibatches=1, adam_eps=1e-3, target_approx_kl=None)
+    knobs = {"ppo_epochs": 1, "minibatches": minibatches, "responses_per_prompt": several}
+    config = ppo_config(**knobs, adam_eps=1e-3, target_approx_kl=None, ratio_limit=1e9)
     progress = open_progress(config, {role: roles.parameters(role) for role in ("policy", "critic")})
     learned = clipped_steps(config, roles, ranks, progress, judged, 1e-2, 0)
-    found = {f"ppo {name}": value for name, value in learned.items()}
-    return found | {f"ppo {role} weights": progress.optimizers[role].weights for role in ("policy", "critic")}
+    found = {f"{name} {key}": value for key, value in learned.items()}
+    return found | {f"{name} {role} weights": progress.optimizers[role].weights for role in ("policy", "critic")}
 
 
 def part_of(judged: Judged, rows: list[int]) -> Judged:
@@ -118,9 +148,40 @@ def talk(ranks):
         "gathered twice": sorted(ranks.gather(twice)),
         "sums": ranks.sum_floats({"x": float(ranks.rank), "y": 0.1}, CPU),
         "max": ranks.max(float(ranks.rank), CPU),
-        "any": (ranks.any(ranks.rank == ranks.size - 1, CPU), ranks.any(False, CPU)),
+        "largest": ranks.largest(10 + ranks.rank),
         "first": ranks.first,
+        "from first": ranks.from_first({"rank": ranks.rank, "infinite": math.inf}),
+        "copied": copied(ranks),
+        "ended": {name: ended(ranks, on, error) for name, (on, error) in FAILURES.items()},
     }
+
+
+MISTAKE = RewardError("it raised", where="--reward f.py", fix="mend it")
+FAILURES = {
+    "second fails": ([1], MISTAKE),
+    "both fail": ([0, 1], MISTAKE),
+    "defect": ([1], ZeroDivisionError("oh")),
+    "memory": ([1], OutOfMemory("a pass", tokens=7)),
+    "none": ([], MISTAKE),
+}
+
+
+def copied(ranks):
+    """A tensor as the first rank had it."""
+    x = torch.tensor([float(ranks.rank), 5.0 - 5 * ranks.rank])
+    ranks.copy_from_first([x])
+    return x.tolist()
+
+
+def ended(ranks, on, error):
+    """What a block ends with on this rank where it fails on the ranks `on`."""
+    try:
+        with ranks.together():
+            if ranks.rank in on and ranks.size > 1:
+                raise error
+    except Exception as failure:
+        told = getattr(failure, "told_by_first", False), getattr(failure, "tokens", None)
+        return (type(failure).__name__, str(failure), *told)[: 4 if told[1] is not None else 3]
 
 
 def as_rank(rank: int, folder: str, out: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.errors import OutOfMemory
 from stages.models.base import Base
 from stages.rollout import generate
 from stages.training import passes
+from stages.training.devices import Ranks
+from stages.training.loop import add_gradients
 from stages.training.passes import accumulate, collect
 from tests.commands import assert_same_weights, done, lines_of, refused
 from tests.parts import sequences_of
@@ -53,31 +58,102 @@ class OutOfMemoryInBackward(torch.autograd.Function):
         raise torch.OutOfMemoryError(FULL)
 
 
-def learn(rows_that_fit):
-    """Sum of squares of a weight per row, by `accumulate`; a larger pass fails when half its gradient is there."""
-    weight = torch.nn.Parameter(torch.tensor([3.0]))
-    weight.grad = torch.zeros(1)
+class OneWeight:
+    """Roles of which a single weight is trained."""
+
+    def __init__(self):
+        self.weight = torch.nn.Parameter(torch.tensor([3.0]))
+        self.weight.grad = torch.zeros(1)
+
+    def gradients(self):
+        return [self.weight.grad]
+
+
+RANKS = Ranks(torch.device("cpu"))
+
+
+def learn(fails, held=0.0):
+    """Sum of squares of a weight per row, by `accumulate`; a pass that `fails(rows)` does so with half its gradient.
+
+    `held` is the gradient that another loss of the same step has left there.
+    """
+    roles = OneWeight()
+    weight = roles.weight
+    weight.grad.add_(held)
     sizes = []
 
     def forward(rows):
         sizes.append(len(rows))
         loss = sum((i + 1) * weight.square().sum() for i in rows)
-        if len(rows) > rows_that_fit:
+        if fails(rows):
             # the first term's backward adds its gradient before the second one's fails
             loss = torch.stack([loss, OutOfMemoryInBackward.apply(loss * 1.0)]).sum()
             loss.register_hook(lambda grad: weight.grad.add_(100.0) and None)
         return loss, {"rows": float(len(rows))}
 
-    sums = accumulate([1] * 6, 6, forward, on_cuda=False, gradients=[weight.grad])
+    again = partial(weight.grad.add_, held)
+    sums = add_gradients(roles, RANKS, lambda: accumulate([1] * 6, 6, forward, on_cuda=False), again=again)
     return float(weight.grad), sums, sizes
 
 
-def test_a_pass_that_fails_half_way_leaves_no_trace_in_the_gradient():
-    # d/dw of (1 + 2 + ... + 6) w^2 at 3 is 21 * 6
-    assert learn(6) == (126.0, {"rows": 6.0}, [6])
-    gradient, sums, sizes = learn(2)
-    assert (gradient, sums) == (126.0, {"rows": 6.0})
+@pytest.mark.parametrize("held", [0.0, 1000.0])
+def test_a_pass_that_fails_half_way_leaves_no_trace_in_the_gradient(held):
+    """d/dw of (1 + 2 + ... + 6) w^2 at 3 is 21 * 6, beside what the step's other loss had added before."""
+    assert learn(lambda rows: False, held) == (held + 126.0, {"rows": 6.0}, [6])
+    gradient, sums, sizes = learn(lambda rows: len(rows) > 2, held)
+    assert (gradient, sums) == (held + 126.0, {"rows": 6.0})
     assert sizes == [6, 3, 1, 1, 1, 1, 1, 1] and passes.divisor() == 4
+
+
+def test_passes_before_the_one_that_failed_are_made_again():
+    """The step begins anew: what earlier passes had added goes with the rest."""
+    failed = []
+
+    def fails(rows):
+        return len(rows) > 1 and 5 in rows and not failed.append(rows)
+
+    passes._Share.divisor = 3  # passes of two rows; the last of them fails once
+    gradient, sums, sizes = learn(fails)
+    assert (gradient, sums) == (126.0, {"rows": 6.0})
+    assert failed == [[4, 5]] and sizes == [2, 2, 2] + [1] * 6
+
+
+class CopiesOfSize(TorchDispatchMode):
+    """Lists operations that copy a tensor of one of these sizes."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes, self.found = sizes, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        copies = func.name().split("::")[1].split(".")[0] in ("clone", "_to_copy", "copy_")
+        if copies and out.numel() in self.sizes and out.dtype == torch.float32:  # not the fp64 of a gradient's norm
+            self.found.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_no_step_copies_weights_moments_or_gradients_in_case_it_fails(chain, tmp_path, monkeypatch, stage):
+    """What saves a state and what a failure costs lies outside; no tensor of an optimiser's size is copied within."""
+    from stages.training import loop
+
+    line = (*command(chain(), stage, tmp_path / "out"), "--save-every", 2)
+    counted = []
+    timed = loop._timed
+
+    def watched(update, step):
+        sizes = {optimizer.weights.numel() for optimizer in progress[-1].optimizers.values()}
+        with CopiesOfSize(sizes) as copies:
+            found = timed(update, step)
+        counted.append(copies.found)
+        return found
+
+    progress, resume = [], loop._resume
+    monkeypatch.setattr(loop, "_resume", lambda *args: progress.append(args[3]) or resume(*args))
+    monkeypatch.setattr(loop, "_timed", watched)
+    done(*line)
+    assert counted == [[], []]
 
 
 def test_results_come_in_order_however_the_batch_had_to_be_cut():

@@ -305,6 +305,18 @@ def test_passes_end_once_the_policy_has_moved_too_far(roles, judged, monkeypatch
     assert changed(before, weights(roles)) == set()  # no gradient was ever made here
 
 
+def test_another_loss_is_averaged_over_the_steps_that_have_it(roles, judged, monkeypatch):
+    """Of three minibatches the middle one is skipped: the other loss is asked for at steps 0 and 2 of the update."""
+    config = ppo_config(ppo_epochs=1, minibatches=3, target_approx_kl=None, ratio_limit=2.0)
+    spy_minibatches(monkeypatch, lambda n: STILL | {"ratio_mean": (1.0, 3.0, 1.0)[n]})
+    also = {0: {"ptx_loss": 5.0}, 2: {"ptx_loss": 2.0}}.__getitem__
+    found = clipped_steps(config, roles, RANKS, progress_of(roles, config), judged, 1e-3, 0, also)
+    assert found["ptx_loss"] == 3.5 and found["skipped_steps"] == 1.0 and found["policy_loss"] == 1.0
+    spy_minibatches(monkeypatch, lambda n: STILL | {"ratio_mean": 3.0})
+    found = clipped_steps(config, roles, RANKS, progress_of(roles, config), judged, 1e-3, 0, also)
+    assert "ptx_loss" not in found and found["skipped_steps"] == 3.0
+
+
 def test_no_target_never_ends_the_passes(roles, judged, monkeypatch):
     config = ppo_config(ppo_epochs=2, minibatches=2, target_approx_kl=None)
     progress = progress_of(roles, config)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stages.rollout import graphs
 from tests.commands import (
@@ -444,6 +445,26 @@ def test_only_the_critic_learns_while_it_warms_up(chain, tmp_path):
     assert any(not torch.equal(moved[name], start[name]) for name in start)
     critic, reward = weights(tmp_path / "2" / "critic"), weights(Path(chain().reward))
     assert any(not torch.equal(critic[name], reward[name]) for name in critic)
+
+
+def test_only_the_head_of_a_shared_critic_learns_while_it_warms_up(chain, tmp_path):
+    """The policy keeps its weights to the bit, and the head moves, by a gradient that is clipped by its own norm."""
+    for rate in ("3e-3", "3e-2"):
+        more = ("--critic", "shared", "--critic-warmup", 2, "--critic-learning-rate", rate)
+        ppo(chain(), tmp_path / rate, *more, *FAST)
+    start, kept = weights(Path(chain().sft)), weights(tmp_path / "3e-2")
+    assert all(torch.equal(kept[name], start[name]) for name in start)
+    heads = [load_file(tmp_path / rate / "critic" / "head.safetensors")["weight"] for rate in ("3e-3", "3e-2")]
+    assert 0 < heads[0].abs().max() < heads[1].abs().max()
+    assert all(line["value_loss"] > 0 and line["grad_norm"] > 0 for line in metrics_of(tmp_path / "3e-2")[1:])
+
+
+def test_demonstrations_can_be_mixed_in_where_steps_are_skipped(chain, tmp_path):
+    """Each update takes its first step and skips later ones, which have no loss on demonstrations."""
+    mixed = ("--ptx-dataset", chain().demonstrations, "--learning-rate", "3e-3", "--ppo-epochs", 3)
+    ppo(chain(), tmp_path / "x", *mixed, "--target-approx-kl", "1e-9")
+    for line in metrics_of(tmp_path / "x")[1:]:
+        assert line["skipped_steps"] >= 1 and line["ptx_loss"] > 0
 
 
 def test_demonstrations_can_be_mixed_in(chain, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -82,8 +83,11 @@ def test_alone_every_method_is_the_identity(monkeypatch):
     assert ranks.share([1, 2, 3]) == ranks.gather([1, 2, 3]) == [1, 2, 3]
     assert ranks.sum(x) is x and x.tolist() == [1.0, 2.0]
     assert ranks.sum_floats({"a": 1.0}, CPU) == {"a": 1.0} and ranks.max(3.0, CPU) == 3.0
-    assert ranks.any(True, CPU) is True and ranks.any(False, CPU) is False
+    assert ranks.largest(3) == ranks.from_first(3) == 3
     ranks.wait()
+    ranks.copy_from_first([x])
+    with pytest.raises(ConfigError, match="^x: wrong$"), ranks.together():
+        raise ConfigError("wrong", where="x")
 
 
 def test_a_rank_on_cuda_makes_its_own_device_the_current_one(monkeypatch):
@@ -116,7 +120,7 @@ def two_ranks(model_folder, tmp_path_factory):
     return learn(folder, Ranks(CPU)), [torch.load(f"{out}-{rank}.pt") for rank in range(2)]
 
 
-TALK = {"share", "gathered", "gathered twice", "sums", "max", "any", "first"}
+TALK = {"share", "gathered", "gathered twice", "sums", "max", "largest", "first", "from first", "copied", "ended"}
 
 
 def test_two_ranks_learn_what_one_does(two_ranks):
@@ -126,7 +130,8 @@ def test_two_ranks_learn_what_one_does(two_ranks):
     """
     one, both = two_ranks
     compared = set(one) - TALK
-    assert {"sft gradient", "sft weights", "reward weights", "ppo policy weights", "ppo critic weights"} <= compared
+    expected = {"sft", "reward", "kto 1", "kto 3", "ppo policy", "ppo critic", "ppo parts policy", "ppo parts critic"}
+    assert {"sft gradient", *(f"{name} weights" for name in expected)} <= compared
     for found in both:
         assert set(found) - TALK == compared
         for name in compared:
@@ -150,5 +155,20 @@ def test_ranks_tell_each_other_what_they_have(two_ranks):
         assert found["gathered"] == list("abcde")
         assert found["gathered twice"] == [f"{name}{k}" for name in "abcde" for k in (0, 1)]
         assert found["sums"] == {"x": 1.0, "y": pytest.approx(0.2)}
-        assert found["max"] == 1.0 and found["any"] == (True, False)
+        assert (found["max"], found["largest"]) == (1.0, 11)
+        assert found["from first"] == {"rank": 0, "infinite": math.inf} and found["copied"] == [0.0, 5.0]
     assert first["first"] and not second["first"]
+
+
+def test_what_fails_on_one_rank_ends_all_with_its_message(two_ranks):
+    """A mistake of the user's is told by the first rank alone; a defect by the rank that has it, and by the others."""
+    _, (first, second) = two_ranks
+    mine = ("RewardError", "--reward f.py: it raised\n  -> mend it")
+    theirs = ("RewardError", "rank 1: --reward f.py: it raised\n  -> mend it")
+    assert (first["ended"]["second fails"], second["ended"]["second fails"]) == ((*theirs, False), (*mine, True))
+    assert first["ended"]["both fail"] == (*mine, False)
+    assert second["ended"]["both fail"] == ("RewardError", "rank 0: --reward f.py: it raised\n  -> mend it", True)
+    assert first["ended"]["defect"] == ("RuntimeError", "rank 1 failed: ZeroDivisionError: oh", False)
+    assert second["ended"]["defect"] == ("ZeroDivisionError", "oh", False)
+    assert first["ended"]["memory"][:2] == ("OutOfMemory", "rank 1: a pass") and first["ended"]["memory"][3] == 7
+    assert first["ended"]["none"] is second["ended"]["none"] is None

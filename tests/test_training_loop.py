@@ -190,6 +190,70 @@ def test_state_is_weights_moments_counts_and_facts():
     assert all(torch.equal(again.tensors()[name], tensors[name]) for name in tensors)
 
 
+def run_of_two_steps(folder, *, between=lambda: None, report=None, total=4):
+    """Train with two optimiser steps an update; `between()` runs in update 2, after the first of them."""
+    config = sft_config(output=str(folder), save_every=2, eval_every=None)
+    run = open_run(folder, "sft", config, {})
+    weight, progress = progress_of()
+
+    def update(step):
+        for part in range(2):
+            (weight * torch.tensor([1.0 + step, math.cos(part)])).sum().backward()
+            signals.check()  # as before a forward pass
+            apply_gradients(progress, {"policy": 0.1}, 1.0, RANKS, step + 1)
+            if (step, part) == (2, 0):
+                between()
+        return {"loss": float(step)}
+
+    try:
+        report = report or Notes()
+        train(run, report, RANKS, progress, config, title="sft", total=total, update=update, evaluate=lambda step: {})
+    finally:
+        run.release()
+    return weight.detach().clone()
+
+
+def test_a_signal_after_the_first_optimiser_step_waits_for_the_end_of_the_update(tmp_path):
+    """Half an update is no state to go on from: the rest is made, the third step saved, and nothing is lost."""
+    report = Notes()
+    with pytest.raises(Interrupted, match="state of step 3 saved"):
+        run_of_two_steps(tmp_path / "out", between=stop, report=report)
+    assert report.notes == [signals.FINISHING]
+    assert torch.equal(run_of_two_steps(tmp_path / "out"), run_of_two_steps(tmp_path / "whole"))
+    assert steps_of(tmp_path / "out") == list(range(5))
+
+
+def test_a_failure_after_the_first_optimiser_step_leaves_the_last_saved_state(tmp_path):
+    def fail():
+        raise RewardError("it raised")
+
+    report = Notes()
+    with pytest.raises(RewardError):
+        run_of_two_steps(tmp_path / "out", between=fail, report=report)
+    assert report.notes == [] and sorted(p.name for p in (tmp_path / "out" / "state").iterdir()) == ["step-000002"]
+    assert torch.equal(run_of_two_steps(tmp_path / "out"), run_of_two_steps(tmp_path / "whole"))
+
+
+def test_a_second_signal_after_the_first_optimiser_step_ends_it_at_once(tmp_path):
+    with pytest.raises(Interrupted, match="state of step 2 saved"):
+        run_of_two_steps(tmp_path / "out", between=lambda: [stop(), stop()])
+    assert torch.equal(run_of_two_steps(tmp_path / "out"), run_of_two_steps(tmp_path / "whole"))
+
+
+def test_counters_and_controllers_go_back_with_what_is_saved(tmp_path):
+    """A reward function that fails after the running statistics were updated: the state is that from before."""
+    weight, progress = progress_of()
+    progress.facts["scores_count"] = 8.0
+    progress.mark()
+    progress.facts["scores_count"], progress.bad_steps = 16.0, 2
+    assert progress.intact
+    progress.go_back()
+    assert progress.stored() == {"scores_count": 8.0, "updates.policy": 0, "bad_steps": 0}
+    weight.sum().backward()
+    apply_gradients(progress, {"policy": 0.1}, 1.0, RANKS, 1)
+    assert not progress.intact
+
+
 # --- gradients
 
 

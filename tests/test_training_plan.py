@@ -72,7 +72,7 @@ def test_counts_are_those_of_the_model(model_folder, open_tiny, architecture):
     assert parts["frozen base"] == 4 * weights
     assert parts["adapters (weights)"] == 4 * random_adapter(open_tiny(architecture), 1, rank=4).size
     assert parts[MOMENTS] == 3 * parts["adapters (weights)"]
-    assert parts["copies of adapters and gradients"] == parts["adapters (weights)"]  # fp32 needs no other copy
+    assert parts["copies of adapters"] == 0  # fp32 needs none
 
 
 def test_precision_halves_the_base_and_not_the_adapters(model_folder):
@@ -80,8 +80,7 @@ def test_precision_halves_the_base_and_not_the_adapters(model_folder):
     whole, half = (sft_parts(source, dtype=d) for d in ("float32", "bfloat16"))
     assert half["frozen base"] == whole["frozen base"] / 2
     assert half["adapters (weights)"] == whole["adapters (weights)"]
-    more = half["copies of adapters and gradients"] - whole["copies of adapters and gradients"]
-    assert more == half["adapters (weights)"] / 2
+    assert (whole["copies of adapters"], half["copies of adapters"]) == (0, half["adapters (weights)"] / 2)
 
 
 def test_four_bits_take_what_bitsandbytes_says_they_take(model_folder):
@@ -204,7 +203,7 @@ def test_the_peak_of_a_pass_is_the_plans(model_folder, dtype, checkpointing):
         learn_rows(roles, rows, count_targets(rows), "auto")
     config = sft_config(device="cpu", dtype=dtype, lora_rank=4, gradient_checkpointing=checkpointing)
     parts = parts_of(config, source, Work("sft", [120, 120, 100, 100], 4, read=280 / 440))
-    expected = sum(parts[name] for name in (ACTIVATIONS, "logits", "copies of adapters and gradients"))
+    expected = sum(parts[name] for name in (ACTIVATIONS, "logits", "copies of adapters"))
     assert expected == pytest.approx(live.peak, rel=0.1)
 
 
@@ -297,7 +296,7 @@ def test_memory_is_used_as_far_as_it_goes_and_recomputing_comes_last(model_folde
     source = source_of(model_folder("llama"))
     shapes = source_shapes(source)
     (kept, passing), less = (activation_bytes(shapes, 4, checkpointing=c, rank=4, row=100) for c in (False, True))
-    held = 5 * 4 * 4 * 2 * (2 * 64 + 2 * 48 + 3 * 80)  # weights, gradients, moments, copy: 5 x fp32 x rank x layers
+    held = 4 * 4 * 4 * 2 * (2 * 64 + 2 * 48 + 3 * 80)  # weights, gradients, two moments: 4 x fp32 x rank x layers
     logits = 12 * 4096 * 300
 
     def free_for(tokens, each):

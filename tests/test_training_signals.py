@@ -62,3 +62,30 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_signal_that_may_not_stop_yet_is_told_once_and_stops_later():
+    may, told = [False], []
+    with signals.listening(lambda: may[0], told.append):
+        signals.check()
+        assert told == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.check()
+        signals.check()
+        assert told == [signals.FINISHING]
+        may[0] = True
+        with pytest.raises(signals.StopRequested):
+            signals.check()
+
+
+def test_an_echo_of_a_signal_is_no_second_one(monkeypatch):
+    """Of several ranks each hears a Ctrl-C from the terminal, and again from whoever started them."""
+    clock = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    with signals.listening(echo=True):
+        os.kill(os.getpid(), signal.SIGINT)
+        clock[0] += signals.ECHO_SECONDS
+        os.kill(os.getpid(), signal.SIGINT)
+        clock[0] += 0.1
+        with pytest.raises(signals.StopRequested):
+            os.kill(os.getpid(), signal.SIGINT)

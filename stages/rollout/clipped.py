@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from stages.config import PpoConfig
 from stages.maths.losses import aggregate, kl_loss, policy_loss, token_weights, value_loss
-from stages.models.forward import pad, read_targets
+from stages.models.forward import pad, predictors, read_targets
 from stages.models.roles import Roles
 from stages.rollout.experience import Experience, read_values
 from stages.training.devices import Ranks
-from stages.training.loop import Progress, apply_gradients
+from stages.training.loop import Progress, add_gradients, apply_gradients
 from stages.training.passes import accumulate
 from stages.training.seeds import permutation
 
@@ -61,7 +63,7 @@ def clipped_steps(
 
     A minibatch is not learned from where its mean probability ratio exceeds `ratio_limit`, or where the policy has
     moved more than 1.5 x `target_approx_kl` from the one that sampled. `also(number)` adds the gradient of another
-    loss to optimiser step `number` of the update. Returns the update's mean statistics.
+    loss, of this rank's rows, to optimiser step `number` of the update. Returns the update's mean statistics.
     """
     device = roles.base.device
     rates = {
@@ -71,12 +73,10 @@ def clipped_steps(
     rates = {name: rates[name] for name in progress.optimizers if name == "critic" or judged.train_policy}
     history: list[dict[str, float]] = []
     for epoch in range(config.ppo_epochs):
-        order = permutation(len(judged.experience.rollout.responses), config.seed, "ppo", step, epoch, ranks.rank)
-        for part in range(config.minibatches):
-            rows = order[part * len(order) // config.minibatches : (part + 1) * len(order) // config.minibatches]
+        for rows in minibatches_of(config, ranks, judged, step, epoch):
             own = {"tokens": float(judged.experience.mask[rows].sum()), "sequences": float(len(rows))}
             counts = ranks.sum_floats(own, device)
-            if counts["tokens"] == 0:  # more minibatches than any rank has responses
+            if counts["tokens"] == 0:  # more minibatches than there are responses
                 continue
             minibatch = Minibatch(judged, rows, counts["tokens"], counts["sequences"])
             found = backward(config, roles, ranks, minibatch)
@@ -86,7 +86,10 @@ def clipped_steps(
                     optimizer.zero()
                 found |= {"skipped_steps": 1.0}
             else:
-                found |= also(len(history)) if judged.train_policy else {}
+                if judged.train_policy:
+                    again = partial(add_minibatch, config, roles, minibatch)
+                    more = add_gradients(roles, ranks, partial(also, len(history)), again=again)
+                    found |= ranks.sum_floats(more, device) if more else {}
                 found |= apply_gradients(progress, rates, config.max_grad_norm, ranks, step + 1, patience=math.inf)
             history.append(found)
             if moved_too_far:
@@ -94,30 +97,23 @@ def clipped_steps(
     return {"lr": rate, "early_stop": 0.0, **over_steps(history)}
 
 
-def backward(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch) -> dict[str, float]:
-    """Add the gradient of policy loss + value_coef x value loss over a minibatch; returns its statistics.
+def minibatches_of(config: PpoConfig, ranks: Ranks, judged: Judged, step: int, epoch: int) -> list[list[int]]:
+    """This rank's rows of every minibatch of one pass.
 
-    A critic with an adapter of its own is a second pass under its own role; a shared one reads the policy's states.
+    All ranks' responses are shuffled as one list, so that a minibatch holds the same ones however many ranks there are.
     """
-    if config.advantage != "gae":
-        passes: dict[str, Callable[[list[int]], Terms]] = {
-            "policy": lambda micro: policy_terms(config, roles, minibatch, micro)[0]
-        }
-    elif config.critic == "shared":
-        passes = {"policy": lambda micro: both_terms(config, roles, minibatch, micro)}
-    else:
-        passes = {
-            "policy": lambda micro: policy_terms(config, roles, minibatch, micro)[0],
-            "critic": lambda micro: value_terms(config, roles, minibatch, micro, None),
-        }
-    if not minibatch.judged.train_policy:
-        passes = {"critic": passes["critic"]}
-    sizes = [minibatch.judged.experience.rollout.sizes[i] for i in minibatch.rows]
-    sums = dict.fromkeys(SUMS, 0.0)
-    how = {"on_cuda": roles.base.device.type == "cuda", "gradients": roles.gradients()}
-    for role, terms in passes.items():
-        with roles.use(role):
-            sums |= accumulate(sizes, config.micro_batch_size, terms, **how)
+    mine, several = len(judged.experience.rollout.responses), config.responses_per_prompt
+    whole = int(ranks.sum_floats({"responses": float(mine)}, judged.experience.mask.device)["responses"])
+    places = [(ranks.rank + ranks.size * (i // several)) * several + i % several for i in range(mine)]
+    row_at = dict(zip(places, range(mine), strict=True))
+    order = permutation(whole, config.seed, "ppo", step, epoch, 0)
+    ends = [part * whole // config.minibatches for part in range(config.minibatches + 1)]
+    return [[row_at[i] for i in order[a:b] if i in row_at] for a, b in pairwise(ends)]
+
+
+def backward(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch) -> dict[str, float]:
+    """Add the gradient of policy loss + value_coef x value loss over a minibatch; returns all ranks' statistics."""
+    sums = add_gradients(roles, ranks, partial(add_minibatch, config, roles, minibatch))
     sums = ranks.sum_floats(sums, roles.base.device)
     return {
         "policy_loss": sums["policy_loss"],
@@ -134,11 +130,44 @@ def backward(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch
     }
 
 
+def add_minibatch(config: PpoConfig, roles: Roles, minibatch: Minibatch) -> dict[str, float]:
+    """Add the gradient of this rank's rows of a minibatch; returns their sums.
+
+    A critic with an adapter of its own is a second pass under its own role; a shared one reads the policy's states,
+    and while only the critic warms up its head alone learns from them.
+    """
+    learns = minibatch.judged.train_policy
+    passes: list[tuple[str, Callable[[list[int]], Terms]]] = []
+    if config.advantage != "gae":
+        passes = [("policy", lambda micro: policy_terms(config, roles, minibatch, micro)[0])]
+    elif config.critic == "shared":
+        passes = [("policy", lambda micro: both_terms(config, roles, minibatch, micro))]
+        if not learns:
+            passes = [("policy", lambda micro: head_terms(config, roles, minibatch, micro))]
+    else:
+        passes = [("policy", lambda micro: policy_terms(config, roles, minibatch, micro)[0])] if learns else []
+        passes += [("critic", lambda micro: value_terms(config, roles, minibatch, micro, None))]
+    sizes = [minibatch.judged.experience.rollout.sizes[i] for i in minibatch.rows]
+    sums = dict.fromkeys(SUMS, 0.0)
+    for role, terms in passes:
+        with roles.use(role):
+            sums |= accumulate(sizes, config.micro_batch_size, terms, on_cuda=roles.base.device.type == "cuda")
+    return sums
+
+
 def both_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int]) -> Terms:
     """Policy and value loss from one forward pass."""
     (policy, counted), hidden = policy_terms(config, roles, minibatch, micro)
     value, more = value_terms(config, roles, minibatch, micro, hidden)
     return policy + value, counted | more
+
+
+def head_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int]) -> Terms:
+    """Value loss of a shared critic's head alone: the policy's states are taken as they are."""
+    _, _, sequences, targets = cut(minibatch, micro)
+    with torch.no_grad():
+        hidden = roles.base.hidden(sequences, predictors(targets))
+    return value_terms(config, roles, minibatch, micro, hidden)
 
 
 def policy_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int]) -> tuple[Terms, Tensor]:
@@ -211,8 +240,11 @@ def cut(minibatch: Minibatch, micro: list[int]) -> tuple[Tensor, list[int], list
 
 def over_steps(history: list[dict[str, float]]) -> dict[str, float]:
     """An update's statistics: means over its steps, the largest and the first ratio, and how many were skipped."""
-    names = [n for n in history[0] if n not in NOT_AVERAGED]
-    out = {name: sum(found[name] for found in history) / len(history) for name in names}
+    names = {name: None for found in history for name in found if name not in NOT_AVERAGED}
+    out = {}
+    for name in names:  # a step that was skipped lacks some
+        values = [found[name] for found in history if name in found]
+        out[name] = sum(values) / len(values)
     norms = [found["grad_norm"] for found in history if "grad_norm" in found]
     return out | {
         "ratio_max": max(found["ratio_max"] for found in history),

@@ -27,25 +27,44 @@ class Watch:
     ends_matter: bool = True
     lines: list[Metrics] = field(default_factory=list)
 
+    def stop_before_learning(self, step: int, metrics: Metrics) -> None:
+        """Raise TrainingStopped if what is known of update `step` before its optimiser steps is a reason to stop.
+
+        So the weights are still those from before the update.
+        """
+        alarms = self._alarms(step, metrics)
+        if any(self._stops(alarm) for alarm in alarms):
+            self._tell(step, alarms)
+
     def look(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Watch update `step`, counted from 0; returns the flags that go into its metrics.
 
         Raises TrainingStopped where a condition holds that stop_on names. Everything watched is the same on all ranks,
         and so is the answer.
         """
-        if len(self.lines) != step:  # resumed
-            self.lines = self.earlier()
-        before = self.lines[-IN_A_ROW:]
-        alarms = watch(Course([*self.lines, metrics], self.half, self.ends_matter))
-        stops = [alarm for alarm in alarms if alarm.grave and alarm.condition in self.stop_on]
-        for alarm in alarms:
-            if alarm not in stops and not any(line.get(flag(alarm.condition)) for line in before):
-                self.report.warn(f"update {step + 1}: {alarm}")
-        if stops:
-            raise stopped(stops[0], step)
+        alarms = self._alarms(step, metrics)
+        self._tell(step, alarms)
         flags = {COUNT: float(len(alarms)), **{flag(alarm.condition): 1.0 for alarm in alarms}}
         self.lines.append(metrics | flags)
         return flags
+
+    def _alarms(self, step: int, metrics: Metrics) -> list[Alarm]:
+        if len(self.lines) != step:  # resumed
+            self.lines = self.earlier()
+        return watch(Course([*self.lines, metrics], self.half, self.ends_matter))
+
+    def _stops(self, alarm: Alarm) -> bool:
+        return alarm.grave and alarm.condition in self.stop_on
+
+    def _tell(self, step: int, alarms: list[Alarm]) -> None:
+        """Warn of what began at this update, and raise TrainingStopped for the first alarm that stops it."""
+        before = self.lines[-IN_A_ROW:]
+        for alarm in alarms:
+            if not self._stops(alarm) and not any(line.get(flag(alarm.condition)) for line in before):
+                self.report.warn(f"update {step + 1}: {alarm}")
+        for alarm in alarms:
+            if self._stops(alarm):
+                raise stopped(alarm, step)
 
 
 def flag(condition: str) -> str:
@@ -58,11 +77,15 @@ def stopped(alarm: Alarm, step: int) -> TrainingStopped:
     return TrainingStopped(f"{alarm.condition}: {alarm.number}; {alarm.cause}", step=step + 1, advice=alarm.advice)
 
 
-def kept(stop: TrainingStopped, step: int, folder: str, stop_on: list[str]) -> TrainingStopped:
-    """The same stop, saying where the state before the update is and how to go on from it."""
+def kept(stop: TrainingStopped, step: int | None, folder: str, stop_on: list[str]) -> TrainingStopped:
+    """The same stop, saying which state is kept and how to go on from it.
+
+    `step` is that of the state from before the update; None where the last saved one is left.
+    """
     others = [name for name in stop_on if not stop.reason.startswith(f"{name}: ")]
+    state = "the last saved state" if step is None else f"the state of step {step}, before this update,"
     advice = (
-        f"{stop.advice}\n  -> the state of step {step}, before this update, is kept in {folder}; the same command with "
+        f"{stop.advice}\n  -> {state} is kept in {folder}; the same command with "
         f"--stop-on {','.join(others) or 'none'} goes on from it"
     )
     return TrainingStopped(stop.reason, step=stop.step, advice=advice)

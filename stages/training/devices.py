@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import resource
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from stages.errors import ConfigError, DeviceError
+from stages import errors
+from stages.errors import ConfigError, DeviceError, OutOfMemory, UserError
 
+TENSORS_WAIT = datetime.timedelta(minutes=30)  # for a rank that computes as much as the others do
+WORDS_WAIT = datetime.timedelta(days=1)  # for one whose reward function, or disk, is slow
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,15 +73,26 @@ def free_memory(device: torch.device) -> int | None:
 
 
 class Ranks:
-    """This process among `size` data-parallel ones. Alone, every method is the identity."""
+    """This process among `size` data-parallel ones. Alone, every method is the identity.
+
+    Tensors travel through the device's own group (NCCL on CUDA). Everything else goes as JSON through a second group on
+    the CPU, whose timeout no reward function outlasts by accident: ranks meet there before any tensor travels.
+    """
 
     def __init__(self, device: torch.device):
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.words = None  # the group for everything that is no tensor
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # where NCCL puts the objects that ranks exchange
-        if self.size > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            torch.cuda.set_device(device)
+        if self.size == 1:
+            return
+        if not torch.distributed.is_initialized():
+            cuda = device.type == "cuda"
+            torch.distributed.init_process_group(
+                "nccl" if cuda else "gloo", timeout=TENSORS_WAIT, device_id=device if cuda else None
+            )
+        self.words = torch.distributed.new_group(backend="gloo", timeout=WORDS_WAIT)
 
     @property
     def first(self) -> bool:
@@ -84,6 +102,8 @@ class Ranks:
     def share(self, items: list) -> list:
         """This rank's part of a list that all ranks hold; together the parts are the list."""
         return items[self.rank :: self.size]
+
+    # --- tensors
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -98,18 +118,6 @@ class Ranks:
         packed = self.sum(torch.tensor(list(numbers.values()), dtype=torch.float64, device=device))
         return dict(zip(numbers, packed.tolist(), strict=True))
 
-    def gather(self, items: list) -> list:
-        """All ranks' items in the order that `share` dealt them out."""
-        if self.size == 1:
-            return items
-        parts: list[list] = [[] for _ in range(self.size)]
-        torch.distributed.all_gather_object(parts, items)
-        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
-
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """True on every rank where it is true on one."""
-        return bool(self.sum(torch.tensor(float(flag), device=device)).item() > 0)
-
     def max(self, number: float, device: torch.device) -> float:
         """The largest over ranks."""
         if self.size == 1:
@@ -118,7 +126,83 @@ class Ranks:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         return float(largest)
 
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors, in place, the numbers that the first rank has."""
+        for tensor in tensors if self.size > 1 else ():
+            torch.distributed.broadcast(tensor, 0)
+
+    # --- everything else
+
+    def gather(self, items: list) -> list:
+        """All ranks' items, which JSON can hold, in the order that `share` dealt them out."""
+        if self.size == 1:
+            return items
+        parts = self._texts(items)
+        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+    def from_first(self, value: object) -> object:
+        """What the first rank gives, as JSON holds it, on every rank; others give anything."""
+        return value if self.size == 1 else self._texts(value if self.first else None)[0]
+
+    def largest(self, number: int) -> int:
+        """The largest whole number over ranks; waits as long as a reward function may take."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.int64)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.words)
+        return int(found)
+
     def wait(self) -> None:
         """Until every rank is here."""
-        if self.size > 1:
-            torch.distributed.barrier()
+        self.largest(0)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails in the block on one rank ends it on all of them, with that rank's message.
+
+        Nothing in the block may exchange anything between ranks: one that failed would be waited for.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            failure = error
+        if not self.largest(int(failure is not None)):
+            return
+        told = self._texts(None if failure is None else _words_of(failure))
+        culprit = next(rank for rank, words in enumerate(told) if words is not None)
+        if failure is None or (culprit != self.rank and isinstance(failure, UserError)):
+            failure = _failure_of(told[culprit], culprit)
+        failure.told_by_first = isinstance(failure, UserError) and not self.first
+        raise failure
+
+    def _texts(self, value: object) -> list:
+        """What every rank gives, through JSON, in the order of ranks."""
+        text = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        torch.distributed.all_gather(sizes, torch.tensor([len(text)]), group=self.words)
+        padded = torch.zeros(max(int(n) for n in sizes), dtype=torch.uint8)
+        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=self.words)
+        return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, sizes, strict=True)]
+
+
+def _words_of(failure: Exception) -> dict[str, object]:
+    """A failure as JSON."""
+    named = {name: getattr(failure, name, None) for name in ("what", "where", "fix", "tokens")}
+    return {"kind": type(failure).__name__, "text": str(failure), **named}
+
+
+def _failure_of(words: dict[str, str], rank: int) -> Exception:
+    """The failure of another rank, said to be so."""
+    kind = getattr(errors, words["kind"], None)
+    if not (isinstance(kind, type) and issubclass(kind, UserError)):
+        return RuntimeError(f"rank {rank} failed: {words['kind']}: {words['text']}")
+    where = f"rank {rank}: {words['where']}" if words["where"] else f"rank {rank}"
+    failure = kind(words["what"], where=where, fix=words["fix"])
+    if isinstance(failure, OutOfMemory):
+        failure.tokens = words["tokens"]
+    return failure

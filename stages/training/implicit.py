@@ -36,7 +36,8 @@ def summed_logprobs(
 
     with roles.use(role):
         on_cuda = roles.base.device.type == "cuda"
-        return torch.stack(collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda))
+        sums = collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda)
+    return torch.stack(sums) if sums else torch.zeros(0)  # a rank may have no rows
 
 
 def logprob_sums(roles: Roles, rows: list[TokenRow], temperature: float = 1.0) -> Tensor:

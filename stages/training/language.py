@@ -36,8 +36,7 @@ def learn_rows(
         return weight * loss, {"loss": loss.item()}
 
     on_cuda = roles.base.device.type == "cuda"
-    lengths, gradients = [len(r.ids) for r in rows], roles.gradients()
-    return accumulate(lengths, micro_batch_size, forward, on_cuda=on_cuda, gradients=gradients).get("loss", 0.0)
+    return accumulate([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda).get("loss", 0.0)
 
 
 def held_out_loss(roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: int | str) -> dict[str, float]:

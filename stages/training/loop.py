@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -15,12 +15,15 @@ from stages.config import TrainingKnobs
 from stages.errors import Interrupted, OutOfMemory, OutputError, TrainingStopped, UserError
 from stages.files.run import Run
 from stages.files.states import AHEAD
+from stages.models.roles import Roles
 from stages.results import Report
 from stages.training import signals
 from stages.training.devices import Ranks
 from stages.training.optimizer import AdamW, clip
-from stages.training.passes import divisor
+from stages.training.passes import PassesShrank, divisor
 from stages.training.plan import memory_text
+
+Out = TypeVar("Out")
 
 SMALLER = "forward passes have 1/{} of their size from here on, and the result stays the same"
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients in a row before training stops itself
@@ -33,17 +36,37 @@ class Progress:
     optimizers: dict[str, AdamW]
     facts: dict[str, float] = field(default_factory=dict)  # counters and controllers, all JSON numbers
     bad_steps: int = 0
+    marked: dict[str, float] = field(default_factory=dict)  # `stored` at the last mark
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for name, o in self.optimizers.items() for k, v in o.tensors(name).items()}
 
     def stored(self) -> dict[str, float]:
-        updates = {f"updates.{name}": o.updates for name, o in self.optimizers.items()}
-        return {**self.facts, **updates, "bad_steps": self.bad_steps}
+        return {**self.facts, **self._updates(), "bad_steps": self.bad_steps}
 
     def restore(self, tensors: dict[str, Tensor], stored: dict[str, float]) -> None:
         for name, optimizer in self.optimizers.items():
             optimizer.load(name, tensors, int(stored[f"updates.{name}"]))
+        self._take_up(stored)
+
+    def mark(self) -> None:
+        """Remember this as a state that a run can go on from."""
+        self.marked = self.stored()
+
+    @property
+    def intact(self) -> bool:
+        """True while the weights are those of the last mark: no optimiser has stepped since."""
+        return self._updates().items() <= self.marked.items()
+
+    def go_back(self) -> None:
+        """Make counters and controllers those of the last mark; the weights must be intact."""
+        assert self.intact
+        self._take_up(self.marked)
+
+    def _updates(self) -> dict[str, int]:
+        return {f"updates.{name}": o.updates for name, o in self.optimizers.items()}
+
+    def _take_up(self, stored: dict[str, float]) -> None:
         self.bad_steps = int(stored["bad_steps"])
         self.facts = {k: v for k, v in stored.items() if not k.startswith("updates.") and k != "bad_steps"}
 
@@ -65,66 +88,97 @@ def train(
     Evaluates before the first step, every `config.eval_every` steps and after the last. Every step has one line in
     metrics.jsonl; line 0 is the evaluation before training. `evaluate` writes its samples last of all, so that one
     that was interrupted leaves none. Raises Interrupted (state saved) and TrainingStopped.
+
+    No copy of the weights is kept. What ends an update before its first optimiser step leaves the state from before it,
+    which is saved. After that step a signal waits for the end of the update; a failure leaves the last saved state.
     """
-    run.start()
-    ranks.wait()  # nobody looks for a state before the first rank has taken the folder
-    state = run.resume()
-    for warning in run.warnings:
-        report.warn(warning)
-    done = state.step if state is not None else -1  # -1: not even evaluated
-    ahead: dict[str, float] | None = None  # of an update that was made, while its evaluation was interrupted
-    if state is not None:
-        ahead = state.facts.pop(AHEAD, None)
-        progress.restore(state.tensors, state.facts)
-        report.note(f"resuming after step {done} of {total}")
-    saved: int | None = state.step if state is not None else None
+    done, ahead = _resume(run, report, ranks, progress, total)
+    saved = done if done >= 0 else None
     whole = 1
     report.begin(title, total, max(done, 0))
     try:
-        # The first rank stops at once and saves; the others go on until they miss it, so that it never waits for them.
-        with signals.listening(raises=ranks.first), _missing_the_first(ranks):
-            for step in range(done, total):
-                metrics = ahead or (_timed(update, step) if step >= 0 else {})
-                ahead = dict(metrics)
-                if step < 0 or step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
-                    metrics |= evaluate(step + 1)
-                if divisor() > whole:
-                    whole = divisor()
-                    report.warn(f"step {step + 1}: memory ran out; {SMALLER.format(whole)}")
-                _record(run, report, ranks, step + 1, metrics)
-                done, ahead = step + 1, None
-                # A bad step may come of weights that are bad already: the state before them is worth keeping.
-                if done and (done % config.save_every == 0 or done == total) and not progress.bad_steps:
-                    _save(run, progress, done)
-                    ranks.wait()
+        with signals.listening(lambda: ranks.size == 1 and progress.intact, report.note, echo=ranks.size > 1):
+            try:
+                for step in range(done, total):
+                    progress.mark()
+                    stop_together(ranks)
+                    metrics = ahead or (_timed(update, step) if step >= 0 else {})
+                    progress.mark()
+                    ahead = dict(metrics)
+                    if step < 0 or step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
+                        stop_together(ranks)
+                        metrics |= evaluate(step + 1)
+                    if divisor() > whole:
+                        whole = divisor()
+                        report.warn(f"step {step + 1}: memory ran out; {SMALLER.format(whole)}")
+                    with ranks.together():
+                        _record(run, report, ranks, step + 1, metrics)
+                        done, ahead = step + 1, None
+                        # A bad step may come of weights that are bad already: the state before them is worth keeping.
+                        if done and (done % config.save_every == 0 or done == total) and not progress.bad_steps:
+                            _save(run, progress, done)
+                            saved = done
+            except signals.StopRequested as stop:
+                if done >= 0 and not stop.at_once:  # at once may be in the middle of an optimiser step
+                    with ranks.together():
+                        _save(run, progress, done, ahead)
                     saved = done
-    except signals.StopRequested as stop:
-        if done >= 0 and not stop.at_once:  # at once may be in the middle of an optimiser step
-            _save(run, progress, done, ahead)
-            saved = done
-        raise Interrupted(stop.number, step=saved, output=str(run.folder)) from None
-    except UserError as error:  # a reward function that failed, perhaps only this once, or memory that ran out
-        # Other ranks may be waiting elsewhere; and where a log could not be written, only a state from before fits it.
-        if done >= 0 and ranks.size == 1 and not isinstance(error, OutputError):
-            _save(run, progress, done, ahead)
-            report.note(f"state of step {done} saved in {run.folder}")
-        if isinstance(error, OutOfMemory):
-            plan = memory_text(run.stage, config, error.tokens)
-            raise OutOfMemory(f"{error.what}\n    needed at least: {plan}", where=error.where, fix=error.fix) from None
-        raise
+                raise Interrupted(stop.number, step=saved, output=str(run.folder)) from None
+            except UserError as error:  # a reward function that failed, perhaps only this once, or memory that ran out
+                # Where a log could not be written, only a state from before fits it.
+                if done >= 0 and progress.intact and not isinstance(error, OutputError):
+                    _save(run, progress, done, ahead)
+                    report.note(f"state of step {done} saved in {run.folder}")
+                if isinstance(error, OutOfMemory):
+                    raise _with_plan(error, run.stage, config) from None
+                raise
     finally:
         report.end()
 
 
-@contextmanager
-def _missing_the_first(ranks: Ranks) -> Iterator[None]:
-    """A collective that fails because the first rank has stopped at a signal is this rank's stop, and no defect."""
-    try:
-        yield
-    except RuntimeError:
-        if ranks.first or signals.heard() is None:
-            raise
-        raise signals.StopRequested(signals.heard()) from None
+def _resume(
+    run: Run, report: Report, ranks: Ranks, progress: Progress, total: int
+) -> tuple[int, dict[str, float] | None]:
+    """Take the folder, and go on from its state, which the first rank reads for all.
+
+    Returns the last step that was logged (-1: not even the evaluation before training), and the metrics of an update
+    that was made after it, if its evaluation was interrupted.
+    """
+    found = None
+    with ranks.together():
+        run.start()
+        state = run.resume() if ranks.first else None
+        for warning in run.warnings:
+            report.warn(warning)
+        if state is not None:
+            found = {"step": state.step, "ahead": state.facts.pop(AHEAD, None), "facts": state.facts}
+            progress.restore(state.tensors, state.facts)
+    found = ranks.from_first(found)
+    if found is None:
+        return -1, None
+    if not ranks.first:
+        progress.restore(progress.tensors(), found["facts"])
+    ranks.copy_from_first(progress.tensors().values())
+    report.note(f"resuming after step {found['step']} of {total}")
+    return found["step"], found["ahead"]
+
+
+def stop_together(ranks: Ranks) -> None:
+    """Raise StopRequested on every rank if a signal came to one of them; the weights must be intact."""
+    number = ranks.largest(signals.heard() or 0)
+    if number:
+        raise signals.StopRequested(number)
+
+
+def _with_plan(error: OutOfMemory, stage: str, config: TrainingKnobs) -> OutOfMemory:
+    """The same, with the memory that each part needs."""
+    told = OutOfMemory(
+        f"{error.what}\n    needed at least: {memory_text(stage, config, error.tokens)}",
+        where=error.where,
+        fix=error.fix,
+    )
+    told.told_by_first = error.told_by_first
+    return told
 
 
 def _timed(update: Callable[[int], dict[str, float]], step: int) -> dict[str, float]:
@@ -146,6 +200,27 @@ def _record(run: Run, report: Report, ranks: Ranks, step: int, metrics: dict[str
 
 def _save(run: Run, progress: Progress, step: int, ahead: dict[str, float] | None = None) -> None:
     run.save_state(step, progress.tensors(), progress.stored() | ({AHEAD: ahead} if ahead else {}))
+
+
+def add_gradients(
+    roles: Roles, ranks: Ranks, work: Callable[[], Out], *, again: Callable[[], object] = lambda: None
+) -> Out:
+    """Run `work`, which adds to the gradients of what is trained; what fails on one rank ends all.
+
+    If a pass runs out of memory, the optimiser step begins again with smaller passes: gradients become zero, `again`
+    adds what they held before, and then `work` runs once more. Neither may exchange anything between ranks.
+    """
+    with ranks.together():
+        shrank = False
+        while True:
+            try:
+                if shrank:
+                    again()
+                return work()
+            except PassesShrank:
+                shrank = True
+                for gradient in roles.gradients():
+                    gradient.zero_()
 
 
 def apply_gradients(

@@ -5,7 +5,7 @@ Where a pass does not fit into memory, every later one is half as large; what co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -35,35 +35,34 @@ def limit_tokens(tokens: int | None) -> None:
     _Share.tokens = tokens
 
 
+class PassesShrank(Exception):
+    """A pass that adds to gradients ran out of memory: they are to be made again, from zero, in smaller passes."""
+
+
 def accumulate(
     lengths: list[int],
     size: int | str,
     forward: Callable[[list[int]], tuple[Tensor, dict[str, float]]],
     *,
     on_cuda: bool,
-    gradients: Iterable[Tensor] = (),
 ) -> dict[str, float]:
     """Backward the loss of every micro-batch; returns the named sums that `forward` reports, added up.
 
     `forward(rows)` gives a loss that is already divided by the whole batch's denominator, so the gradient does not
-    depend on how the batch was cut. `gradients` are the buffers that backward adds into: a pass that ran out of memory
-    half-way is taken back from them before it is made again in smaller ones.
+    depend on how the batch was cut. Raises PassesShrank if a pass ran out of memory, perhaps half-way through its
+    backward; `loop.add_gradients` then begins again.
     """
-    buffers = list(gradients)
     sums: dict[str, float] = {}
 
     def learn(rows: list[int]) -> dict[str, float]:
-        before = [buffer.clone() for buffer in buffers]
-        try:
-            loss, counted = forward(rows)
-            loss.backward()
-        except RuntimeError:
-            for buffer, old in zip(buffers, before, strict=True):
-                buffer.copy_(old)
-            raise
+        loss, counted = forward(rows)
+        loss.backward()
         return counted
 
-    for _, counted in _in_passes(lengths, size, learn, on_cuda):
+    for rows in _passes(range(len(lengths)), lengths, size, on_cuda):
+        counted = _attempt(learn, rows, lengths)
+        if counted is None:
+            raise PassesShrank
         for name, value in counted.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     return sums
@@ -74,40 +73,38 @@ def collect(
     lengths: list[int], size: int | str, forward: Callable[[list[int]], list[Tensor]], *, on_cuda: bool
 ) -> list[Tensor]:
     """One tensor per item of the batch, in the batch's order, computed in micro-batches without gradients."""
-    out: list[Tensor | None] = [None] * len(lengths)
-    for rows, values in _in_passes(lengths, size, forward, on_cuda):
-        for row, value in zip(rows, values, strict=True):
-            out[row] = value
-    return out  # type: ignore[return-value]
+    out: dict[int, Tensor] = {}
+    while len(out) < len(lengths):
+        left = [item for item in range(len(lengths)) if item not in out]
+        for rows in _passes(left, lengths, size, on_cuda):
+            values = _attempt(forward, rows, lengths)
+            if values is None:
+                break  # what is left is cut anew
+            out |= zip(rows, values, strict=True)
+    return [out[item] for item in range(len(lengths))]
 
 
-def _in_passes(
-    lengths: list[int], size: int | str, run: Callable[[list[int]], Out], on_cuda: bool
-) -> Iterable[tuple[list[int], Out]]:
-    """Rows of every pass and what it gave; passes shrink where memory runs out.
+def _passes(items: Sequence[int], lengths: list[int], size: int | str, on_cuda: bool) -> list[list[int]]:
+    """Items cut into passes as large as memory allows, as far as is known now."""
+    how = {"on_cuda": on_cuda, "divisor": _Share.divisor, "tokens": _Share.tokens}
+    return [[items[i] for i in rows] for rows in micro_batches([lengths[i] for i in items], size, **how)]
 
-    Raises OutOfMemory where a single row does not fit.
+
+def _attempt(run: Callable[[list[int]], Out], rows: list[int], lengths: list[int]) -> Out | None:
+    """What a pass gives; None if memory ran out, and then later passes are half as large.
+
+    Raises OutOfMemory if a single row does not fit, StopRequested after a signal.
     """
-    left = list(range(len(lengths)))
-    while left:
-        how = {"on_cuda": on_cuda, "divisor": _Share.divisor, "tokens": _Share.tokens}
-        cut = micro_batches([lengths[i] for i in left], size, **how)
-        passes, left = [[left[i] for i in rows] for rows in cut], []
-        for number, rows in enumerate(passes):
-            signals.check()
-            try:
-                found = run(rows)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                reason = str(error).splitlines()[0]
-            else:
-                yield rows, found
-                continue
-            # Outside the except block: while the error lives, so do the tensors of the pass.
-            smaller(len(rows), f"a pass over one row of {lengths[rows[0]]} tokens: {reason}", lengths[rows[0]])
-            left = [row for later in passes[number:] for row in later]
-            break
+    signals.check()
+    try:
+        return run(rows)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    # Outside the except block: while the error lives, so do the tensors of the pass.
+    smaller(len(rows), f"a pass over one row of {lengths[rows[0]]} tokens: {reason}", lengths[rows[0]])
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:

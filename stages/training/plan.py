@@ -61,7 +61,7 @@ class Held:
 
     adapters: float
     moments: float  # and gradients
-    copies: float  # of adapters in the base's precision, and of gradients to go back to
+    copies: float  # of adapters, in the base's precision
     trained: int  # weights of one adapter
 
     @property
@@ -101,11 +101,11 @@ def adapters_held(stage: str, config: Any, source: Source) -> tuple[int, int]:
 
 
 def held_by(stage: str, config: Any, source: Source, shapes: Shapes, width: int) -> Held:
-    """Adapters in fp32, and of those that are trained the gradient, both moments, and the gradient as a pass met it."""
+    """Adapters in fp32, and of those that are trained the gradient and both moments."""
     size, _ = adapter_size(config, source, shapes.linear)
     held, trained = adapters_held(stage, config, source)
     in_base_precision = size * width if width < FP32 else 0  # of the adapter that is active
-    return Held(held * size * FP32, 3 * trained * size * FP32, trained * size * FP32 + in_base_precision, size)
+    return Held(held * size * FP32, 3 * trained * size * FP32, in_base_precision, size)
 
 
 def largest_pass(config: Any, work: Work, tokens: int) -> int:
@@ -187,7 +187,7 @@ def memory_by_part(
         "frozen base": base_bytes(shapes, width, four_bit=config.load_in_4bit),
         "adapters (weights)": held.adapters,
         "gradients and Adam moments": held.moments,
-        "copies of adapters and gradients": held.copies,
+        "copies of adapters": held.copies,
         "activations of the largest pass": computed * kept + max(0.0, computed * passing - logits),
         "logits": logits,
     }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+FINISHING = "interrupted; this step is finished first, then saved (a second signal ends it at once)"
+ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every rank already
 
 
 class StopRequested(BaseException):
@@ -16,25 +20,39 @@ class StopRequested(BaseException):
         super().__init__(f"signal {number}")
 
 
+def _always() -> bool:
+    return True
+
+
+def _silent(text: str) -> None:
+    pass
+
+
 class _Heard:
     number: int | None = None
-    raises = True
+    since = 0.0  # seconds of the clock
+    may_stop: Callable[[], bool] = staticmethod(_always)
+    say: Callable[[str], None] = staticmethod(_silent)
 
 
 @contextmanager
-def listening(*, raises: bool = True) -> Iterator[None]:
-    """Within the block the first SIGTERM or SIGINT is only noted; a second one acts at once.
+def listening(
+    may_stop: Callable[[], bool] = _always, say: Callable[[str], None] = _silent, *, echo: bool = False
+) -> Iterator[None]:
+    """Within the block the first SIGTERM or SIGINT is only noted, for `check` to find; a second one acts at once.
 
-    Without `raises` `check` goes on all the same: this is a rank that others wait for.
+    While `may_stop()` is false, `check` goes on and tells `say` so, once. With `echo` a second signal that follows the
+    first within ECHO_SECONDS is the same one.
     """
     before = {}
 
     def hear(number: int, frame: object) -> None:
-        if _Heard.number is not None:
+        if _Heard.number is None:
+            _Heard.number, _Heard.since = number, time.monotonic()
+        elif not echo or time.monotonic() - _Heard.since > ECHO_SECONDS:
             raise StopRequested(number, at_once=True)
-        _Heard.number = number
 
-    _Heard.number, _Heard.raises = None, raises
+    _Heard.number, _Heard.may_stop, _Heard.say = None, may_stop, say
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
             before[number] = signal.signal(number, hear)
@@ -45,7 +63,8 @@ def listening(*, raises: bool = True) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _Heard.number = None  # one that came after the last check: the work is done, what follows may finish
+        # A signal that came after the last check: the work is done, what follows may finish.
+        _Heard.number, _Heard.may_stop, _Heard.say = None, _always, _silent
 
 
 def heard() -> int | None:
@@ -54,6 +73,10 @@ def heard() -> int | None:
 
 
 def check() -> None:
-    """Raise StopRequested if a signal came."""
-    if _Heard.number is not None and _Heard.raises:
+    """Raise StopRequested if a signal came and stopping here loses nothing."""
+    if _Heard.number is None:
+        return
+    if _Heard.may_stop():
         raise StopRequested(_Heard.number)
+    say, _Heard.say = _Heard.say, _silent
+    say(FINISHING)
