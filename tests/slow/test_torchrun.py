@@ -32,18 +32,18 @@ def command(found, stage: str, output: Path) -> list[str]:
     return [str(word) for word in (stage, *inputs[stage], "--output", output, *RUN)]
 
 
-def torchrun(program: list[str], line: list[str]) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def torchrun(program: list[str], line: list[str], **more: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
     words = [sys.executable, *LAUNCH, *program, *line]
     return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 @pytest.mark.parametrize(("stage", "within"), [("sft", 1e-5), ("reward", 1e-5), ("ppo", 1e-4)])
 def test_two_ranks_end_with_the_weights_of_one(chain, tmp_path, stage, within):
-    """Check 26 over whole runs; PPO permutes its minibatches per rank, so only its first update is the same."""
-    found, more = chain(), ["--max-steps", "1", "--minibatches", "1"] if stage == "ppo" else []
-    done(*command(found, stage, tmp_path / "one"), *more)
-    ended = torchrun(["-m", "rlhf_cli"], [*command(found, stage, tmp_path / "two"), *more])
+    """Check 26 over whole runs, of PPO with two minibatches."""
+    found = chain()
+    done(*command(found, stage, tmp_path / "one"))
+    ended = torchrun(["-m", "rlhf_cli"], command(found, stage, tmp_path / "two"))
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count(f"wrote {tmp_path / 'two'}") == 1  # one rank speaks
     assert contents(tmp_path / "one").keys() == contents(tmp_path / "two").keys()
@@ -76,7 +76,7 @@ record = loop._record
 
 def record_and_signal(run, report, ranks, step, metrics):
     record(run, report, ranks, step, metrics)
-    if step == at:
+    if step == at and os.environ.get("ONLY", str(ranks.rank)) == str(ranks.rank):
         os.kill(os.getpid(), number)
 
 loop._record = record_and_signal
@@ -100,6 +100,58 @@ def test_both_ranks_stop_at_a_signal_and_go_on_to_the_same_bits(chain, tmp_path,
     assert again.returncode == 0 and "resuming after step 3 of 4" in again.stderr, again.stderr
     assert_same_weights(tmp_path / "x", tmp_path / "whole")
     assert [line["step"] for line in lines_of(tmp_path / "x" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("only", ["0", "1"])
+def test_a_signal_to_one_rank_stops_both(chain, tmp_path, only):
+    line, whole = command(chain(), "ppo", tmp_path / "x"), command(chain(), "ppo", tmp_path / "whole")
+    assert torchrun(["-m", "rlhf_cli"], whole).returncode == 0
+    program = tmp_path / "signalled.py"
+    program.write_text(SIGNALLED)
+    ended = torchrun([str(program)], [str(int(signal.SIGTERM)), "3", *line], ONLY=only)
+    assert ended.returncode != 0 and ended.stderr.count("interrupted; state of step 3 saved") == 1, ended.stderr
+    assert "defect" not in ended.stderr
+    again = torchrun(["-m", "rlhf_cli"], line)
+    assert again.returncode == 0 and "resuming after step 3 of 4" in again.stderr, again.stderr
+    assert_same_weights(tmp_path / "x", tmp_path / "whole")
+
+
+FAILING = """
+import os
+calls = []
+def score(prompts, responses):
+    calls.append(1)
+    assert os.environ["RANK"] != "1" or len(calls) < 5, "the judge is away"
+    return [float(len(r)) for r in responses]
+"""
+
+
+def test_a_reward_function_that_fails_on_one_rank_ends_both_with_its_message(chain, tmp_path):
+    """The fifth call is that of the third update: its state is saved, and the function may be changed meanwhile."""
+    path = tmp_path / "judge.py"
+    path.write_text(FAILING)
+    line = ["ppo", "--model", str(chain().sft), "--reward", str(path), "--dataset", str(chain().prompts)]
+    line += ["--output", str(tmp_path / "x"), *map(str, (*RUN, *PPO))]
+    ended = torchrun(["-m", "rlhf_cli"], line)
+    assert ended.returncode != 0 and "defect" not in ended.stderr
+    assert ended.stderr.count("the judge is away") == 1, ended.stderr
+    assert f"error: rank 1: --reward {path}: it raised AssertionError: the judge is away" in ended.stderr
+    assert f"state of step 2 saved in {tmp_path / 'x'}" in ended.stderr
+    path.write_text(FAILING.replace("assert", "calls or"))
+    again = torchrun(["-m", "rlhf_cli"], line)
+    assert again.returncode == 0 and "resuming after step 2 of 4" in again.stderr, again.stderr
+
+
+def test_a_disk_that_is_full_for_the_first_rank_ends_both(chain, tmp_path):
+    program = tmp_path / "full.py"
+    program.write_text(
+        "import sys\nfrom stages.errors import OutputError\nfrom stages.files.run import Run\n"
+        "def log(run, step, metrics):\n    if run.writer: raise OutputError('no space', where='x')\n"
+        "Run.log = log\nfrom rlhf_cli.main import app\napp()\n"
+    )
+    ended = torchrun([str(program)], command(chain(), "sft", tmp_path / "x"))
+    assert ended.returncode != 0 and ended.stderr.count("error: x: no space") == 1, ended.stderr
+    assert "defect" not in ended.stderr
 
 
 def test_both_ranks_stop_at_an_alarm_and_go_on_to_the_same_bits(chain, tmp_path):
