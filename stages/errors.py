@@ -44,6 +44,10 @@ class DeviceError(UserError):
     """A device or precision that this machine does not have."""
 
 
+class RankError(UserError):
+    """Another rank of this run ended, or cannot be reached."""
+
+
 class OutOfMemory(DeviceError):
     """Not even one row, of so many `tokens`, fits into memory."""
 

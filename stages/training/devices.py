@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages import errors
-from stages.errors import ConfigError, DeviceError, OutOfMemory, UserError
+from stages.errors import ConfigError, DeviceError, OutOfMemory, RankError, UserError
 
 TENSORS_WAIT = datetime.timedelta(minutes=30)  # for a rank that computes as much as the others do
 WORDS_WAIT = datetime.timedelta(days=1)  # for one whose reward function, or disk, is slow
@@ -108,7 +108,8 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
-            torch.distributed.all_reduce(x)
+            with _reaching_all():
+                torch.distributed.all_reduce(x)
         return x
 
     def sum_floats(self, numbers: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -123,13 +124,15 @@ class Ranks:
         if self.size == 1:
             return number
         largest = torch.tensor(number, dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        with _reaching_all():
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         return float(largest)
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors, in place, the numbers that the first rank has."""
         for tensor in tensors if self.size > 1 else ():
-            torch.distributed.broadcast(tensor, 0)
+            with _reaching_all():
+                torch.distributed.broadcast(tensor, 0)
 
     # --- everything else
 
@@ -149,7 +152,8 @@ class Ranks:
         if self.size == 1:
             return number
         found = torch.tensor(number, dtype=torch.int64)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.words)
+        with _reaching_all():
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.words)
         return int(found)
 
     def wait(self) -> None:
@@ -182,12 +186,27 @@ class Ranks:
         """What every rank gives, through JSON, in the order of ranks."""
         text = json.dumps(value).encode()
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        torch.distributed.all_gather(sizes, torch.tensor([len(text)]), group=self.words)
+        with _reaching_all():
+            torch.distributed.all_gather(sizes, torch.tensor([len(text)]), group=self.words)
         padded = torch.zeros(max(int(n) for n in sizes), dtype=torch.uint8)
         padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         parts = [torch.empty_like(padded) for _ in sizes]
-        torch.distributed.all_gather(parts, padded, group=self.words)
+        with _reaching_all():
+            torch.distributed.all_gather(parts, padded, group=self.words)
         return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, sizes, strict=True)]
+
+
+@contextmanager
+def _reaching_all() -> Iterator[None]:
+    """Say in words that an exchange between ranks failed; NCCL may wait instead, until torchrun ends all ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise RankError(
+            f"another rank ended, or cannot be reached ({reason})",
+            fix="see what the other ranks printed, then run the same command again",
+        ) from None
 
 
 def _words_of(failure: Exception) -> dict[str, object]:

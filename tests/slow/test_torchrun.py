@@ -142,6 +142,19 @@ def test_a_reward_function_that_fails_on_one_rank_ends_both_with_its_message(cha
     assert again.returncode == 0 and "resuming after step 2 of 4" in again.stderr, again.stderr
 
 
+def test_a_rank_that_dies_ends_the_other_in_words(chain, tmp_path):
+    """Killed at step 3: the first saves what it has, and the same command goes on to the same bits."""
+    line, whole = command(chain(), "ppo", tmp_path / "x"), command(chain(), "ppo", tmp_path / "whole")
+    assert torchrun(["-m", "rlhf_cli"], whole).returncode == 0
+    program = tmp_path / "killed.py"
+    program.write_text(SIGNALLED)
+    ended = torchrun([str(program)], [str(int(signal.SIGKILL)), "3", *line], ONLY="1")
+    assert ended.returncode != 0 and "defect" not in ended.stderr, ended.stderr
+    again = torchrun(["-m", "rlhf_cli"], line)
+    assert again.returncode == 0 and "resuming after step " in again.stderr, again.stderr
+    assert_same_weights(tmp_path / "x", tmp_path / "whole")
+
+
 def test_a_disk_that_is_full_for_the_first_rank_ends_both(chain, tmp_path):
     program = tmp_path / "full.py"
     program.write_text(
