@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,21 @@ def test_a_rank_on_cuda_makes_its_own_device_the_current_one(monkeypatch):
     Ranks(torch.device("cuda", 1))
     Ranks(CPU)
     assert chosen == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(("device", "backend"), [(CPU, "gloo"), (torch.device("cuda", 1), "nccl")])
+def test_groups_know_their_device_and_wait_longer_for_words_than_for_tensors(monkeypatch, device, backend):
+    """Ranks meet in the group for words after a reward function, however slow; tensors travel only then."""
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **more: calls.append((name, more)))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **more: calls.append(more))
+    Ranks(device)
+    (name, tensors), words = calls
+    assert (name, tensors["device_id"], words["backend"]) == (backend, device if device != CPU else None, "gloo")
+    assert tensors["timeout"] >= timedelta(minutes=10) and words["timeout"] >= timedelta(hours=12)
 
 
 def test_shares_are_dealt_out_in_turn(monkeypatch):
