@@ -22,9 +22,11 @@ from stages.rollout.spread import sample_spread
 from stages.training.baselines import baselines
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import (
+    NO_PAIRS,
     TokenComparison,
     computed_share,
     encode_comparison,
+    pair_sums,
     pairs_of,
     report_of,
     report_on,
@@ -166,23 +168,15 @@ def backward(roles: Roles, rows: list[TokenComparison], denominator: int, config
     def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
         chosen = [rows[i] for i in micro]
         scores = sequence_scores(roles, ROLE, [row.ids for c in chosen for row in c.responses])
-        losses, better, worse = comparison_losses(scores, chosen, config)
-        delta = (better - worse).detach()
-        right = (delta > 0).double() + 0.5 * (delta == 0).double()
-        loss = losses.sum() / denominator
-        counts = {"loss": loss.detach(), "accuracy": right.sum(), "margin": delta.sum(), "pairs": len(delta)}
-        counts |= {"score_chosen": better.detach().sum(), "score_rejected": worse.detach().sum()}
-        return loss, {name: float(value) for name, value in counts.items()}
+        loss = comparison_losses(scores, chosen, config).sum() / denominator
+        return loss, pair_sums(loss, scores, pairs_of(chosen))
 
     how = {"on_cuda": roles.base.device.type == "cuda", "gradients": roles.gradients()}
-    zeros = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
-    return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, **how)
+    return NO_PAIRS | accumulate([row.size for row in rows], config.micro_batch_size, forward, **how)
 
 
-def comparison_losses(
-    scores: Tensor, comparisons: list[TokenComparison], config: RewardConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted pair losses (pairs,), and the scores of the better and of the worse response of each pair.
+def comparison_losses(scores: Tensor, comparisons: list[TokenComparison], config: RewardConfig) -> Tensor:
+    """Losses (pairs,), each weighted 1 / (pairs of its comparison).
 
     scores (R,): one per response, comparison by comparison.
     """
@@ -193,7 +187,7 @@ def comparison_losses(
     probability = probability + config.label_smoothing * (1 - 2 * probability)
     margin = as_tensor(pairs.margin) if config.loss_margin else 0.0
     losses = pair_loss(winners, losers, probability, margin, config.centre_coef)
-    return losses * as_tensor(pairs.weight), winners, losers
+    return losses * as_tensor(pairs.weight)
 
 
 def encode_demonstrations(inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int) -> list[TokenRow]:

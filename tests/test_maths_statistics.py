@@ -12,6 +12,7 @@ from stages.maths.statistics import (
     calibration_error,
     correlation,
     distinct_ngrams,
+    expected_accuracy_of_pairs,
     explained_variance,
     lead_of_pairs,
     log_loss_of_pairs,
@@ -121,6 +122,28 @@ def test_a_lead_is_measured_pair_by_pair():
     found = lead_of_pairs(torch.tensor([1.0, 2.0, -1.0, 0.0]), torch.tensor([-1.0, 1.0, -1.0, 3.0]), z=2.0)
     error = math.sqrt((0.875**2 + 2 * 0.125**2 + 0.625**2) / 3 / 4)
     assert found == pytest.approx((0.125, 0.125 - 2 * error, 0.125 + 2 * error))
+
+
+def test_soft_labels_count_the_likelier_winner_and_a_half_is_a_tie():
+    delta, p = torch.tensor([1.0, -1.0, 2.0, -3.0]), torch.tensor([0.9, 0.6, 0.5, 0.5])
+    assert accuracy_of_pairs(delta, p) == (1 + 0 + 0.5 + 0.5) / 4
+    assert expected_accuracy_of_pairs(delta, p) == pytest.approx((0.9 + 0.4 + 0.5 + 0.5) / 4)
+    assert expected_accuracy_of_pairs(delta) == accuracy_of_pairs(delta) == 0.5
+    losses = [p * math.log1p(math.exp(-d)) + (1 - p) * math.log1p(math.exp(d)) for d, p in zip(delta, p, strict=True)]
+    assert log_loss_of_pairs(delta, p) == pytest.approx(sum(losses) / 4)
+    # Right for sure, wrong for sure, tied twice: the other is wrong, right, right, wrong.
+    found = lead_of_pairs(delta, torch.tensor([-1.0, 1.0, 1.0, -1.0]), p, z=2.0)
+    error = math.sqrt((1 + 1) / 3 / 4)
+    assert found == pytest.approx((0.0, -2 * error, 2 * error))
+
+
+def test_scores_that_are_the_log_odds_of_soft_labels_are_calibrated():
+    p = torch.tensor([0.55] * 3 + [0.8] * 5 + [0.5] * 2, dtype=torch.float64)
+    bins = calibration_bins(torch.logit(p), probability=p)
+    assert [b["count"] for b in bins] == [5, 0, 0, 5, 0] and calibration_error(bins) == pytest.approx(0, abs=1e-12)
+    assert bins[3]["observed"] == pytest.approx(0.8)
+    wrong = calibration_bins(-torch.logit(p), probability=p)
+    assert wrong[3]["observed"] == pytest.approx(0.2)
 
 
 def test_calibration_bins_follow_their_edges():

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from stages.config import DpoConfig
-from stages.dpo import first_visits
+from stages.dpo import comparison_losses, first_visits
+from stages.files.comparisons import Pair
+from stages.models.tokens import TokenRow
 from stages.training.batching import batch_at
+from stages.training.comparing import TokenComparison
 from tests.commands import (
     assert_same_weights,
     done,
@@ -19,8 +22,10 @@ from tests.commands import (
     refused,
     result,
     rlhf,
+    soft_comparisons,
     without_times,
 )
+from tests.tiny import write_jsonl
 
 SMALL = ("--max-steps", 3, "--batch-size", 8, "--lora-rank", 4, "--eval-fraction", "0.2", "--samples", 0)
 
@@ -46,6 +51,29 @@ def test_it_learns_what_is_preferred(chain, tmp_path, loss):
     about = manifest(tmp_path / loss)
     assert about["stage"] == "dpo" and about["parents"][0]["stage"] == "sft" and "report.json" in about["files"]
     assert json.loads((tmp_path / loss / "report.json").read_text())["pairs"] == found["report"]["pairs"]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto"])
+def test_soft_labels_below_a_half_prefer_the_rejected_response(chain, tmp_path, loss):
+    data = write_jsonl(tmp_path / "rows.jsonl", soft_comparisons())
+    line = ("--model", chain().sft, "--dataset", data, "--output", tmp_path / "x", *SMALL, "--loss", loss)
+    found = result("dpo", *line, "--learning-rate", "3e-3", "--max-steps", 40)["report"]
+    assert found["accuracy"] > 0.8 and found["margin_mean"] > 0
+
+
+def test_kto_on_soft_labels_is_the_expectation_over_hard_ones():
+    """A label of 0.3 on (a, b): 0.3 times the loss of a over b, 0.7 times that of b over a."""
+    config = DpoConfig(model="m", dataset="d", output="o", loss="kto", beta=0.5, undesirable_weight=2.0)
+    ratios, z0 = torch.tensor([0.7, -0.4]), torch.tensor(0.1)
+    rows = [TokenRow(torch.arange(3), torch.arange(3) > 0, False)] * 2
+
+    def loss(pair: Pair) -> float:
+        return comparison_losses(ratios, [TokenComparison(rows, (pair,))], config, z0).item()
+
+    hard, turned = loss(Pair(0, 1)), loss(Pair(1, 0))
+    assert abs(hard - turned) > 0.1
+    assert loss(Pair(0, 1, 0.3)) == pytest.approx(0.3 * hard + 0.7 * turned)
+    assert loss(Pair(0, 1, 0.5)) == pytest.approx(loss(Pair(1, 0, 0.5)))
 
 
 def test_micro_batches_do_not_change_the_result(chain, tmp_path):

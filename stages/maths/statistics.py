@@ -1,7 +1,9 @@
 """Numbers for reports: intervals, correlations, and what the scores of a reward model say about its comparisons.
 
 Everything is computed in float64 and comes back as Python floats. `delta` (N,) is always the score of the response
-that won a comparison minus the score of the one that lost. What has no answer, such as a mean of nothing, is nan.
+that won a comparison minus the score of the one that lost; `probability` (N,), a half at least, is how likely it really
+won (None: certain), and at exactly a half the comparison is a tie. What has no answer, such as a mean of nothing, is
+nan.
 """
 
 from __future__ import annotations
@@ -56,36 +58,53 @@ def distinct_ngrams(sequences: Iterable[Sequence[int]], n: int) -> float:
     return len(set(runs)) / len(runs) if runs else math.nan
 
 
-def log_loss_of_pairs(delta: Tensor) -> float:
-    """Mean of -log sigmoid(delta), in nats; ln 2 is what knowing nothing costs."""
-    return -logsigmoid(_numbers(delta)).mean().item()
+def log_loss_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
+    """Mean of -p log sigmoid(delta) - (1 - p) log sigmoid(-delta), in nats; ln 2 is what knowing nothing costs."""
+    delta = _numbers(delta)
+    if probability is None:
+        return -logsigmoid(delta).mean().item()
+    p = _numbers(probability)
+    return -(p * logsigmoid(delta) + (1 - p) * logsigmoid(-delta)).mean().item()
 
 
-def accuracy_of_pairs(delta: Tensor) -> float:
-    """Share of comparisons ranked as they were judged; a tie counts half."""
-    return _wins(delta).mean().item()
+def accuracy_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
+    """Share of comparisons whose likelier winner scores higher; a tie, of scores or of the judgement, counts half."""
+    return _wins(delta, probability).mean().item()
 
 
-def lead_of_pairs(delta: Tensor, other: Tensor, z: float = 1.96) -> tuple[float, float, float]:
+def expected_accuracy_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
+    """Expected share of single judgements, drawn with `probability`, that the scores agree with; ties count half.
+
+    The mean of `probability` is the most that any scores can reach: the ceiling that noisy labels leave.
+    """
+    return _expected_wins(delta, probability).mean().item()
+
+
+def lead_of_pairs(
+    delta: Tensor, other: Tensor, probability: Tensor | None = None, *, z: float = 1.96
+) -> tuple[float, float, float]:
     """How much more accurate `delta` (N,) is than `other` (N,) on the same pairs, and the ends of its interval.
 
     Of the differences pair by pair, mean and mean +- z standard errors; z 1.96 covers 95 %.
     """
-    mean, error = mean_with_error(_wins(delta) - _wins(other))
+    mean, error = mean_with_error(_wins(delta, probability) - _wins(other, probability))
     return mean, mean - z * error, mean + z * error
 
 
 def calibration_bins(
-    delta: Tensor, edges: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    delta: Tensor,
+    edges: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    *,
+    probability: Tensor | None = None,
 ) -> list[dict[str, float | int]]:
     """How often the predicted winner won, per bin of how sure the prediction was.
 
     The prediction is folded to its winner: its confidence is sigmoid(|delta|). Bins are [low, high), the last one
-    closed. A dict each: `low`, `high`, `count`, `predicted` (mean confidence), `observed` (share of wins, a tie
-    counts half); the last two nan in an empty bin.
+    closed. A dict each: `low`, `high`, `count`, `predicted` (mean confidence), `observed` (expected share of wins, a
+    tie counts half); the last two nan in an empty bin.
     """
     confidence = _numbers(delta).abs().sigmoid()
-    wins = _wins(delta)
+    wins = _expected_wins(delta, probability)
     return [
         {
             "low": low,
@@ -111,7 +130,7 @@ def calibration_error(bins: Sequence[dict[str, float | int]]) -> float:
 def accuracy_by_length_difference(
     delta: Tensor, length_difference: Tensor, edges: Sequence[float]
 ) -> list[dict[str, float | int]]:
-    """`accuracy_of_pairs` per bin of `length_difference` (N,), winner's length minus loser's.
+    """`accuracy_of_pairs` per bin of `length_difference` (N,), winner's length minus loser's; no pair is a tie.
 
     Bins are [low, high), the last one closed; what lies outside `edges` is left out, so they may be infinite.
     A dict each: `low`, `high`, `count`, `accuracy` (nan in an empty bin).
@@ -136,9 +155,18 @@ def _numbers(x: Tensor) -> Tensor:
     return x.detach().cpu().double().flatten()
 
 
-def _wins(delta: Tensor) -> Tensor:
+def _wins(delta: Tensor, probability: Tensor | None = None) -> Tensor:
     delta = _numbers(delta)
-    return (delta > 0).double() + 0.5 * (delta == 0)
+    wins = (delta > 0).double() + 0.5 * (delta == 0)
+    return wins if probability is None else wins.masked_fill(_numbers(probability) == 0.5, 0.5)
+
+
+def _expected_wins(delta: Tensor, probability: Tensor | None) -> Tensor:
+    wins = _wins(delta)
+    if probability is None:
+        return wins
+    p = _numbers(probability)
+    return p * wins + (1 - p) * (1 - wins)
 
 
 def _is_constant(x: Tensor) -> bool:

@@ -18,7 +18,8 @@ def baselines(scores: Tensor, held: list[TokenComparison], train: list[TokenComp
     """Accuracy of each rule on held-out pairs, and by how much `scores` (R,) lead it, with the ends of that interval.
 
     "longer wins" and "shorter wins" go by tokens. "majority" prefers the response that won more often among the
-    training pairs, whatever the prompt, and tells nothing of one that it never saw. Ties count half.
+    training pairs, whatever the prompt, and tells nothing of one that it never saw. Ties count half,
+    of the rule as of the labels.
     """
     pairs = pairs_of(held)
     rows = [row for comparison in held for row in comparison.responses]
@@ -26,11 +27,13 @@ def baselines(scores: Tensor, held: list[TokenComparison], train: list[TokenComp
     length = torch.tensor([float(row.targets.sum()) for row in rows])
     known = torch.tensor([share.get(response_key(row), 0.5) for row in rows], dtype=torch.float64)
     delta = scores[pairs.better] - scores[pairs.worse]
+    chance = torch.tensor(pairs.probability, dtype=torch.float64)
     found = {}
     for name, rule in ((LONGER, length), (SHORTER, -length), (MAJORITY, known)):
         other = rule[pairs.better] - rule[pairs.worse]
-        lead, low, high = lead_of_pairs(delta, other)
-        found[name] = {"accuracy": accuracy_of_pairs(other), "lead": lead, "lead_low": low, "lead_high": high}
+        lead, low, high = lead_of_pairs(delta, other, chance)
+        accuracy = accuracy_of_pairs(other, chance)
+        found[name] = {"accuracy": accuracy, "lead": lead, "lead_low": low, "lead_high": high}
     return found
 
 

@@ -99,7 +99,7 @@ def _lead_of(found: dict[str, float]) -> str:
 
 
 def _miscalibrated(report: dict[str, Any]) -> Iterator[str]:
-    accuracy, confidence = report["accuracy"], report["confidence"]
+    accuracy, confidence = report.get("expected_accuracy", report["accuracy"]), report["confidence"]
     noise = 1.96 * math.sqrt(accuracy * (1 - accuracy) / report["pairs"])
     if confidence - accuracy > max(OVERCONFIDENT, noise):
         yield (
@@ -143,7 +143,11 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     accuracy = report.get("accuracy")
     ceiling, agreement = report.get("agreement_ceiling", 1.0), report.get("annotator_agreement")
     if accuracy is not None and ceiling < 1:
-        yield f"labels this uncertain allow an accuracy of {ceiling:.3f}, {ceiling - accuracy:+.3f} from this one"
+        expected = report.get("expected_accuracy", accuracy)
+        single = f" ({expected:.3f} against single judgements)" if expected != accuracy else ""
+        yield (
+            f"labels this uncertain allow an accuracy of {ceiling:.3f}, {ceiling - expected:+.3f} from this one{single}"
+        )
     if agreement is not None:
         away = f", {agreement - accuracy:+.3f} from its accuracy" if accuracy is not None else ""
         yield f"two annotators agree on {agreement:.3f} of {report['annotator_pairs']} pairs{away}"
