@@ -48,8 +48,6 @@ PTX_TOKENS = 1024
 def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train a policy against a reward and publish it, with its critic, as a checkpoint."""
     source, out = inputs.source, inputs.run
-    for line in inputs.notes:
-        report.note(line)
     text = open_text(source, config)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
