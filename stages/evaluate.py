@@ -14,7 +14,7 @@ from stages.errors import DatasetError
 from stages.files.atomic import write_json, write_text
 from stages.files.rows import Demonstration, Prompt
 from stages.inputs import Inputs
-from stages.maths.statistics import mean_with_error, wilson_interval
+from stages.maths.statistics import clustered_interval, mean_with_error
 from stages.models.candidates import Candidate, candidate_of, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
@@ -25,7 +25,7 @@ from stages.rollout.generate import Sampling, check_engine
 from stages.rollout.measure import Bench, Measured, best_of_rows, measure, sampling_of, summarise
 from stages.rollout.samples import readable
 from stages.rollout.sources import Rewards
-from stages.training.comparing import encode_comparison
+from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of
 from stages.training.session import context_limit, encode_all, open_base, open_text
 
@@ -143,7 +143,7 @@ def measure_policies(
         scores = {name: side.scores for name, side in measured.items()}
         found["compared_with"] = config.against
         found["win_rate"] = {
-            {"score": "reward"}.get(n, n): win_rate(scores["policy"][n], scores["against"][n]) for n in rewards
+            {"score": "reward"}.get(n, n): win_rate(scores["policy"][n], scores["against"][n], prompts) for n in rewards
         }
     found["examples"] = examples(prompts, measured, config.examples)
     return found
@@ -191,11 +191,16 @@ def curve_of(found: dict) -> list[dict[str, object]]:
     return found.get("frontier") or [{"model": found["model"]} | found["policy"]]
 
 
-def win_rate(mine: Tensor, other: Tensor) -> dict[str, float]:
-    """How often one score beats the other, ties half, with its 95 % Wilson interval."""
-    wins = float((mine > other).double().sum() + 0.5 * (mine == other).double().sum())
-    low, high = wilson_interval(wins, len(mine))
-    return {"rate": wins / len(mine), "low": low, "high": high, "n": len(mine)}
+def win_rate(mine: Tensor, other: Tensor, prompts: list[PromptRow]) -> dict[str, float]:
+    """How often one score beats the other, ties half, with its 95 % interval; rows of one prompt are one cluster.
+
+    With one or two prompts, which tell nothing of how prompts differ, it is the interval for these prompts.
+    """
+    wins = (mine > other).double() + 0.5 * (mine == other).double()
+    places: dict[tuple[int, ...], int] = {}
+    clusters = [places.setdefault(tuple(prompt.ids.tolist()), len(places)) for prompt in prompts]
+    low, high, _ = clustered_interval(wins, clusters if len(places) >= FEWEST_PROMPTS else list(range(len(wins))))
+    return {"rate": float(wins.mean()), "low": low, "high": high, "n": len(mine)}
 
 
 def examples(prompts: list[PromptRow], measured: dict[str, Measured], count: int) -> list[dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.commands import (
+    WORDS,
     assert_same_weights,
     comparisons,
     contents,
@@ -144,6 +146,27 @@ def test_the_report_beside_the_checkpoint_is_evaluates_on_the_held_out_rows(chai
     assert report == found["report"] and report.keys() - again.keys() == more
     for name, value in again.items():
         assert report[name] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value)
+
+
+def test_the_interval_counts_the_pairs_of_a_prompt_together(chain, learned, tmp_path):
+    """Ranked lists, and their pairs as rows in another order: one interval, and not that of as many prompts."""
+    texts = [" thank you", " two thank you", " cat sat", " on", " red"]
+    ranked = [{"prompt": f"{a} two", "responses": texts, "ranks": [3, 1, 4, 2, 5]} for a in WORDS[:8]]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": texts[i], "rejected": texts[j]}
+        for i, j in itertools.permutations(range(5), 2)
+        for row in ranked
+        if row["ranks"][i] < row["ranks"][j]
+    ]
+    found = []
+    for name, rows in (("ranked", ranked), ("pairs", pairs)):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        found.append(result("evaluate", "--model", learned[0], "--dataset", data)["reward_model"])
+    names = ("pairs", "clusters", "accuracy", "accuracy_low", "accuracy_high", "effective_pairs")
+    assert [found[0][name] for name in names] == pytest.approx([found[1][name] for name in names])
+    assert (found[0]["pairs"], found[0]["clusters"]) == (80, 8) and found[0]["effective_pairs"] < 80
+    table = done("evaluate", "--model", learned[0], "--dataset", data).stdout
+    assert "80 of 8 prompts" in table
 
 
 def test_the_critic_of_ppo_begins_as_the_reward_model(chain, learned, tmp_path):

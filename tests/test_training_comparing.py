@@ -10,6 +10,7 @@ import torch
 from stages import ppo, reward
 from stages.files.comparisons import Comparison, Pair
 from stages.inputs import Inputs
+from stages.maths.statistics import wilson_interval
 from stages.models.forward import sequence_scores
 from stages.models.roles import Roles
 from stages.models.source import open_source
@@ -21,6 +22,7 @@ from stages.training import comparing
 from stages.training.comparing import (
     TokenComparison,
     ceiling,
+    clusters_of,
     encode_comparison,
     pair_sums,
     pairs_of,
@@ -164,6 +166,45 @@ def test_a_steps_metrics_mean_what_the_reports_do():
     names |= {"score_chosen": "score_chosen_mean", "score_rejected": "score_rejected_mean"}
     for mine, theirs in names.items():
         assert sums[mine] / 7 == pytest.approx(report[theirs], abs=1e-6), mine
+
+
+def response(prompt: list[int], *tokens: int) -> TokenRow:
+    ids = torch.tensor([*prompt, *tokens])
+    return TokenRow(ids, torch.arange(len(ids)) >= len(prompt), False)
+
+
+def test_pairs_of_one_prompt_are_one_cluster_in_whatever_rows_they_stand(model_folder):
+    text = open_tiny_text(model_folder("llama"))
+    three = (Pair(0, 1), Pair(0, 2), Pair(1, 2))
+    rows = [
+        Comparison("c:1", "the cat", (" a", " b", " c"), three),
+        Comparison("c:2", "the dog", (" a", " b"), (Pair(0, 1),)),
+        Comparison("c:3", "Human: the cat\n\nAssistant:", (" d", " e"), (Pair(0, 1),)),
+        Comparison("c:4", "the sun", (" a", " b"), (Pair(0, 1),)),
+    ]
+    assert clusters_of([encode_comparison(row, text, 100) for row in rows]) == [0, 0, 0, 1, 0, 2]
+    bare = [TokenComparison([response([n], 1), response([n], 2)], (Pair(0, 1),)) for n in (5, 6, 5, 7)]
+    assert clusters_of(bare) == [0, 1, 0, 2]
+
+
+def test_a_single_prompts_rows_are_apart_unless_they_share_a_response():
+    """1 and 2, 2 and 3, 5 and 3 hang together; 6 and 7 do not."""
+    pairs = [(1, 2), (6, 7), (2, 3), (5, 3), (8, 9)]
+    rows = [TokenComparison([response([4], a), response([4], b)], (Pair(0, 1),)) for a, b in pairs]
+    assert clusters_of(rows) == [0, 1, 0, 0, 2]
+
+
+def test_the_reports_interval_counts_prompts():
+    """Five prompts, each right on all of its three pairs or wrong on all: 15 pairs, worth fewer than five."""
+    pairs = (Pair(0, 1), Pair(0, 2), Pair(1, 2))
+    rows = [TokenComparison([response([n, 4], k) for k in (1, 2, 3)], pairs) for n in range(5)]
+    found = report_of(torch.tensor([3.0, 2.0, 1.0] * 4 + [1.0, 2.0, 3.0]), rows)
+    assert (found["pairs"], found["clusters"], found["accuracy"]) == (15, 5, 0.8)
+    worth = 4 * (1.96 / 2.776) ** 2  # (5 - 1) x (z / t of 4 degrees)^2
+    assert found["effective_pairs"] == pytest.approx(worth, rel=2e-3)
+    low, high = wilson_interval(0.8 * worth, worth)
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((low, high), abs=1e-3)
+    assert ("held-out pairs", "15 of 5 prompts") in report_tables(found)[0].rows
 
 
 def test_the_ceiling_of_uncertain_labels():

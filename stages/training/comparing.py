@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.files.prompts import whole_prompt
 from stages.files.rows import Comparison, Pair
 from stages.maths.statistics import (
     accuracy_by_length_difference,
+    accuracy_interval,
     accuracy_of_pairs,
     calibration_bins,
     calibration_error,
     correlation,
     expected_accuracy_of_pairs,
     log_loss_of_pairs,
-    wilson_interval,
 )
 from stages.models.forward import sequence_scores
 from stages.models.prefixes import shared_beginnings
@@ -28,6 +29,7 @@ from stages.training.passes import collect
 
 LONGEST = 64  # comparisons that the memory plan looks at
 LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
+FEWEST_PROMPTS = 3  # with fewer nothing can be told of how prompts differ
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TokenComparison:
 
     responses: list[TokenRow]
     pairs: tuple[Pair, ...]
+    prompt: str | None = None  # the same for every comparison of the prompt; None: its tokens tell
 
     @property
     def size(self) -> int:
@@ -89,7 +92,41 @@ def pairs_of(comparisons: list[TokenComparison]) -> Pairs:
 
 def encode_comparison(row: Comparison, text: Text, max_tokens: int) -> TokenComparison:
     """Tokenise a comparison."""
-    return TokenComparison(text.comparison(row, max_tokens), row.pairs)
+    return TokenComparison(text.comparison(row, max_tokens), row.pairs, whole_prompt(row))
+
+
+def clusters_of(comparisons: list[TokenComparison]) -> list[int]:
+    """A number per pair, the same for those that may depend on each other: the pairs of one prompt, in any row.
+
+    With one or two prompts, which tell nothing of how prompts differ, it is the pairs of rows that share a response,
+    directly or through other rows.
+    """
+    prompts: list[object] = [c.prompt if c.prompt is not None else _prompt_tokens(c) for c in comparisons]
+    keys = prompts if len(set(prompts)) >= FEWEST_PROMPTS else _linked(comparisons)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for comparison, key in zip(comparisons, keys, strict=True) for _ in comparison.pairs]
+
+
+def _prompt_tokens(comparison: TokenComparison) -> tuple[int, ...]:
+    row = comparison.responses[0]
+    return tuple(row.ids[~row.targets].tolist())
+
+
+def _linked(comparisons: list[TokenComparison]) -> list[object]:
+    """A key per comparison, the same for those that responses link: the first of them."""
+    links = list(range(len(comparisons)))
+
+    def first_of(place: int) -> int:
+        while links[place] != place:
+            place = links[place]
+        return place
+
+    seen: dict[tuple[int, ...], int] = {}
+    for place, comparison in enumerate(comparisons):
+        for row in comparison.responses:
+            one, other = first_of(place), first_of(seen.setdefault(tuple(row.ids[row.targets].tolist()), place))
+            links[max(one, other)] = min(one, other)
+    return [first_of(place) for place in range(len(comparisons))]
 
 
 def computed_share(rows: list[TokenComparison]) -> float:
@@ -162,6 +199,9 @@ def report_of(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, o
     of a half is a tie that counts half, one half each way in margins and scores; `by_length_difference` leaves it out.
     `expected_accuracy`, calibration, log-loss and `label_length_corr` weigh both ways by their probability;
     `agreement_ceiling` is the most that `expected_accuracy` can be.
+
+    The interval takes pairs as independent where their `clusters` (prompts) differ; `effective_pairs` is how many
+    independent pairs they are worth.
     """
     rows = [row for c in comparisons for row in c.responses]
     lengths = torch.tensor([float(row.targets.sum()) for row in rows])
@@ -173,10 +213,13 @@ def report_of(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, o
     decided = chance != 0.5
     chosen, rejected = (scores[index] for index in pairs.both_ways())
     accuracy = accuracy_of_pairs(delta, chance)
-    low, high = wilson_interval(accuracy * len(delta), len(delta))
+    clusters = clusters_of(comparisons)
+    low, high, effective = accuracy_interval(delta, chance, clusters)
     bins = calibration_bins(delta, probability=chance)
     return {
         "pairs": len(delta),
+        "clusters": len(set(clusters)),
+        "effective_pairs": effective,
         "accuracy": accuracy,
         "accuracy_low": low,
         "accuracy_high": high,
@@ -204,11 +247,17 @@ def ceiling(probability: list[float]) -> float:
     return sum(max(p, 1 - p) for p in probability) / len(probability)
 
 
+def describe_pairs(report: dict, what: str = "") -> str:
+    """How many pairs (`what`) a report is on, and of how many prompts where those are fewer."""
+    counted = f"{report['pairs']} {what}".strip()
+    return counted if report["clusters"] == report["pairs"] else f"{counted} of {report['clusters']} prompts"
+
+
 def report_tables(report: dict) -> tuple[Table, ...]:
     """A report as tables for a person."""
     interval = f"{report['accuracy']:.3f}  [{report['accuracy_low']:.3f}, {report['accuracy_high']:.3f}]"
     summary = (
-        ("held-out pairs", f"{report['pairs']}"),
+        ("held-out pairs", describe_pairs(report)),
         ("accuracy [95 % interval]", interval),
         ("accuracy of 'longer wins'", f"{report['longer_wins_accuracy']:.3f}"),
         ("calibration error", f"{report['calibration_error']:.3f}"),
