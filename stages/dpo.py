@@ -35,7 +35,15 @@ from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
-from stages.training.session import context_limit, encode_all, open_for_training, open_progress, open_text, publish
+from stages.training.session import (
+    context_limit,
+    encode_all,
+    open_for_training,
+    open_progress,
+    open_text,
+    publish,
+    report_cuts,
+)
 
 REPORT_FILE = "report.json"
 
@@ -47,7 +55,11 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(encode_comparison, text=text, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
-    held = encode_all(inputs.held_out, encode, skip_bad=True, report=report, what="held-out comparisons")
+    held = encode_all(
+        inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out comparisons"
+    )
+    report_cuts(rows, limit, report, "comparisons")
+    report_cuts(held, limit, report, "held-out comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes, read = [row.size for row in rows], count_targets(flatten(rows))
     work = Work("dpo", sizes, config.batch_size, read=read / sum(sizes), computed=computed_share(rows))

@@ -27,7 +27,7 @@ from stages.rollout.samples import readable
 from stages.rollout.sources import Rewards
 from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of
-from stages.training.session import context_limit, encode_all, open_base, open_text
+from stages.training.session import context_limit, encode_all, open_base, open_text, report_cuts
 
 
 def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -76,13 +76,16 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report)
     source, data = inputs.source, inputs.data
     encode = partial(encode_all, skip_bad=config.skip_bad_rows, report=report)
     if data.kind in ("comparison", "rating"):
-        read = partial(encode_comparison, text=text, max_tokens=context_limit(config.max_tokens, source, report))
-        return {"comparisons": encode(data.rows, read, what="comparisons")}
+        limit = context_limit(config.max_tokens, source, report)
+        comparisons = encode(data.rows, partial(encode_comparison, text=text, max_tokens=limit), what="comparisons")
+        report_cuts(comparisons, limit, report, "comparisons")
+        return {"comparisons": comparisons}
     rows: dict[str, list] = {}
     if data.kind == "demonstration":
         limit = context_limit(config.max_tokens, source, report)
         read = partial(text.demonstration, mask=config.mask, max_tokens=limit)
         rows["demonstrations"] = encode(data.rows, read, what="demonstrations")
+        report_cuts(rows["demonstrations"], limit, report, "demonstrations")
     if data.kind == "prompt" or inputs.rewards or inputs.gold:
         sampling = sampling_of(source, config)
         longest = min(config.max_prompt_tokens or 2**30, source.context - sampling.max_tokens)

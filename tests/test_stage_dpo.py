@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -200,3 +201,53 @@ def test_the_reference_is_asked_about_the_rows_that_the_run_comes_by(total):
     visited = [i for batch in batches for i in batch]
     assert sorted(visited) == sorted(seen) and len(visited) == {1: 4, 2: 8, 3: 10, 7: 10}[total]
     assert batches == first_visits(7, 10, config)[:total]  # whatever the end, the same rows are asked about together
+
+
+# --- rows that are cut or dropped
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_comparisons_that_are_too_long_are_cut_and_told(chain, tmp_path, stage):
+    held = write_jsonl(tmp_path / "held.jsonl", lines_of(chain().comparisons)[:4])
+    line = (stage, "--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x", "--dry-run")
+    ended = done(*line, "--eval-dataset", held, "--limit-rows", 16, "--max-tokens", 6)
+    said = " ".join(ended.stderr.split())
+    assert re.search(r"\d+ of 16 comparisons were cut to 6 tokens", said), said
+    assert re.search(r"\d of 4 held-out comparisons were cut to 6 tokens", said), said
+    assert "were cut" not in done(*line, "--limit-rows", 16).stderr
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo", "sft"])
+def test_a_bad_held_out_row_ends_the_command_unless_bad_rows_are_skipped(chain, tmp_path, stage):
+    """A conversation where the tokenizer has no chat template."""
+    data = chain().demonstrations if stage == "sft" else chain().comparisons
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "two"}]
+    other = [*turns[:1], turns[1] | {"content": "x"}]
+    bad = {"prompt": turns[:1], "chosen": turns, "rejected": other, "completion": turns[1:]}
+    good = lines_of(data)[0]
+    held = write_jsonl(tmp_path / "held.jsonl", [good, bad, good])
+    line = (stage, "--model", chain().sft, "--dataset", data, "--eval-dataset", held, "--output", tmp_path / "x")
+    said = refused(*line, "--dry-run")
+    assert f"{held}:2" in said and "no chat template" in said
+    ended = done(*line, "--dry-run", "--skip-bad-rows")
+    told = f"1 of 3 held-out {'demonstrations' if stage == 'sft' else 'comparisons'} cannot be used and were dropped"
+    assert told in " ".join(ended.stderr.split())
+
+
+def test_demonstrations_that_are_mixed_into_ppo_or_measured_are_cut_and_told(chain, tmp_path):
+    long = [{"prompt": f"red {n}", "completion": " two" * 200} for n in range(3)]
+    data = write_jsonl(tmp_path / "long.jsonl", long)
+    line = (
+        "--model",
+        chain().sft,
+        "--dataset",
+        chain().prompts,
+        "--reward",
+        chain().reward,
+        "--output",
+        tmp_path / "x",
+    )
+    ended = done("ppo", *line, "--ptx-dataset", data, "--max-response-tokens", 4, "--eval-fraction", 0, "--dry-run")
+    assert "3 of 3 ptx rows were cut to 128 tokens" in ended.stderr
+    ended = done("evaluate", "--model", chain().sft, "--dataset", data, "--dry-run")
+    assert "3 of 3 demonstrations were cut to 128 tokens" in ended.stderr
