@@ -172,6 +172,8 @@ def run_stage(name: str, cls: type, values: dict[str, object]) -> int:
                 said.warn(line)
             if getattr(inputs, "done", False):
                 return load("inputs").already_done(name, config, inputs)
+            for line in getattr(inputs, "notes", ()):
+                said.note(line)
             try:
                 return load(name).run(config, inputs, said, dry_run=bool(values["dry_run"]))
             finally:

@@ -105,7 +105,7 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
 
     eval_dataset: str | None = knob(None, "held-out rows", DATA, auto="eval_fraction of the dataset")
     eval_fraction: float = knob(0.05, "share of prompts held out when no eval_dataset is given", DATA, low=0, high=0.5)
-    eval_limit: int = knob(500, "use at most N held-out rows", DATA, low=1)
+    eval_limit: int = knob(500, "measure on at most N held-out rows; the others are not trained on", DATA, low=1)
     eval_every: int | None = knob(
         None, "evaluate on held-out rows every N steps", TRAINING, low=1, auto="start and end"
     )
@@ -350,7 +350,7 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
     )
     adam_eps: float = knob(1e-5, "Adam's epsilon", OPTIMISER, above=0)
     warmup_ratio: float = knob(0.0, "share of the updates spent warming up", OPTIMISER, low=0, high=1)
-    eval_limit: int = knob(64, "use at most N held-out prompts", DATA, low=1)
+    eval_limit: int = knob(64, "measure on at most N held-out prompts; the others are not trained on", DATA, low=1)
 
     def check(self) -> None:
         super().check()

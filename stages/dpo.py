@@ -18,9 +18,11 @@ from stages.models.tokens import TokenRow
 from stages.results import Report, Result, next_commands
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import (
+    NO_PAIRS,
     TokenComparison,
     computed_share,
     encode_comparison,
+    pair_sums,
     pairs_of,
     report_of,
     report_tables,
@@ -33,7 +35,15 @@ from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
-from stages.training.session import context_limit, encode_all, open_for_training, open_progress, open_text, publish
+from stages.training.session import (
+    context_limit,
+    encode_all,
+    open_for_training,
+    open_progress,
+    open_text,
+    publish,
+    report_cuts,
+)
 
 REPORT_FILE = "report.json"
 
@@ -45,7 +55,11 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(encode_comparison, text=text, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
-    held = encode_all(inputs.held_out, encode, skip_bad=True, report=report, what="held-out comparisons")
+    held = encode_all(
+        inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out comparisons"
+    )
+    report_cuts(rows, limit, report, "comparisons")
+    report_cuts(held, limit, report, "held-out comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes, read = [row.size for row in rows], count_targets(flatten(rows))
     work = Work("dpo", sizes, config.batch_size, read=read / sum(sizes), computed=computed_share(rows))
@@ -165,26 +179,22 @@ def backward(
         chosen = [rows[i] for i in micro]
         reference = torch.cat([row.reference for row in chosen]).to(roles.base.device)
         ratios = logprob_sums(roles, flatten([row.comparison for row in chosen])) - reference
-        losses, better, worse = comparison_losses(ratios, [row.comparison for row in chosen], config, baseline)
-        better, worse = implicit_reward(better.detach(), config.beta), implicit_reward(worse.detach(), config.beta)
-        right = (better > worse).double() + 0.5 * (better == worse).double()
-        loss = losses.sum() / denominator
-        counts = {"loss": loss.detach(), "accuracy": right.sum(), "margin": (better - worse).sum(), "pairs": len(right)}
-        counts |= {"score_chosen": better.sum(), "score_rejected": worse.sum()}
-        return loss, {name: float(value) for name, value in counts.items()}
+        comparisons = [row.comparison for row in chosen]
+        loss = comparison_losses(ratios, comparisons, config, baseline).sum() / denominator
+        return loss, pair_sums(loss, implicit_reward(ratios, config.beta), pairs_of(comparisons))
 
-    zeros = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
     with roles.use("policy"):
         on_cuda = roles.base.device.type == "cuda"
-        return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
+        return NO_PAIRS | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
 
 
 def comparison_losses(
     ratios: Tensor, comparisons: list[TokenComparison], config: DpoConfig, baseline: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (pairs,) weighted 1 / (pairs of the comparison), and the log-ratios of each pair's two responses.
+) -> Tensor:
+    """Losses (pairs,), each weighted 1 / (pairs of its comparison).
 
-    ratios (R,): log(policy / reference) per response, comparison by comparison.
+    ratios (R,): log(policy / reference) per response, comparison by comparison. Under kto, which judges responses one
+    by one, a soft label is the expectation: the better one is desirable with the pair's probability, else the other.
     """
     pairs = pairs_of(comparisons)
     winners, losers = ratios[pairs.better], ratios[pairs.worse]
@@ -195,11 +205,12 @@ def comparison_losses(
         losses = ipo_loss(winners, losers, config.beta, chance)
     else:
         both = torch.cat([winners, losers])
-        desirable = torch.arange(len(both), device=both.device) < len(winners)
+        wins = torch.arange(len(both), device=both.device) < len(winners)
         weights = (config.desirable_weight, config.undesirable_weight)
-        each = kto_loss(both, desirable, baseline, config.beta, *weights)
+        right, wrong = (kto_loss(both, desirable, baseline, config.beta, *weights) for desirable in (wins, ~wins))
+        each = torch.cat([chance, chance]) * right + (1 - torch.cat([chance, chance])) * wrong
         losses = 0.5 * (each[: len(winners)] + each[len(winners) :])
-    return losses * torch.tensor(pairs.weight, device=ratios.device), winners, losers
+    return losses * torch.tensor(pairs.weight, device=ratios.device)
 
 
 def cross_batch(rows: list[TokenComparison], numbers: list[int]) -> list[TokenRow]:

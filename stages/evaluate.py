@@ -14,7 +14,7 @@ from stages.errors import DatasetError
 from stages.files.atomic import write_json, write_text
 from stages.files.rows import Demonstration, Prompt
 from stages.inputs import Inputs
-from stages.maths.statistics import mean_with_error, wilson_interval
+from stages.maths.statistics import clustered_interval, mean_with_error
 from stages.models.candidates import Candidate, candidate_of, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
@@ -25,9 +25,9 @@ from stages.rollout.generate import Sampling, check_engine
 from stages.rollout.measure import Bench, Measured, best_of_rows, measure, sampling_of, summarise
 from stages.rollout.samples import readable
 from stages.rollout.sources import Rewards
-from stages.training.comparing import encode_comparison
+from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of
-from stages.training.session import context_limit, encode_all, open_base, open_text
+from stages.training.session import context_limit, encode_all, open_base, open_text, report_cuts
 
 
 def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -76,13 +76,16 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report)
     source, data = inputs.source, inputs.data
     encode = partial(encode_all, skip_bad=config.skip_bad_rows, report=report)
     if data.kind in ("comparison", "rating"):
-        read = partial(encode_comparison, text=text, max_tokens=context_limit(config.max_tokens, source, report))
-        return {"comparisons": encode(data.rows, read, what="comparisons")}
+        limit = context_limit(config.max_tokens, source, report)
+        comparisons = encode(data.rows, partial(encode_comparison, text=text, max_tokens=limit), what="comparisons")
+        report_cuts(comparisons, limit, report, "comparisons")
+        return {"comparisons": comparisons}
     rows: dict[str, list] = {}
     if data.kind == "demonstration":
         limit = context_limit(config.max_tokens, source, report)
         read = partial(text.demonstration, mask=config.mask, max_tokens=limit)
         rows["demonstrations"] = encode(data.rows, read, what="demonstrations")
+        report_cuts(rows["demonstrations"], limit, report, "demonstrations")
     if data.kind == "prompt" or inputs.rewards or inputs.gold:
         sampling = sampling_of(source, config)
         longest = min(config.max_prompt_tokens or 2**30, source.context - sampling.max_tokens)
@@ -143,7 +146,7 @@ def measure_policies(
         scores = {name: side.scores for name, side in measured.items()}
         found["compared_with"] = config.against
         found["win_rate"] = {
-            {"score": "reward"}.get(n, n): win_rate(scores["policy"][n], scores["against"][n]) for n in rewards
+            {"score": "reward"}.get(n, n): win_rate(scores["policy"][n], scores["against"][n], prompts) for n in rewards
         }
     found["examples"] = examples(prompts, measured, config.examples)
     return found
@@ -191,11 +194,16 @@ def curve_of(found: dict) -> list[dict[str, object]]:
     return found.get("frontier") or [{"model": found["model"]} | found["policy"]]
 
 
-def win_rate(mine: Tensor, other: Tensor) -> dict[str, float]:
-    """How often one score beats the other, ties half, with its 95 % Wilson interval."""
-    wins = float((mine > other).double().sum() + 0.5 * (mine == other).double().sum())
-    low, high = wilson_interval(wins, len(mine))
-    return {"rate": wins / len(mine), "low": low, "high": high, "n": len(mine)}
+def win_rate(mine: Tensor, other: Tensor, prompts: list[PromptRow]) -> dict[str, float]:
+    """How often one score beats the other, ties half, with its 95 % interval; rows of one prompt are one cluster.
+
+    With one or two prompts, which tell nothing of how prompts differ, it is the interval for these prompts.
+    """
+    wins = (mine > other).double() + 0.5 * (mine == other).double()
+    places: dict[tuple[int, ...], int] = {}
+    clusters = [places.setdefault(tuple(prompt.ids.tolist()), len(places)) for prompt in prompts]
+    low, high, _ = clustered_interval(wins, clusters if len(places) >= FEWEST_PROMPTS else list(range(len(wins))))
+    return {"rate": float(wins.mean()), "low": low, "high": high, "n": len(mine)}
 
 
 def examples(prompts: list[PromptRow], measured: dict[str, Measured], count: int) -> list[dict[str, object]]:

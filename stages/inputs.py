@@ -29,7 +29,7 @@ from stages.files.manifest import locate
 from stages.files.plot import MARK
 from stages.files.rows import Rows
 from stages.files.run import Run, open_run
-from stages.files.splits import split_held_out
+from stages.files.splits import SPLIT, is_held_out, shared_prompts, split_held_out
 from stages.models.candidates import Candidate, candidate_of, open_candidates
 from stages.models.source import Source, open_source, same_base
 from stages.results import Result, metrics_table, next_commands
@@ -48,7 +48,7 @@ class Inputs:
     source: Source
     data: Rows | None = None
     train: list = field(default_factory=list)
-    held_out: list = field(default_factory=list)
+    held_out: list = field(default_factory=list)  # at most eval_limit
     run: Run | None = None  # the output folder of a training stage
     rewards: list[Spec] = field(default_factory=list)
     gold: list[Spec] = field(default_factory=list)
@@ -59,11 +59,13 @@ class Inputs:
     ptx: list = field(default_factory=list)  # demonstrations whose language-modelling loss PPO mixes in
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what is worth saying, though nothing is wrong
+    unmeasured: int = 0  # rows held out beyond eval_limit: not trained on either
 
     @property
     def rows_left_out(self) -> dict[str, int]:
         """Rows of the dataset that are not trained on, by reason."""
-        return {"held_out_rows": len(self.held_out), "skipped_rows": self.data.skipped if self.data else 0}
+        held_out = len(self.held_out) + self.unmeasured
+        return {"held_out_rows": held_out, "skipped_rows": self.data.skipped if self.data else 0}
 
     @property
     def done(self) -> bool:
@@ -122,6 +124,7 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
         ptx = files.read_demonstrations(config.ptx_dataset, skip_bad_rows=config.skip_bad_rows)
         more["ptx_dataset"], extra["ptx"] = ptx.digest, list(ptx.rows)
     found = _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, **extra)
+    found = found if config.eval_dataset else _without_held_out_ptx(found, config.eval_fraction)
     return found if found.done else _with_verdicts(found, config.force)
 
 
@@ -352,16 +355,61 @@ def _training(
     data = read(config.dataset)
     warnings = _left_out(data)
     inputs = {"dataset": data.digest, "model": source.digest, **(more_inputs or {})}
+    unmeasured, notes = 0, ()
     if config.eval_dataset:
         held = read(config.eval_dataset)
-        warnings += _left_out(held)
         inputs["eval_dataset"] = held.digest
         train, held_out = list(data.rows), list(held.rows)[: config.eval_limit]
+        warnings += (*_left_out(held), *_trained_on(config, held_out, [*train, *more.get("ptx", [])]))
     else:
-        train, held_out = split_held_out(data.rows, config.eval_fraction, config.eval_limit, config.seed)
+        train, held_out = split_held_out(data.rows, config.eval_fraction, config.eval_limit)
+        unmeasured = len(data.rows) - len(train) - len(held_out)
+        warnings += _parents_split(config, [source, *(spec.checkpoint for spec in more.get("rewards", []))])
+    if unmeasured:
+        notes += (f"{unmeasured} more rows have held-out prompts: not trained on, nor measured (--eval-limit)",)
     writer = os.environ.get("RANK", "0") == "0"
     run = open_run(config.output, stage, config, inputs, overwrite=overwrite, writer=writer)
-    return Inputs(source, data, train, held_out, run, warnings=warnings, **more)
+    return Inputs(source, data, train, held_out, run, warnings=warnings, notes=notes, unmeasured=unmeasured, **more)
+
+
+def _without_held_out_ptx(inputs: Inputs, fraction: float) -> Inputs:
+    """PPO's demonstrations but for those of held-out prompts, unless that would be all of them."""
+    kept = [row for row in inputs.ptx if not is_held_out(row, fraction)]
+    left_out = len(inputs.ptx) - len(kept)
+    if not (kept and left_out):
+        return inputs
+    note = f"{left_out} of {len(inputs.ptx)} rows of --ptx-dataset have held-out prompts and are not trained on"
+    return replace(inputs, ptx=kept, notes=(*inputs.notes, note))
+
+
+def _trained_on(config: TrainingKnobs, held_out: list, train: list) -> tuple[str, ...]:
+    """A warning where rows of --eval-dataset have prompts that are trained on."""
+    shared = shared_prompts(held_out, train)
+    if not shared:
+        return ()
+    return (
+        f"{len(shared)} of {len(held_out)} rows of --eval-dataset {config.eval_dataset} have prompts that are trained "
+        f"on, so what is measured on them is no test; the first is {shared[0].where}",
+    )
+
+
+def _parents_split(config: TrainingKnobs, parents: list[Source | None]) -> tuple[str, ...]:
+    """A warning per checkpoint that may have been trained on prompts that this run holds out."""
+    found = []
+    for manifest in (source.manifest for source in parents if source is not None and source.manifest is not None):
+        share = manifest.config.get("eval_fraction")
+        if not config.eval_fraction or not isinstance(share, (int, float)):
+            continue
+        if manifest.config.get("eval_dataset"):
+            why = "was tested on an --eval-dataset and trained on all of its dataset"
+        elif share < config.eval_fraction:
+            why = f"held out {share:g} of the prompts, this run {config.eval_fraction:g}"
+        elif manifest.versions.get("split") != SPLIT:
+            why = "was made by an earlier rlhf, which held out other prompts"
+        else:
+            continue
+        found.append(f"{manifest.folder} {why}: it may have been trained on prompts that are held out here")
+    return tuple(found)
 
 
 def _left_out(data: Rows) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ from stages.training.loop import Progress, before_and_after, read_metrics, stop_
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, plan_result, rollout_rows, source_shapes
 from stages.training.seeds import derive, permutation
-from stages.training.session import encode_all, open_for_training, open_progress, open_text, publish
+from stages.training.session import encode_all, open_for_training, open_progress, open_text, publish, report_cuts
 
 TRY_TOKENS = 8
 PTX_TOKENS = 1024
@@ -49,15 +49,15 @@ PTX_TOKENS = 1024
 def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train a policy against a reward and publish it, with its critic, as a checkpoint."""
     source, out = inputs.source, inputs.run
-    for line in inputs.notes:
-        report.note(line)
     text = open_text(source, config)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
     prompts = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
     held = encode_all(inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out prompts")
-    limit = partial(text.demonstration, mask="completion", max_tokens=min(source.context, PTX_TOKENS))
-    ptx = encode_all(inputs.ptx, limit, skip_bad=config.skip_bad_rows, report=report, what="ptx rows")
+    limit = min(source.context, PTX_TOKENS)
+    learn = partial(text.demonstration, mask="completion", max_tokens=limit)
+    ptx = encode_all(inputs.ptx, learn, skip_bad=config.skip_bad_rows, report=report, what="ptx rows")
+    report_cuts(ptx, limit, report, "ptx rows")
     total = config.max_steps or max(1, math.ceil(round(config.epochs * len(prompts) / config.batch_size, 6)))
     work = work_of(config, prompts)
     if dry_run:

@@ -22,9 +22,11 @@ from stages.rollout.spread import sample_spread
 from stages.training.baselines import baselines
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import (
+    NO_PAIRS,
     TokenComparison,
     computed_share,
     encode_comparison,
+    pair_sums,
     pairs_of,
     report_of,
     report_on,
@@ -37,7 +39,15 @@ from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
-from stages.training.session import context_limit, encode_all, open_for_training, open_progress, open_text, publish
+from stages.training.session import (
+    context_limit,
+    encode_all,
+    open_for_training,
+    open_progress,
+    open_text,
+    publish,
+    report_cuts,
+)
 from stages.training.verdict import judge
 
 ROLE = "reward"
@@ -56,9 +66,8 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
         inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out comparisons"
     )
     demonstrations = encode_demonstrations(inputs, text, rows, limit)
-    cut = sum(row.cut for row in rows)
-    if cut:
-        report.note(f"{cut} of {len(rows)} comparisons were cut to {limit} tokens")
+    report_cuts(rows, limit, report, "comparisons")
+    report_cuts(held, limit, report, "held-out comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     work = Work("reward", [row.size for row in rows], config.batch_size, read=0.0, computed=computed_share(rows))
     if dry_run:
@@ -167,23 +176,15 @@ def backward(roles: Roles, rows: list[TokenComparison], denominator: int, config
     def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
         chosen = [rows[i] for i in micro]
         scores = sequence_scores(roles, ROLE, [row.ids for c in chosen for row in c.responses])
-        losses, better, worse = comparison_losses(scores, chosen, config)
-        delta = (better - worse).detach()
-        right = (delta > 0).double() + 0.5 * (delta == 0).double()
-        loss = losses.sum() / denominator
-        counts = {"loss": loss.detach(), "accuracy": right.sum(), "margin": delta.sum(), "pairs": len(delta)}
-        counts |= {"score_chosen": better.detach().sum(), "score_rejected": worse.detach().sum()}
-        return loss, {name: float(value) for name, value in counts.items()}
+        loss = comparison_losses(scores, chosen, config).sum() / denominator
+        return loss, pair_sums(loss, scores, pairs_of(chosen))
 
     on_cuda = roles.base.device.type == "cuda"
-    zeros = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
-    return zeros | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
+    return NO_PAIRS | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
 
 
-def comparison_losses(
-    scores: Tensor, comparisons: list[TokenComparison], config: RewardConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted pair losses (pairs,), and the scores of the better and of the worse response of each pair.
+def comparison_losses(scores: Tensor, comparisons: list[TokenComparison], config: RewardConfig) -> Tensor:
+    """Losses (pairs,), each weighted 1 / (pairs of its comparison).
 
     scores (R,): one per response, comparison by comparison.
     """
@@ -194,7 +195,7 @@ def comparison_losses(
     probability = probability + config.label_smoothing * (1 - 2 * probability)
     margin = as_tensor(pairs.margin) if config.loss_margin else 0.0
     losses = pair_loss(winners, losers, probability, margin, config.centre_coef)
-    return losses * as_tensor(pairs.weight), winners, losers
+    return losses * as_tensor(pairs.weight)
 
 
 def encode_demonstrations(inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int) -> list[TokenRow]:

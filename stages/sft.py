@@ -7,7 +7,6 @@ from functools import partial
 from stages.config import SftConfig
 from stages.inputs import Inputs
 from stages.models.roles import Roles, start_adapter
-from stages.models.tokens import TokenRow
 from stages.results import Report, Result, metrics_table, next_commands
 from stages.rollout.samples import show_samples
 from stages.training.batching import batch_at, epoch_at, steps_in
@@ -24,6 +23,7 @@ from stages.training.session import (
     open_progress,
     open_text,
     publish,
+    report_cuts,
 )
 
 
@@ -37,7 +37,8 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     held = encode_all(
         inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out demonstrations"
     )
-    report_cuts(rows, limit, report)
+    report_cuts(rows, limit, report, "rows")
+    report_cuts(held, limit, report, "held-out rows")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes = [len(row.ids) for row in rows]
     work = Work("sft", sizes, config.batch_size, read=count_targets(rows) / sum(sizes))
@@ -90,10 +91,3 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     )  # fmt: skip
     found = {"metrics": metrics, "steps": total}
     return Result("sft", "done", config.output, found, (metrics_table("sft", metrics),), next_commands("sft", config))
-
-
-def report_cuts(rows: list[TokenRow], limit: int, report: Report) -> None:
-    """Say how many rows were too long."""
-    cut = sum(row.cut for row in rows)
-    if cut:
-        report.note(f"{cut} of {len(rows)} rows were cut to {limit} tokens")

@@ -90,6 +90,14 @@ def comparisons(*, chat: bool = False) -> list[dict]:
     return rows
 
 
+def soft_comparisons() -> list[dict]:
+    """The same preference as soft labels of 0.95; every other row calls the curt response `chosen`, at 0.05."""
+    rows = [row | {"probability": 0.95} for row in comparisons()]
+    for row in rows[::2]:
+        row |= {"chosen": row["rejected"], "rejected": row["chosen"], "probability": 0.05}
+    return rows
+
+
 def prompts(*, chat: bool = False) -> list[dict]:
     """64 prompts with a column for reward functions."""
     return [

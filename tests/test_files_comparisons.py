@@ -56,6 +56,21 @@ def test_margin_and_probability_are_kept():
     assert found.pairs == (Pair(better=0, worse=1, probability=0.8, margin=1.5),)
 
 
+@pytest.mark.parametrize(
+    ("given", "pair"),
+    [
+        ({"probability": 0.25}, (1, 0, 0.75, 0.0)),
+        ({"probability": 0.25, "margin": 1.5}, (1, 0, 0.75, -1.5)),  # chosen + 1.5 over rejected, as the row says
+        ({"probability": 0}, (1, 0, 1.0, 0.0)),
+        ({"probability": 0.5, "margin": 1.5}, (0, 1, 0.5, 1.5)),
+    ],
+)
+def test_a_label_below_a_half_prefers_the_rejected_response(given, pair):
+    (found,) = compare_chosen(row(prompt="Q", chosen="a", rejected="b", **given)).pairs
+    assert (found.better, found.worse, found.probability, found.margin) == pair
+    assert found.tie == (given["probability"] == 0.5)
+
+
 def test_an_empty_margin_or_probability_is_as_good_as_none():
     found = compare_chosen(row(prompt="Q", chosen="a", rejected="b", margin=None, probability=""))
     assert found.pairs == (Pair(0, 1),)

@@ -469,7 +469,7 @@ def test_reading_imports_nothing_heavy(tmp_path):
         "import sys\n"
         "from stages.files.rows import read_comparisons\n"
         "from stages.files.splits import split_held_out\n"
-        f"split_held_out(read_comparisons({path!r}).rows, 0.1, 5, 0)\n"
+        f"split_held_out(read_comparisons({path!r}).rows, 0.1, 5)\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -46,9 +46,14 @@ def test_opening_writes_nothing_and_knows_every_digest(chain, tmp_path):
 
 def test_rows_are_split_by_prompt(chain, tmp_path):
     inputs = open_inputs("sft", sft(chain(), tmp_path, eval_fraction=0.3, eval_limit=50))
-    assert len(inputs.train) + len(inputs.held_out) == 256 and 30 < len(inputs.held_out) <= 50
+    assert len(inputs.held_out) == 50 and inputs.unmeasured > 0
+    assert len(inputs.train) + len(inputs.held_out) + inputs.unmeasured == 256
     assert not {row.prompt for row in inputs.train} & {row.prompt for row in inputs.held_out}
-    assert inputs.rows_left_out == {"held_out_rows": len(inputs.held_out), "skipped_rows": 0}
+    assert inputs.rows_left_out == {"held_out_rows": 50 + inputs.unmeasured, "skipped_rows": 0}
+    told = f"{inputs.unmeasured} more rows have held-out prompts: not trained on, nor measured (--eval-limit)"
+    assert inputs.notes == (told,) and inputs.warnings == ()
+    other = open_inputs("sft", sft(chain(), tmp_path, eval_fraction=0.3, eval_limit=9, seed=5))
+    assert other.train == inputs.train and len(other.held_out) == 9
     none = open_inputs("sft", sft(chain(), tmp_path, eval_fraction=0))
     assert len(none.train) == 256 and none.held_out == []
 
@@ -65,7 +70,74 @@ def test_rows_that_were_left_out_are_told(chain, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     inputs = open_inputs("sft", sft(chain(), tmp_path, dataset=str(data), skip_bad_rows=True, eval_dataset=str(data)))
     told = f"1 rows of {data} cannot be used and were dropped; {data}:2: completion: the text is empty"
-    assert inputs.warnings == (told, told) and len(inputs.train) == 2
+    assert inputs.warnings[:2] == (told, told) and len(inputs.train) == 2
+
+
+def test_an_eval_dataset_that_shares_prompts_with_the_dataset_is_told(chain, tmp_path):
+    """As text and as messages; a prompt of the reward model's dataset is named by its row."""
+    found = chain()
+    mixed = [{"prompt": "nobody asked this"}, {"prompt": [{"role": "user", "content": " red green"}]}]
+    held = write_jsonl(tmp_path / "held.jsonl", [*mixed, *lines_of(found.prompts)[:2]])
+    told = f"{{}} of 4 rows of --eval-dataset {held} have prompts that are trained on, so what is measured on them"
+    inputs = open_inputs("ppo", ppo(found, tmp_path, eval_dataset=str(held)))
+    assert inputs.warnings[-1].startswith(told.format(2)) and inputs.warnings[-1].endswith(f"the first is {held}:3")
+    data = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "red green", "chosen": " a", "rejected": " b"}] * 12)
+    pairs = write_jsonl(tmp_path / "e.jsonl", [{"prompt": mixed[1]["prompt"], "chosen": "a", "rejected": "b"}])
+    config = RewardConfig(model=str(found.sft), dataset=str(data), eval_dataset=str(pairs), output=str(tmp_path / "x"))
+    assert open_inputs("reward", config).warnings[0].endswith(f"the first is {pairs}:1")
+    apart = write_jsonl(tmp_path / "apart.jsonl", mixed[:1])
+    assert open_inputs("ppo", ppo(found, tmp_path, eval_dataset=str(apart))).warnings == ()
+
+
+def test_ptx_rows_with_held_out_prompts_are_not_trained_on(chain, tmp_path):
+    found = chain()
+    config = ppo(found, tmp_path, ptx_dataset=str(found.demonstrations), ptx_coef=0.1, eval_fraction=0.2)
+    inputs = open_inputs("ppo", config)
+    trained = {row.prompt for row in open_inputs("sft", sft(found, tmp_path, eval_fraction=0.2)).train}
+    assert {row.prompt for row in inputs.ptx} == trained and len(trained) < 256
+    assert not {row.prompt for row in inputs.held_out} & {row.prompt for row in inputs.ptx}
+    told = f"{256 - len(trained)} of 256 rows of --ptx-dataset have held-out prompts and are not trained on"
+    assert told in inputs.notes
+
+
+def test_a_parent_that_was_trained_on_what_is_held_out_here_is_told(chain, tmp_path):
+    """The chain held out a fifth of the prompts in every stage."""
+    found = chain()
+    assert open_inputs("ppo", ppo(found, tmp_path, eval_fraction=0.2)).warnings == ()
+    warnings = open_inputs("ppo", ppo(found, tmp_path, eval_fraction=0.3)).warnings
+    why = "held out 0.2 of the prompts, this run 0.3: it may have been trained on prompts that are held out here"
+    assert warnings == (f"{found.sft} {why}", f"{found.reward} {why}")
+    assert open_inputs("ppo", ppo(found, tmp_path, eval_fraction=0)).warnings == ()
+    shutil.copytree(found.sft, tmp_path / "old")
+    about = json.loads((tmp_path / "old" / "checkpoint.json").read_text())
+    del about["versions"]["split"]
+    (tmp_path / "old" / "checkpoint.json").write_text(json.dumps(about))
+    config = RewardConfig(model=str(tmp_path / "old"), dataset=str(found.comparisons), output=str(tmp_path / "x"))
+    assert "was made by an earlier rlhf, which held out other prompts" in open_inputs("reward", config).warnings[0]
+
+
+def test_a_run_that_was_begun_with_another_split_does_not_go_on(chain, tmp_path):
+    """Neither an unfinished one, nor a finished one to a later end; a finished one is done all the same."""
+    found = chain()
+    line = ("sft", "--model", found.base, "--dataset", found.demonstrations, "--output", tmp_path / "x")
+    line += ("--batch-size", 8, "--lora-rank", 4, "--keep-state")
+    result(*line, "--max-steps", 2)
+    about = json.loads((tmp_path / "x" / "checkpoint.json").read_text())
+    assert about["versions"].pop("split") == 2
+    (tmp_path / "x" / "checkpoint.json").write_text(json.dumps(about))
+    assert result(*line, "--max-steps", 2)["status"] == "already done"
+    said = refused(*line, "--max-steps", 3)
+    assert "was begun by an earlier rlhf, which held out other rows" in said and "--overwrite" in said
+    os.remove(tmp_path / "x" / "checkpoint.json")
+    record = {"format_version": 1, "id": "x", "stage": "sft", "config": about["config"], "inputs": about["inputs"]}
+    (tmp_path / "x" / "run.json").write_text(json.dumps(record))
+    assert "was begun by an earlier rlhf" in refused(*line, "--max-steps", 2)
+    (tmp_path / "x" / "run.json").write_text(json.dumps(record | {"split": 2}))
+    assert open_inputs(
+        "sft", sft(found, tmp_path, batch_size=8, lora_rank=4, keep_state=True, max_steps=2)
+    ).run.resuming
+    (tmp_path / "x" / "run.json").write_text(json.dumps(record))
+    assert result(*line, "--max-steps", 2, "--overwrite")["status"] == "done"
 
 
 def test_demonstrations_of_the_reward_model_are_an_input(chain, tmp_path):

@@ -10,12 +10,17 @@ from stages.maths.statistics import (
     accuracy_of_pairs,
     calibration_bins,
     calibration_error,
+    cluster_error,
+    clustered_interval,
     correlation,
     distinct_ngrams,
+    effective_clusters,
+    expected_accuracy_of_pairs,
     explained_variance,
     lead_of_pairs,
     log_loss_of_pairs,
     mean_with_error,
+    student_quantile,
     wilson_interval,
 )
 
@@ -121,6 +126,100 @@ def test_a_lead_is_measured_pair_by_pair():
     found = lead_of_pairs(torch.tensor([1.0, 2.0, -1.0, 0.0]), torch.tensor([-1.0, 1.0, -1.0, 3.0]), z=2.0)
     error = math.sqrt((0.875**2 + 2 * 0.125**2 + 0.625**2) / 3 / 4)
     assert found == pytest.approx((0.125, 0.125 - 2 * error, 0.125 + 2 * error))
+
+
+def test_soft_labels_count_the_likelier_winner_and_a_half_is_a_tie():
+    delta, p = torch.tensor([1.0, -1.0, 2.0, -3.0]), torch.tensor([0.9, 0.6, 0.5, 0.5])
+    assert accuracy_of_pairs(delta, p) == (1 + 0 + 0.5 + 0.5) / 4
+    assert expected_accuracy_of_pairs(delta, p) == pytest.approx((0.9 + 0.4 + 0.5 + 0.5) / 4)
+    assert expected_accuracy_of_pairs(delta) == accuracy_of_pairs(delta) == 0.5
+    losses = [p * math.log1p(math.exp(-d)) + (1 - p) * math.log1p(math.exp(d)) for d, p in zip(delta, p, strict=True)]
+    assert log_loss_of_pairs(delta, p) == pytest.approx(sum(losses) / 4)
+    # Right for sure, wrong for sure, tied twice: the other is wrong, right, right, wrong.
+    found = lead_of_pairs(delta, torch.tensor([-1.0, 1.0, 1.0, -1.0]), p, z=2.0)
+    error = math.sqrt((1 + 1) / 3 / 4)
+    assert found == pytest.approx((0.0, -2 * error, 2 * error))
+
+
+def test_scores_that_are_the_log_odds_of_soft_labels_are_calibrated():
+    p = torch.tensor([0.55] * 3 + [0.8] * 5 + [0.5] * 2, dtype=torch.float64)
+    bins = calibration_bins(torch.logit(p), probability=p)
+    assert [b["count"] for b in bins] == [5, 0, 0, 5, 0] and calibration_error(bins) == pytest.approx(0, abs=1e-12)
+    assert bins[3]["observed"] == pytest.approx(0.8)
+    wrong = calibration_bins(-torch.logit(p), probability=p)
+    assert wrong[3]["observed"] == pytest.approx(0.2)
+
+
+# --- numbers that depend on each other
+
+
+def test_students_quantile_against_the_table():
+    for freedom, quantile in ((2, 4.303), (3, 3.182), (5, 2.571), (19, 2.093), (99, 1.984)):
+        assert student_quantile(1.96, freedom) == pytest.approx(quantile, rel=0.01 if freedom == 2 else 1.5e-3)
+    assert student_quantile(1.96, 1e9) == pytest.approx(1.96)
+
+
+def test_the_error_of_a_clustered_mean_by_hand():
+    """Clusters 1 1 0, 1, 0 0; mean 1/2. Without each: 1/3, 2/5, 3/4, off by -1/6, -1/10, 1/4; times sqrt(2/3)."""
+    x, clusters = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0]), [7, 7, 7, 3, 5, 5]
+    assert cluster_error(x, clusters) == pytest.approx(math.sqrt(2 / 3 * (1 / 36 + 1 / 100 + 1 / 16)))
+    assert cluster_error(x, range(6)) == pytest.approx(mean_with_error(x)[1])
+    assert cluster_error(x, [1] * 6) == math.inf
+    assert effective_clusters(clusters) == 36 / (9 + 1 + 4) and effective_clusters([4, 4, 9, 9]) == 2
+
+
+def test_an_interval_of_single_pairs_is_wilsons():
+    x = torch.tensor([1.0] * 7 + [0.5] + [0.0] * 2)
+    assert clustered_interval(x, range(10)) == (*wilson_interval(7.5, 10), 10)
+
+
+def test_copies_within_a_cluster_add_nothing():
+    """20 clusters of 9 equal numbers are worth 19 x (1.96 / t of 19 degrees)^2 independent ones, not 180."""
+    x, clusters = torch.tensor([1.0] * 14 + [0.0] * 6).repeat_interleave(9), [n // 9 for n in range(180)]
+    low, high, effective = clustered_interval(x, clusters)
+    assert effective == pytest.approx(19 * (1.96 / 2.093) ** 2, rel=1e-3)
+    assert (low, high) == wilson_interval(0.7 * effective, effective)
+    assert clustered_interval(torch.ones(180), clusters) == (*wilson_interval(20, 20), 20)
+    assert clustered_interval(torch.ones(36), [0] * 36) == (*wilson_interval(1, 1), 1)
+    mixed = torch.tensor([1.0, 0.0]).repeat(90)  # no cluster says more than a pair of its own would
+    assert clustered_interval(mixed, clusters)[2] <= 180
+
+
+def test_random_scores_of_ranked_lists_clear_a_half_in_one_run_of_forty():
+    """20 prompts x 9 responses, 720 pairs: Wilson's interval would be cleared three to five times as often."""
+    draw = torch.Generator().manual_seed(0)
+    one, other = torch.combinations(torch.arange(9)).T
+    clusters = [n // 36 for n in range(720)]
+    cleared = naive = 0
+    for _ in range(1200):
+        scores = torch.randn(20, 9, generator=draw)
+        wins = (scores[:, one] > scores[:, other]).double().flatten()
+        cleared += clustered_interval(wins, clusters)[0] > 0.5
+        naive += wilson_interval(wins.sum().item(), 720)[0] > 0.5
+    assert 0.014 <= cleared / 1200 <= 0.039  # 0.025 +- 3 standard errors
+    assert naive / 1200 > 0.07
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.8])
+def test_independent_pairs_are_covered_as_often_as_promised(rate):
+    draw = torch.Generator().manual_seed(1)
+    for clusters in (list(range(200)), [n // 5 for n in range(200)]):
+        missed = 0
+        for _ in range(600):
+            low, high, _ = clustered_interval((torch.rand(200, generator=draw) < rate).double(), clusters)
+            missed += not low <= rate <= high
+        assert missed / 600 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 600)
+
+
+def test_a_lead_on_clusters():
+    """Three prompts twice: leads 1, 0, 0; the error is that of three, and t has two degrees of freedom."""
+    delta, other = torch.tensor([1.0] * 6), torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0, 1.0])
+    mean, low, high = lead_of_pairs(delta, other, None, [0, 0, 1, 1, 2, 2])
+    error = math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2 / 3)
+    assert mean == pytest.approx(1 / 3) and high - mean == pytest.approx(mean - low)
+    assert high - mean == pytest.approx(4.303 * error, rel=0.01)
+    assert lead_of_pairs(delta, other, None, [0] * 6) == (pytest.approx(1 / 3), -1.0, 1.0)
+    assert lead_of_pairs(delta, other, None, range(6)) == lead_of_pairs(delta, other)
 
 
 def test_calibration_bins_follow_their_edges():

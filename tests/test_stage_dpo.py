@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
 
 from stages.config import DpoConfig
-from stages.dpo import first_visits
+from stages.dpo import comparison_losses, first_visits
+from stages.files.comparisons import Pair
+from stages.models.tokens import TokenRow
 from stages.training.batching import batch_at
+from stages.training.comparing import TokenComparison
 from tests.commands import (
     assert_same_weights,
     done,
@@ -19,8 +23,10 @@ from tests.commands import (
     refused,
     result,
     rlhf,
+    soft_comparisons,
     without_times,
 )
+from tests.tiny import write_jsonl
 
 SMALL = ("--max-steps", 3, "--batch-size", 8, "--lora-rank", 4, "--eval-fraction", "0.2", "--samples", 0)
 
@@ -46,6 +52,29 @@ def test_it_learns_what_is_preferred(chain, tmp_path, loss):
     about = manifest(tmp_path / loss)
     assert about["stage"] == "dpo" and about["parents"][0]["stage"] == "sft" and "report.json" in about["files"]
     assert json.loads((tmp_path / loss / "report.json").read_text())["pairs"] == found["report"]["pairs"]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto"])
+def test_soft_labels_below_a_half_prefer_the_rejected_response(chain, tmp_path, loss):
+    data = write_jsonl(tmp_path / "rows.jsonl", soft_comparisons())
+    line = ("--model", chain().sft, "--dataset", data, "--output", tmp_path / "x", *SMALL, "--loss", loss)
+    found = result("dpo", *line, "--learning-rate", "3e-3", "--max-steps", 40)["report"]
+    assert found["accuracy"] > 0.8 and found["margin_mean"] > 0
+
+
+def test_kto_on_soft_labels_is_the_expectation_over_hard_ones():
+    """A label of 0.3 on (a, b): 0.3 times the loss of a over b, 0.7 times that of b over a."""
+    config = DpoConfig(model="m", dataset="d", output="o", loss="kto", beta=0.5, undesirable_weight=2.0)
+    ratios, z0 = torch.tensor([0.7, -0.4]), torch.tensor(0.1)
+    rows = [TokenRow(torch.arange(3), torch.arange(3) > 0, False)] * 2
+
+    def loss(pair: Pair) -> float:
+        return comparison_losses(ratios, [TokenComparison(rows, (pair,))], config, z0).item()
+
+    hard, turned = loss(Pair(0, 1)), loss(Pair(1, 0))
+    assert abs(hard - turned) > 0.1
+    assert loss(Pair(0, 1, 0.3)) == pytest.approx(0.3 * hard + 0.7 * turned)
+    assert loss(Pair(0, 1, 0.5)) == pytest.approx(loss(Pair(1, 0, 0.5)))
 
 
 def test_micro_batches_do_not_change_the_result(chain, tmp_path):
@@ -172,3 +201,53 @@ def test_the_reference_is_asked_about_the_rows_that_the_run_comes_by(total):
     visited = [i for batch in batches for i in batch]
     assert sorted(visited) == sorted(seen) and len(visited) == {1: 4, 2: 8, 3: 10, 7: 10}[total]
     assert batches == first_visits(7, 10, config)[:total]  # whatever the end, the same rows are asked about together
+
+
+# --- rows that are cut or dropped
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo"])
+def test_comparisons_that_are_too_long_are_cut_and_told(chain, tmp_path, stage):
+    held = write_jsonl(tmp_path / "held.jsonl", lines_of(chain().comparisons)[:4])
+    line = (stage, "--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x", "--dry-run")
+    ended = done(*line, "--eval-dataset", held, "--limit-rows", 16, "--max-tokens", 6)
+    said = " ".join(ended.stderr.split())
+    assert re.search(r"\d+ of 16 comparisons were cut to 6 tokens", said), said
+    assert re.search(r"\d of 4 held-out comparisons were cut to 6 tokens", said), said
+    assert "were cut" not in done(*line, "--limit-rows", 16).stderr
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo", "sft"])
+def test_a_bad_held_out_row_ends_the_command_unless_bad_rows_are_skipped(chain, tmp_path, stage):
+    """A conversation where the tokenizer has no chat template."""
+    data = chain().demonstrations if stage == "sft" else chain().comparisons
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "two"}]
+    other = [*turns[:1], turns[1] | {"content": "x"}]
+    bad = {"prompt": turns[:1], "chosen": turns, "rejected": other, "completion": turns[1:]}
+    good = lines_of(data)[0]
+    held = write_jsonl(tmp_path / "held.jsonl", [good, bad, good])
+    line = (stage, "--model", chain().sft, "--dataset", data, "--eval-dataset", held, "--output", tmp_path / "x")
+    said = refused(*line, "--dry-run")
+    assert f"{held}:2" in said and "no chat template" in said
+    ended = done(*line, "--dry-run", "--skip-bad-rows")
+    told = f"1 of 3 held-out {'demonstrations' if stage == 'sft' else 'comparisons'} cannot be used and were dropped"
+    assert told in " ".join(ended.stderr.split())
+
+
+def test_demonstrations_that_are_mixed_into_ppo_or_measured_are_cut_and_told(chain, tmp_path):
+    long = [{"prompt": f"red {n}", "completion": " two" * 200} for n in range(3)]
+    data = write_jsonl(tmp_path / "long.jsonl", long)
+    line = (
+        "--model",
+        chain().sft,
+        "--dataset",
+        chain().prompts,
+        "--reward",
+        chain().reward,
+        "--output",
+        tmp_path / "x",
+    )
+    ended = done("ppo", *line, "--ptx-dataset", data, "--max-response-tokens", 4, "--eval-fraction", 0, "--dry-run")
+    assert "3 of 3 ptx rows were cut to 128 tokens" in ended.stderr
+    ended = done("evaluate", "--model", chain().sft, "--dataset", data, "--dry-run")
+    assert "3 of 3 demonstrations were cut to 128 tokens" in ended.stderr

@@ -9,7 +9,10 @@ import statistics
 import pytest
 import torch
 
+from stages.evaluate import win_rate
+from stages.maths.statistics import wilson_interval
 from tests.commands import SHORT, contents, done, lines_of, refused, result, rlhf
+from tests.parts import prompt_rows
 from tests.tiny import write_jsonl
 
 
@@ -231,3 +234,15 @@ def test_tables_have_short_headings_and_readable_prompts(chain):
     assert heading.split() == ["measure", "sft", "ppo"]
     assert "user: red six" in ended.stdout and "{'role'" not in ended.stdout
     assert ended.stdout.splitlines()[-1] == f"next: rlhf export --model {found.ppo} --output DIR"
+
+
+def test_rows_of_one_prompt_count_together_in_a_win_rate():
+    """Four prompts asked five times each, all won or all lost: worth fewer than four; one prompt alone: its rows."""
+    mine, other = torch.tensor([1.0] * 15 + [0.0] * 5), torch.full((20,), 0.5)
+    apart = win_rate(mine, other, prompt_rows([torch.tensor([n]) for n in range(20)]))
+    again = win_rate(mine, other, prompt_rows([torch.tensor([n // 5]) for n in range(20)]))
+    alone = win_rate(mine, other, prompt_rows([torch.tensor([1])] * 20))
+    assert (apart["low"], apart["high"]) == wilson_interval(15, 20) and apart == alone
+    assert again["rate"] == apart["rate"] == 0.75 and again["n"] == 20
+    worth = 3 * (1.96 / 3.182) ** 2  # (4 - 1) x (z / t of 3 degrees)^2
+    assert (again["low"], again["high"]) == pytest.approx(wilson_interval(0.75 * worth, worth), abs=2e-3)

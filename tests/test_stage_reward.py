@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.commands import (
+    WORDS,
     assert_same_weights,
     comparisons,
     contents,
@@ -18,6 +20,7 @@ from tests.commands import (
     manifest,
     refused,
     result,
+    soft_comparisons,
     weights,
 )
 from tests.tiny import write_jsonl
@@ -70,6 +73,21 @@ def test_it_learns_a_planted_preference(learned):
     assert all(
         line["margin"] == pytest.approx(line["score_chosen"] - line["score_rejected"], abs=1e-4) for line in lines[1:]
     )
+
+
+def test_soft_labels_below_a_half_are_learned_and_judged_as_what_they_say(chain, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", soft_comparisons())
+    found = reward(chain, data, tmp_path / "x", *LEARN)
+    report = found["report"]
+    assert report["accuracy"] > 0.95 and report["agreement_ceiling"] == pytest.approx(0.95)
+    assert report["expected_accuracy"] <= report["agreement_ceiling"] + 1e-12
+    assert report["verdict"]["decision"] != "no-go", report["verdict"]
+    assert report["score_chosen_mean"] > report["score_rejected_mean"] + 1
+    assert report["baselines"]["majority"]["accuracy"] > 0.9  # it counts wins the same way
+    last = lines_of(tmp_path / "x" / "metrics.jsonl")[-3:]
+    assert all(line["accuracy"] > 0.9 and line["margin"] > 0 for line in last)
+    again = result("evaluate", "--model", tmp_path / "x", "--dataset", data)["reward_model"]
+    assert again["accuracy"] > 0.95 and again["pairs"] == 256
 
 
 def test_the_first_loss_of_a_random_head_is_that_of_its_margins(learned):
@@ -128,6 +146,27 @@ def test_the_report_beside_the_checkpoint_is_evaluates_on_the_held_out_rows(chai
     assert report == found["report"] and report.keys() - again.keys() == more
     for name, value in again.items():
         assert report[name] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value)
+
+
+def test_the_interval_counts_the_pairs_of_a_prompt_together(chain, learned, tmp_path):
+    """Ranked lists, and their pairs as rows in another order: one interval, and not that of as many prompts."""
+    texts = [" thank you", " two thank you", " cat sat", " on", " red"]
+    ranked = [{"prompt": f"{a} two", "responses": texts, "ranks": [3, 1, 4, 2, 5]} for a in WORDS[:8]]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": texts[i], "rejected": texts[j]}
+        for i, j in itertools.permutations(range(5), 2)
+        for row in ranked
+        if row["ranks"][i] < row["ranks"][j]
+    ]
+    found = []
+    for name, rows in (("ranked", ranked), ("pairs", pairs)):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        found.append(result("evaluate", "--model", learned[0], "--dataset", data)["reward_model"])
+    names = ("pairs", "clusters", "accuracy", "accuracy_low", "accuracy_high", "effective_pairs")
+    assert [found[0][name] for name in names] == pytest.approx([found[1][name] for name in names])
+    assert (found[0]["pairs"], found[0]["clusters"]) == (80, 8) and found[0]["effective_pairs"] < 80
+    table = done("evaluate", "--model", learned[0], "--dataset", data).stdout
+    assert "80 of 8 prompts" in table
 
 
 def test_the_critic_of_ppo_begins_as_the_reward_model(chain, learned, tmp_path):
@@ -246,10 +285,17 @@ def softplus(x: float) -> float:
         ({"margin": 1.5}, ("--loss-margin",), lambda c, r: softplus(r - c + 1.5)),
         ({"margin": 1.5}, (), lambda c, r: softplus(r - c)),
         ({"probability": 0.8}, (), lambda c, r: 0.8 * softplus(r - c) + 0.2 * softplus(c - r)),
+        # Below a half the metrics call the row's `rejected` the chosen one; the loss is that of the row as it stands.
+        ({"probability": 0.3}, (), lambda r, c: 0.3 * softplus(r - c) + 0.7 * softplus(c - r)),
+        (
+            {"probability": 0.3, "margin": 1.5},
+            ("--loss-margin",),
+            lambda r, c: 0.3 * softplus(r - c + 1.5) + 0.7 * softplus(c - r - 1.5),
+        ),
         ({}, ("--label-smoothing", 0.1), lambda c, r: 0.9 * softplus(r - c) + 0.1 * softplus(c - r)),
         ({}, ("--centre-coef", 0.5), lambda c, r: softplus(r - c) + 0.5 * (c + r) ** 2),
     ],
-    ids=["plain", "margin", "margin not asked for", "soft label", "smoothing", "centring"],
+    ids=["plain", "margin", "margin not asked", "soft label", "turned", "turned margin", "smoothing", "centring"],
 )
 def test_the_loss_of_one_comparison(chain, tmp_path, row, flags, loss):
     step = first_step(chain, [PAIR | row], tmp_path, *flags)

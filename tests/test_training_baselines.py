@@ -37,6 +37,30 @@ def test_shares_of_wins():
     assert win_shares(train) == {(1,): 3.25 / 5, (2, 2): 1.75 / 4, (3, 3, 3): 1 / 3}
 
 
+def test_a_lead_is_as_sure_as_its_prompts_allow():
+    """The same three prompts and leads, once and with every row four times."""
+    once = [compare(prompt, A, B) for prompt in PROMPTS]
+    scores = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+    found = [baselines(scores.repeat(n), once * n, [])["shorter wins"] for n in (1, 4)]
+    assert found[0]["lead"] == pytest.approx(found[1]["lead"]) == pytest.approx(-1 / 3)
+    assert found[1]["lead_high"] - found[1]["lead_low"] > found[0]["lead_high"] - found[0]["lead_low"]  # t, not z
+
+
+def test_rules_on_soft_labels():
+    """The second response is the likelier one; a label of a half is a tie for every rule and for the model."""
+    held = [
+        compare(PROMPTS[0], A, B, probability=0.2), compare(PROMPTS[1], B, C, probability=0.1),
+        compare([5], A, C, probability=0.5), compare([6], C, A, probability=0.5),
+    ]  # fmt: skip
+    train = [compare(PROMPTS[0], A, B, probability=0.25)]  # B won 3/4 of a pair
+    scores = torch.tensor([0.0, 1.0] * 4)
+    found = baselines(scores, held, train)
+    assert found["longer wins"]["accuracy"] == (1 + 1 + 0.5 + 0.5) / 4
+    assert found["shorter wins"]["accuracy"] == (0 + 0 + 0.5 + 0.5) / 4
+    assert found["majority"]["accuracy"] == (1 + 0 + 0.5 + 0.5) / 4  # B over A; B over unseen C
+    assert found["longer wins"]["lead"] == 0 and found["majority"]["lead"] == 0.25
+
+
 def test_rules_by_hand():
     train = [compare(PROMPTS[0], A, B), compare(PROMPTS[1], A, C), compare(PROMPTS[2], B, C)]
     held = [compare(PROMPTS[1], A, C), compare(PROMPTS[2], C, B), compare(PROMPTS[0], A, D), compare([5], B, D)]

@@ -10,6 +10,7 @@ import torch
 from stages import ppo, reward
 from stages.files.comparisons import Comparison, Pair
 from stages.inputs import Inputs
+from stages.maths.statistics import wilson_interval
 from stages.models.forward import sequence_scores
 from stages.models.roles import Roles
 from stages.models.source import open_source
@@ -18,7 +19,18 @@ from stages.rollout.experience import lay_out, role_values
 from stages.rollout.sources import Rewards
 from stages.rollout.specs import open_rewards
 from stages.training import comparing
-from stages.training.comparing import TokenComparison, ceiling, encode_comparison, report_on, report_tables, score_rows
+from stages.training.comparing import (
+    TokenComparison,
+    ceiling,
+    clusters_of,
+    encode_comparison,
+    pair_sums,
+    pairs_of,
+    report_of,
+    report_on,
+    report_tables,
+    score_rows,
+)
 from tests.parts import (
     open_tiny_text,
     ppo_config,
@@ -87,6 +99,112 @@ def test_the_report_by_hand(monkeypatch):
     counts = {(b["low"], b["high"]): (b["count"], b["accuracy"]) for b in found["by_length_difference"] if b["count"]}
     assert counts == {(-10, 0): (4, 0.75), (0, 10): (1, 0.5)}
     assert sum(b["count"] for b in found["calibration"]) == 5
+
+
+def test_the_best_response_wins_most():
+    rows = [row(9, n) for n in (1, 2, 3)]
+    assert TokenComparison(rows[:2], (Pair(0, 1, 0.3),)).best is rows[1]
+    assert TokenComparison(rows[:2], (Pair(0, 1, 0.5),)).best is rows[0]
+    ranked = TokenComparison(rows, (Pair(0, 1), Pair(2, 0), Pair(2, 1)))  # the first pair is not of the best
+    assert ranked.best is rows[2]
+
+
+def soft(probability: list[float]) -> list[TokenComparison]:
+    lengths = [(3, 5), (4, 1), (6, 2), (2, 8)]
+    both = zip(lengths, probability, strict=True)
+    return [TokenComparison([row(9, a), row(9, b)], (Pair(0, 1, p),)) for (a, b), p in both]
+
+
+SOFT, SOFT_SCORES = [0.9, 0.2, 0.3, 0.5], torch.tensor([2.0, 1.0, 0.0, 0.5, 1.0, 3.0, 4.0, 1.0])
+
+
+def test_the_report_on_soft_labels_by_hand():
+    """Each pair is ranked by its likelier winner; the last is a tie, and the model is sure of it."""
+    found = report_of(SOFT_SCORES, soft(SOFT))
+    leads = [(1.0, 0.9), (0.5, 0.8), (2.0, 0.7), (3.0, 0.5)]  # of the likelier one, and how likely
+    assert found["accuracy"] == 3.5 / 4 and found["pairs"] == 4
+    assert found["expected_accuracy"] == pytest.approx(found["agreement_ceiling"]) == pytest.approx(2.9 / 4)
+    assert found["log_loss"] == pytest.approx(
+        sum(p * math.log1p(math.exp(-x)) + (1 - p) * math.log1p(math.exp(x)) for x, p in leads) / 4
+    )
+    # The tie is half a pair each way: 4 - 1 and 1 - 4, 4 and 1 chosen, 1 and 4 rejected.
+    assert found["margin_mean"] == pytest.approx((1 + 0.5 + 2) / 4)
+    assert found["margin_std"] == pytest.approx(math.sqrt((1 + 0.25 + 4 + 9) / 4 - 0.875**2))
+    assert found["score_chosen_mean"] == pytest.approx((2 + 0.5 + 3 + 2.5) / 4)
+    assert found["score_rejected_mean"] == pytest.approx((1 + 0 + 1 + 2.5) / 4)
+    assert found["longer_wins_accuracy"] == (0 + 0 + 0 + 0.5) / 4
+    assert sum(b["count"] for b in found["by_length_difference"]) == 3
+    assert found["calibration_error"] == pytest.approx(
+        # .5 is 62 % sure and .8 is expected; 1.0 73 % and .9; 2.0 88 % and .7; 3.0 95 % and .5
+        sum(abs(1 / (1 + math.exp(-x)) - p) for x, p in leads) / 4
+    )
+
+
+def test_which_response_a_soft_label_calls_chosen_does_not_matter():
+    """The same judgements with chosen and rejected exchanged: the tie too."""
+    order = [1, 0, 3, 2, 5, 4, 7, 6]
+    turned = [TokenComparison(c.responses[::-1], (Pair(0, 1, 1 - p),)) for c, p in zip(soft(SOFT), SOFT, strict=True)]
+    one, other = report_of(SOFT_SCORES, soft(SOFT)), report_of(SOFT_SCORES[order], turned)
+    for name, value in one.items():
+        expected = pytest.approx(value, abs=1e-12) if isinstance(value, float) else value
+        assert isinstance(value, list) or other[name] == expected, name
+
+
+def test_labels_that_are_all_ties_say_nothing():
+    found = report_of(torch.tensor([2.0, 1.0, 0.0, 0.5]), soft([0.5, 0.5, 0.5, 0.5])[:2])
+    assert (found["accuracy"], found["expected_accuracy"], found["longer_wins_accuracy"]) == (0.5, 0.5, 0.5)
+    assert found["margin_mean"] == 0 and found["score_chosen_mean"] == found["score_rejected_mean"] == 0.875
+    assert found["label_length_corr"] == 0
+
+
+def test_a_steps_metrics_mean_what_the_reports_do():
+    comparisons = [*soft(SOFT), TokenComparison([row(9, n) for n in (1, 2, 3)], (Pair(1, 0), Pair(2, 0), Pair(2, 1)))]
+    scores = torch.cat([SOFT_SCORES, torch.tensor([0.3, -0.2, 0.9])])
+    sums, report = pair_sums(torch.tensor(0.7), scores, pairs_of(comparisons)), report_of(scores, comparisons)
+    assert sums["pairs"] == report["pairs"] == 7 and sums["loss"] == pytest.approx(0.7)
+    names = {"accuracy": "accuracy", "margin": "margin_mean"}
+    names |= {"score_chosen": "score_chosen_mean", "score_rejected": "score_rejected_mean"}
+    for mine, theirs in names.items():
+        assert sums[mine] / 7 == pytest.approx(report[theirs], abs=1e-6), mine
+
+
+def response(prompt: list[int], *tokens: int) -> TokenRow:
+    ids = torch.tensor([*prompt, *tokens])
+    return TokenRow(ids, torch.arange(len(ids)) >= len(prompt), False)
+
+
+def test_pairs_of_one_prompt_are_one_cluster_in_whatever_rows_they_stand(model_folder):
+    text = open_tiny_text(model_folder("llama"))
+    three = (Pair(0, 1), Pair(0, 2), Pair(1, 2))
+    rows = [
+        Comparison("c:1", "the cat", (" a", " b", " c"), three),
+        Comparison("c:2", "the dog", (" a", " b"), (Pair(0, 1),)),
+        Comparison("c:3", "Human: the cat\n\nAssistant:", (" d", " e"), (Pair(0, 1),)),
+        Comparison("c:4", "the sun", (" a", " b"), (Pair(0, 1),)),
+    ]
+    assert clusters_of([encode_comparison(row, text, 100) for row in rows]) == [0, 0, 0, 1, 0, 2]
+    bare = [TokenComparison([response([n], 1), response([n], 2)], (Pair(0, 1),)) for n in (5, 6, 5, 7)]
+    assert clusters_of(bare) == [0, 1, 0, 2]
+
+
+def test_a_single_prompts_rows_are_apart_unless_they_share_a_response():
+    """1 and 2, 2 and 3, 5 and 3 hang together; 6 and 7 do not."""
+    pairs = [(1, 2), (6, 7), (2, 3), (5, 3), (8, 9)]
+    rows = [TokenComparison([response([4], a), response([4], b)], (Pair(0, 1),)) for a, b in pairs]
+    assert clusters_of(rows) == [0, 1, 0, 0, 2]
+
+
+def test_the_reports_interval_counts_prompts():
+    """Five prompts, each right on all of its three pairs or wrong on all: 15 pairs, worth fewer than five."""
+    pairs = (Pair(0, 1), Pair(0, 2), Pair(1, 2))
+    rows = [TokenComparison([response([n, 4], k) for k in (1, 2, 3)], pairs) for n in range(5)]
+    found = report_of(torch.tensor([3.0, 2.0, 1.0] * 4 + [1.0, 2.0, 3.0]), rows)
+    assert (found["pairs"], found["clusters"], found["accuracy"]) == (15, 5, 0.8)
+    worth = 4 * (1.96 / 2.776) ** 2  # (5 - 1) x (z / t of 4 degrees)^2
+    assert found["effective_pairs"] == pytest.approx(worth, rel=2e-3)
+    low, high = wilson_interval(0.8 * worth, worth)
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((low, high), abs=1e-3)
+    assert ("held-out pairs", "15 of 5 prompts") in report_tables(found)[0].rows
 
 
 def test_the_ceiling_of_uncertain_labels():

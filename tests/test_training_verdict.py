@@ -58,6 +58,31 @@ def test_few_pairs_say_nothing(pairs, decision):
         assert "--eval-fraction" in found.reasons[0] and "--eval-dataset" in found.reasons[0]
 
 
+@pytest.mark.parametrize(("prompts", "decision"), [(1, "unknown"), (3, "unknown"), (4, "no-go"), (100, "no-go")])
+def test_few_prompts_say_nothing_however_many_pairs_they_have(prompts, decision):
+    found = judge(changed(clusters=prompts, accuracy_low=0.2))
+    assert found.decision == decision
+    if decision == "unknown":
+        start = f"100 held-out pairs of {prompts} prompts are too few to tell, 4 prompts are needed: "
+        assert found.reasons[0].startswith(start) and "--eval-dataset" in found.reasons[0]
+
+
+def test_pairs_of_fewer_prompts_are_told_and_are_worth_less():
+    found = judge(changed(clusters=25))
+    assert "on 100 held-out pairs of 25 prompts is better than chance" in found.reasons[0]
+    assert judge(changed(clusters=25, confidence=0.95)).decision == "caution"
+    # The noise of 16 pairs: 1.96 x sqrt(.16 / 16) = .196.
+    assert judge(changed(clusters=25, confidence=0.95, effective_pairs=16)).decision == "go"
+
+
+def test_over_confidence_is_measured_against_what_labels_allow():
+    """Right on every pair, with labels of 0.7: 0.95 sure is too sure, and the note compares like with like."""
+    found = judge(changed(accuracy=1.0, expected_accuracy=0.7, agreement_ceiling=0.7, confidence=0.95))
+    assert found.decision == "caution" and "0.95 sure on average and right in 0.70" in found.reasons[0]
+    said = "labels this uncertain allow an accuracy of 0.700, +0.000 from this one (0.700 against single judgements)"
+    assert said in found.notes
+
+
 def test_without_held_out_rows_nothing_is_known():
     found = judge({"demonstrations_mean": 0.0, "demonstrations_std": 1.0})
     assert found.decision == "unknown" and found.reasons[0].startswith("0 held-out pairs") and found.notes == ()

@@ -16,12 +16,31 @@ TURN = "\n\nAssistant:"  # ends the prompt in texts written like Anthropic's HH 
 
 @dataclass(frozen=True)
 class Pair:
-    """One judgement: response `better` beats response `worse`, both being indices into a comparison's responses."""
+    """One judgement: response `better` beats response `worse`, both being indices into a comparison's responses.
+
+    `probability` that `better` really is the better one is never below a half: a pair that is given with less is
+    stored the other way round, as what it says. At exactly a half it is a tie, and the order means nothing. `margin` is
+    the lead of `better` over `worse`, in the units of the rows. It belongs to the order in which it was given, so it
+    changes its sign with that order, and every loss of the pair stays the same.
+    """
 
     better: int
     worse: int
-    probability: float = 1.0  # that the judgement is the right way round
-    margin: float = 0.0  # by how much, in the units of the rows
+    probability: float = 1.0
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.probability < 0.5:
+            turned = {"better": self.worse, "worse": self.better, "probability": 1 - self.probability}
+            if self.margin:  # 0 stays 0, not -0
+                turned["margin"] = -self.margin
+            for name, value in turned.items():
+                object.__setattr__(self, name, value)
+
+    @property
+    def tie(self) -> bool:
+        """Whether neither response is the likelier winner."""
+        return self.probability == 0.5
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,7 @@ class Rating:
 def compare_chosen(row: RawRow) -> Comparison:
     """A row with `prompt`, `chosen` and `rejected`, the last two with or without the prompt's messages repeated.
 
+    Optional are `probability`, that `chosen` really is the better one, and `margin`, by which it leads `rejected`.
     A text prompt goes with message lists only where it is the last message that both lists share. Raises DatasetError.
     """
     prompt, chosen, rejected = row.prompt(), row.content("chosen"), row.content("rejected")

@@ -29,6 +29,7 @@ from stages.config import as_dict, differing
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, publish, read_manifest
+from stages.files.splits import SPLIT
 from stages.files.states import STATE, State, owner_of, read_about, read_state, states_in, step_of, write_state
 
 if typing.TYPE_CHECKING:
@@ -115,6 +116,7 @@ class Run:
             "inputs": self.inputs,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "rlhf": __version__,
+            "split": SPLIT,
         }
         atomic.write_json(self.folder / RUN, record)
 
@@ -133,7 +135,8 @@ class Run:
         """
         if not self.writer:
             return None
-        asked = dataclasses.replace(manifest, config=as_dict(self.config), inputs=dict(self.inputs))
+        made = {"config": as_dict(self.config), "inputs": dict(self.inputs)}
+        asked = dataclasses.replace(manifest, **made, versions=manifest.versions | {"split": SPLIT})
         self.manifest = publish(self.folder, asked, files)
         self._remove_scaffold()
         self.release()
@@ -309,6 +312,7 @@ def _judge(run: Run) -> None:
         )
     try:
         if _goes_further(run, found) or (not finished and _mends_functions(run, found)):
+            _same_split(run, found)
             run.resuming = run.amending = True
             if finished:
                 read_manifest(run.folder)
@@ -319,6 +323,7 @@ def _judge(run: Run) -> None:
         if finished:
             run.manifest = read_manifest(run.folder)
         else:
+            _same_split(run, found)
             run.resuming = True
     except (OutputError, CheckpointError):
         if not run.overwrite:
@@ -372,6 +377,17 @@ def _compare(run: Run, found: dict[str, typing.Any]) -> None:
             "made with other choices:\n" + "\n".join(f"    {line}" for line in lines),
             where=str(run.folder),
             fix=f"repeat the old choices to go on, {another}",
+        )
+
+
+def _same_split(run: Run, found: dict[str, typing.Any]) -> None:
+    """Raise OutputError where a run would go on with other rows held out than those it began with."""
+    splits = bool(getattr(run.config, "eval_fraction", 0)) and not getattr(run.config, "eval_dataset", None)
+    if splits and found.get("split", found.get("versions", {}).get("split")) != SPLIT:
+        raise OutputError(
+            "was begun by an earlier rlhf, which held out other rows; going on would mix what is learned and tested",
+            where=str(run.folder),
+            fix="finish it with the version that began it, or start again with --overwrite",
         )
 
 

@@ -1,50 +1,92 @@
-"""Holding rows out for evaluation, by prompt, so that no prompt is both learned and tested."""
+"""Holding rows out for evaluation, by prompt, so that no prompt is both learned and tested, in any stage."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from stages.files.prompts import first_question, whole_prompt
 from stages.files.rows import Comparison, Demonstration, Prompt
 
 Row = TypeVar("Row", Demonstration, Prompt, Comparison)
 
 FEWEST_PROMPTS = 10
+SPLIT = 2  # the rule below; the first one chose by the seed, and gave what was beyond eval_limit back to training
+SALT = "0"
 
 
-def split_held_out(rows: Sequence[Row], fraction: float, limit: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split rows into (train, held out), each in the order given; all rows of a prompt land on one side.
+def split_held_out(rows: Sequence[Row], fraction: float, limit: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and at most `limit` held-out ones to measure on, each in the order given.
 
-    A prompt is held out if its hash with the seed, as a number in [0, 1), lies below `fraction`: the choice depends on
-    nothing else, so it outlives added rows and is the same for every dataset with that prompt. At most `limit` rows are
-    held out, those with the lowest hashes, and at least one where `fraction` > 0 and there are two rows. With fewer
-    than 10 prompts, or one that has most of the rows, rows are held out by their whole content instead.
+    A prompt is held out if its hash, as a number in [0, 1), lies below `fraction`. That depends on nothing but the
+    prompt's words, so it is the same for every dataset, form of row, stage and seed. Rows held out beyond `limit` (the
+    lowest hashes are measured) are not trained on either. All rows of a prompt land on one side.
+
+    Where no prompt lies below, the one with the lowest hash is held out. With fewer than 10 prompts, or where one has
+    most of the rows, rows are held out by every turn of their prompts as well, and if these are as few, by the rows'
+    whole contents. No such key takes more than half of what training is to have. At least one row is held out where
+    `fraction` > 0 and there are two rows, and at least one is trained on.
     """
     if fraction <= 0 or limit < 1 or len(rows) < 2:
         return list(rows), []
-    prompts = [prompt_key(row) for row in rows]
-    held: set[int] = set()
-    if len(set(prompts)) >= FEWEST_PROMPTS and Counter(prompts).most_common(1)[0][1] * 2 <= len(rows):
-        held = _hold_out(prompts, fraction, limit, seed)
-    if not held:
-        held = _hold_out([_content_key(row) for row in rows], fraction, limit, seed)
-    if not held:  # every row is the same: nothing better than its place is left to choose by
-        held = _hold_out([str(place) for place in range(len(rows))], fraction, limit, seed)
+    hashes, held = _choose(rows, fraction)
+    measured = set(sorted(held, key=lambda place: (hashes[place], place))[:limit])
     train = [row for place, row in enumerate(rows) if place not in held]
-    return train, [row for place, row in enumerate(rows) if place in held]
+    return train, [row for place, row in enumerate(rows) if place in measured]
+
+
+def is_held_out(row: Row, fraction: float) -> bool:
+    """Whether every stage with this `eval_fraction` holds a row's prompt out."""
+    return _hash(prompt_key(row)) < fraction
+
+
+def shared_prompts(rows: Sequence[Row], others: Iterable[Row]) -> list[Row]:
+    """Those of `rows` that have a prompt of `others`: by `prompt_key` where that divides them, else by every turn."""
+    others = list(others)
+    divides = _divides([_hash(prompt_key(row)) for row in (*rows, *others)], FEWEST_PROMPTS)
+    key = prompt_key if divides else whole_prompt
+    known = {key(row) for row in others}
+    return [row for row in rows if key(row) in known]
 
 
 def prompt_key(row: Row) -> str:
-    """What makes two rows' prompts the same: the text, or a conversation's turns before the assistant first speaks."""
-    if isinstance(row.prompt, str) and (row.prompt or not isinstance(row, Demonstration)):
-        return json.dumps(row.prompt)
-    messages = row.messages if isinstance(row, Demonstration) else row.prompt
-    return json.dumps(list(itertools.takewhile(lambda message: message["role"] != "assistant", messages)))
+    """What makes two rows' prompts the same: the words of `first_question`."""
+    return json.dumps(first_question(row))
+
+
+def _choose(rows: Sequence[Row], fraction: float) -> tuple[list[float], set[int]]:
+    """A hash per row, and the places of the rows to hold out by it, by the first kind of key that divides the rows."""
+    kinds: list[tuple[Callable[[Row], str], int]] = [
+        (prompt_key, FEWEST_PROMPTS),
+        (lambda row: json.dumps(whole_prompt(row)), FEWEST_PROMPTS),
+        (_content_key, 2),
+    ]
+    held: set[int] = set()
+    for key, least in kinds:
+        hashes = [_hash(key(row)) for row in rows]
+        held |= _below(hashes, fraction, held)
+        if _divides(hashes, least):
+            lowest = min(hashes)
+            return hashes, held or {place for place, number in enumerate(hashes) if number == lowest}
+    hashes = [_hash(str(place)) for place in range(len(rows))]  # nothing better is left to choose by
+    return hashes, held or _below(hashes, fraction, held) or {hashes.index(min(hashes))}
+
+
+def _below(hashes: list[float], fraction: float, held: set[int]) -> set[int]:
+    """Places beside `held` whose hash lies below `fraction`; none where half of what training is to have would go."""
+    rest = [place for place in range(len(hashes)) if place not in held]
+    found = {place for place in rest if hashes[place] < fraction}
+    return found if 2 * (len(rest) - len(found)) > (1 - fraction) * len(rest) else set()
+
+
+def _divides(hashes: list[float], least: int) -> bool:
+    """Whether at least so many keys differ, and none has most of the rows."""
+    counts = Counter(hashes)
+    return len(counts) >= least and 2 * max(counts.values()) <= len(hashes)
 
 
 def _content_key(row: Row) -> str:
@@ -54,20 +96,6 @@ def _content_key(row: Row) -> str:
     return json.dumps(content, sort_keys=True, default=str)
 
 
-def _hold_out(keys: Sequence[str], fraction: float, limit: int, seed: int) -> set[int]:
-    """Places of the rows to hold out: whole groups of equal keys, lowest hash first, never all rows."""
-    groups: dict[str, list[int]] = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(key, []).append(place)
-    room = min(limit, len(keys) - 1)
-    fitting = sorted((_hash(key, seed), places) for key, places in groups.items() if len(places) <= room)
-    held: set[int] = set()
-    for number, places in fitting:
-        if number < fraction and len(held) + len(places) <= room:
-            held.update(places)
-    return held or set(itertools.chain.from_iterable(places for _, places in fitting[:1]))
-
-
-def _hash(key: str, seed: int) -> float:
-    digest = hashlib.sha256(f"{seed}\n{key}".encode()).digest()
+def _hash(key: str) -> float:
+    digest = hashlib.sha256(f"{SALT}\n{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

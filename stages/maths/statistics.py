@@ -1,12 +1,15 @@
 """Numbers for reports: intervals, correlations, and what the scores of a reward model say about its comparisons.
 
 Everything is computed in float64 and comes back as Python floats. `delta` (N,) is always the score of the response
-that won a comparison minus the score of the one that lost. What has no answer, such as a mean of nothing, is nan.
+that won a comparison minus the score of the one that lost; `probability` (N,), a half at least, is how likely it really
+won (None: certain), and at exactly a half the comparison is a tie. What has no answer, such as a mean of nothing, is
+nan.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The interval for a proportion of `successes` in `n` trials; (0, 1) for no trials. z 1.96 covers 95 %.
 
     Source: Wilson 1927. Unlike p +- z sqrt(p (1 - p) / n) it stays within 0 and 1 and has a width at p = 1.
@@ -26,6 +29,72 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def clustered_interval(x: Tensor, clusters: Sequence[int], z: float = 1.96) -> tuple[float, float, float]:
+    """Wilson's interval for the mean of `x` (N,), each from 0 to 1, and how many independent ones the N are worth.
+
+    Numbers of one cluster (pairs of one prompt) may depend on each other in any way; clusters (N,) may not. Where every
+    number is a cluster of its own this is `wilson_interval`. Elsewhere its n is N / deff x (z / t)^2: deff is the
+    variance of the mean by `cluster_error` over p (1 - p) / N, one at least, and t is the quantile of Student's
+    distribution that belongs to z. Where all are 0 or all are 1, and deff cannot be told, n is `effective_clusters`.
+    Sources: Korn and Graubard 1998, "Confidence intervals for proportions with small expected number of positive
+    counts estimated from survey data", for n and t; with Wilson's interval: Dean and Pagano 2015, "Evaluating
+    confidence interval methods for binomial proportions in clustered surveys".
+    """
+    x = _numbers(x)
+    n, mean = x.numel(), x.mean().item()
+    if len(set(clusters)) == n:
+        return *wilson_interval(x.sum().item(), n, z), float(n)
+    effective = effective_clusters(clusters)
+    if len(set(clusters)) > 1 and 0 < mean < 1:
+        binomial, variance = mean * (1 - mean), cluster_error(x, clusters) ** 2
+        t = student_quantile(z, effective - 1)
+        effective = (binomial / variance if binomial < n * variance else n) * (z / t) ** 2
+    return *wilson_interval(mean * effective, effective, z), effective
+
+
+def cluster_error(x: Tensor, clusters: Sequence[int]) -> float:
+    """Standard error of the mean of `x` (N,) from the means without each cluster in turn; inf for a single cluster.
+
+    The jackknife over clusters, CV3: where clusters are few or uneven it is less optimistic than the usual sandwich,
+    and where each has one number it is `mean_with_error`'s. Source: Cameron and Miller 2015, "A Practitioner's Guide
+    to Cluster-Robust Inference", section VI.
+    """
+    x = _numbers(x)
+    sums: dict[int, float] = {}
+    for number, cluster in zip(x.tolist(), clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + number
+    sizes, g = Counter(clusters), len(sums)
+    if g == 1:
+        return math.inf
+    total, n = math.fsum(sums.values()), x.numel()
+    squares = ((total - sums[c]) / (n - sizes[c]) - total / n for c in sums)
+    return math.sqrt((g - 1) / g * math.fsum(s * s for s in squares))
+
+
+def effective_clusters(clusters: Sequence[int]) -> float:
+    """How many clusters of one size would weigh as these do: N^2 / sum of squared sizes, their number where all equal.
+
+    Source: Carter, Schnepel and Steigerwald 2017, "Asymptotic Behavior of a t-Test Robust to Cluster Heterogeneity",
+    for clusters whose members go together.
+    """
+    return len(clusters) ** 2 / sum(size * size for size in Counter(clusters).values())
+
+
+def student_quantile(z: float, freedom: float) -> float:
+    """The quantile of Student's distribution that the normal one has at `z`; within 1 % from 2 degrees of freedom on.
+
+    Fewer than one degree count as one. Source: Abramowitz and Stegun 1964, 26.7.5.
+    """
+    v = max(freedom, 1.0)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / v**power for power, term in enumerate(terms, 1))
 
 
 def mean_with_error(x: Tensor) -> tuple[float, float]:
@@ -56,36 +125,70 @@ def distinct_ngrams(sequences: Iterable[Sequence[int]], n: int) -> float:
     return len(set(runs)) / len(runs) if runs else math.nan
 
 
-def log_loss_of_pairs(delta: Tensor) -> float:
-    """Mean of -log sigmoid(delta), in nats; ln 2 is what knowing nothing costs."""
-    return -logsigmoid(_numbers(delta)).mean().item()
+def log_loss_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
+    """Mean of -p log sigmoid(delta) - (1 - p) log sigmoid(-delta), in nats; ln 2 is what knowing nothing costs."""
+    delta = _numbers(delta)
+    if probability is None:
+        return -logsigmoid(delta).mean().item()
+    p = _numbers(probability)
+    return -(p * logsigmoid(delta) + (1 - p) * logsigmoid(-delta)).mean().item()
 
 
-def accuracy_of_pairs(delta: Tensor) -> float:
-    """Share of comparisons ranked as they were judged; a tie counts half."""
-    return _wins(delta).mean().item()
+def accuracy_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
+    """Share of comparisons whose likelier winner scores higher; a tie, of scores or of the judgement, counts half."""
+    return _wins(delta, probability).mean().item()
 
 
-def lead_of_pairs(delta: Tensor, other: Tensor, z: float = 1.96) -> tuple[float, float, float]:
+def accuracy_interval(delta: Tensor, probability: Tensor | None, clusters: Sequence[int]) -> tuple[float, float, float]:
+    """The 95 % interval of `accuracy_of_pairs` and the independent pairs it is worth, by `clustered_interval`."""
+    return clustered_interval(_wins(delta, probability), clusters)
+
+
+def expected_accuracy_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
+    """Expected share of single judgements, drawn with `probability`, that the scores agree with; ties count half.
+
+    The mean of `probability` is the most that any scores can reach: the ceiling that noisy labels leave.
+    """
+    return _expected_wins(delta, probability).mean().item()
+
+
+def lead_of_pairs(
+    delta: Tensor,
+    other: Tensor,
+    probability: Tensor | None = None,
+    clusters: Sequence[int] | None = None,
+    *,
+    z: float = 1.96,
+) -> tuple[float, float, float]:
     """How much more accurate `delta` (N,) is than `other` (N,) on the same pairs, and the ends of its interval.
 
-    Of the differences pair by pair, mean and mean +- z standard errors; z 1.96 covers 95 %.
+    Of the differences pair by pair, mean and mean +- z standard errors; z 1.96 covers 95 %. Where several pairs are of
+    one of the `clusters` (N,), the error is `cluster_error` and z becomes the quantile of Student's distribution.
     """
-    mean, error = mean_with_error(_wins(delta) - _wins(other))
+    ahead = _wins(delta, probability) - _wins(other, probability)
+    mean, error = mean_with_error(ahead)
+    if clusters is not None and len(set(clusters)) < len(clusters):
+        error = cluster_error(ahead, clusters)
+        z = student_quantile(z, effective_clusters(clusters) - 1)
+    if error == math.inf:
+        return mean, -1.0, 1.0
     return mean, mean - z * error, mean + z * error
 
 
 def calibration_bins(
-    delta: Tensor, edges: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    delta: Tensor,
+    edges: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    *,
+    probability: Tensor | None = None,
 ) -> list[dict[str, float | int]]:
     """How often the predicted winner won, per bin of how sure the prediction was.
 
     The prediction is folded to its winner: its confidence is sigmoid(|delta|). Bins are [low, high), the last one
-    closed. A dict each: `low`, `high`, `count`, `predicted` (mean confidence), `observed` (share of wins, a tie
-    counts half); the last two nan in an empty bin.
+    closed. A dict each: `low`, `high`, `count`, `predicted` (mean confidence), `observed` (expected share of wins, a
+    tie counts half); the last two nan in an empty bin.
     """
     confidence = _numbers(delta).abs().sigmoid()
-    wins = _wins(delta)
+    wins = _expected_wins(delta, probability)
     return [
         {
             "low": low,
@@ -111,7 +214,7 @@ def calibration_error(bins: Sequence[dict[str, float | int]]) -> float:
 def accuracy_by_length_difference(
     delta: Tensor, length_difference: Tensor, edges: Sequence[float]
 ) -> list[dict[str, float | int]]:
-    """`accuracy_of_pairs` per bin of `length_difference` (N,), winner's length minus loser's.
+    """`accuracy_of_pairs` per bin of `length_difference` (N,), winner's length minus loser's; no pair is a tie.
 
     Bins are [low, high), the last one closed; what lies outside `edges` is left out, so they may be infinite.
     A dict each: `low`, `high`, `count`, `accuracy` (nan in an empty bin).
@@ -136,9 +239,18 @@ def _numbers(x: Tensor) -> Tensor:
     return x.detach().cpu().double().flatten()
 
 
-def _wins(delta: Tensor) -> Tensor:
+def _wins(delta: Tensor, probability: Tensor | None = None) -> Tensor:
     delta = _numbers(delta)
-    return (delta > 0).double() + 0.5 * (delta == 0)
+    wins = (delta > 0).double() + 0.5 * (delta == 0)
+    return wins if probability is None else wins.masked_fill(_numbers(probability) == 0.5, 0.5)
+
+
+def _expected_wins(delta: Tensor, probability: Tensor | None) -> Tensor:
+    wins = _wins(delta)
+    if probability is None:
+        return wins
+    p = _numbers(probability)
+    return p * wins + (1 - p) * (1 - wins)
 
 
 def _is_constant(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from stages.maths.preferences import implicit_reward
 from stages.models.candidates import Candidate, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter, head_of
 from stages.results import Report, Table
-from stages.training.comparing import TokenComparison, pairs_of, report_of, report_tables, score_rows
+from stages.training.comparing import TokenComparison, describe_pairs, pairs_of, report_of, report_tables, score_rows
 from stages.training.implicit import flatten, summed_logprobs
 
 ABSENT = "-"
@@ -84,4 +84,4 @@ def contest_tables(found: list[dict[str, object]]) -> tuple[Table, ...]:
     ]
     rows.append(("always the longer", ABSENT, f"{found[0]['longer_wins_accuracy']:.3f}", *[ABSENT] * 4))
     columns = ("model", "score", "accuracy [95 %]", "log-loss", "margin", "with length", "agrees")
-    return Table(f"{found[0]['pairs']} pairs, side by side", columns, tuple(rows)), *tables
+    return Table(f"{describe_pairs(found[0], 'pairs')}, side by side", columns, tuple(rows)), *tables

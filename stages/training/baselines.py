@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stages.maths.statistics import accuracy_of_pairs, lead_of_pairs
 from stages.models.tokens import TokenRow
-from stages.training.comparing import TokenComparison, pairs_of
+from stages.training.comparing import TokenComparison, clusters_of, pairs_of
 
 LONGER, SHORTER, MAJORITY = "longer wins", "shorter wins", "majority"
 
@@ -18,19 +18,22 @@ def baselines(scores: Tensor, held: list[TokenComparison], train: list[TokenComp
     """Accuracy of each rule on held-out pairs, and by how much `scores` (R,) lead it, with the ends of that interval.
 
     "longer wins" and "shorter wins" go by tokens. "majority" prefers the response that won more often among the
-    training pairs, whatever the prompt, and tells nothing of one that it never saw. Ties count half.
+    training pairs, whatever the prompt, and tells nothing of one that it never saw. Ties count half,
+    of the rule as of the labels.
     """
-    pairs = pairs_of(held)
+    pairs, clusters = pairs_of(held), clusters_of(held)
     rows = [row for comparison in held for row in comparison.responses]
     share = win_shares(train)
     length = torch.tensor([float(row.targets.sum()) for row in rows])
     known = torch.tensor([share.get(response_key(row), 0.5) for row in rows], dtype=torch.float64)
     delta = scores[pairs.better] - scores[pairs.worse]
+    chance = torch.tensor(pairs.probability, dtype=torch.float64)
     found = {}
     for name, rule in ((LONGER, length), (SHORTER, -length), (MAJORITY, known)):
         other = rule[pairs.better] - rule[pairs.worse]
-        lead, low, high = lead_of_pairs(delta, other)
-        found[name] = {"accuracy": accuracy_of_pairs(other), "lead": lead, "lead_low": low, "lead_high": high}
+        lead, low, high = lead_of_pairs(delta, other, chance, clusters)
+        accuracy = accuracy_of_pairs(other, chance)
+        found[name] = {"accuracy": accuracy, "lead": lead, "lead_low": low, "lead_high": high}
     return found
 
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.files.prompts import whole_prompt
 from stages.files.rows import Comparison, Pair
 from stages.maths.statistics import (
     accuracy_by_length_difference,
+    accuracy_interval,
     accuracy_of_pairs,
     calibration_bins,
     calibration_error,
     correlation,
+    expected_accuracy_of_pairs,
     log_loss_of_pairs,
-    wilson_interval,
 )
 from stages.models.forward import sequence_scores
 from stages.models.prefixes import shared_beginnings
@@ -27,14 +29,16 @@ from stages.training.passes import collect
 
 LONGEST = 64  # comparisons that the memory plan looks at
 LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
+FEWEST_PROMPTS = 3  # with fewer nothing can be told of how prompts differ
 
 
 @dataclass(frozen=True)
 class TokenComparison:
-    """One prompt's responses, tokenised with the prompt, and who was preferred to whom."""
+    """One prompt's responses, tokenised with the prompt, and which was preferred to which."""
 
     responses: list[TokenRow]
     pairs: tuple[Pair, ...]
+    prompt: str | None = None  # the same for every comparison of the prompt; None: its tokens tell
 
     @property
     def size(self) -> int:
@@ -47,8 +51,12 @@ class TokenComparison:
 
     @property
     def best(self) -> TokenRow:
-        """The response that its first pair prefers."""
-        return self.responses[self.pairs[0].better]
+        """The response with the most expected wins less losses; the first of equals."""
+        lead = [0.0] * len(self.responses)
+        for pair in self.pairs:
+            lead[pair.better] += pair.probability - 0.5
+            lead[pair.worse] -= pair.probability - 0.5
+        return self.responses[lead.index(max(lead))]
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,14 @@ class Pairs:
     better: list[int]
     worse: list[int]
     weight: list[float]  # 1 / (number of pairs of its comparison)
-    probability: list[float]  # that the better one really is
+    probability: list[float]  # that the better one really is, a half at least; a half is a tie
     margin: list[float]
+
+    def both_ways(self) -> tuple[list[int], list[int]]:
+        """Winners and losers with every pair twice: a tie once each way, every other pair the same way."""
+        ties = [p == 0.5 for p in self.probability]
+        turned = [(w, b) if tie else (b, w) for b, w, tie in zip(self.better, self.worse, ties, strict=True)]
+        return self.better + [b for b, _ in turned], self.worse + [w for _, w in turned]
 
 
 def pairs_of(comparisons: list[TokenComparison]) -> Pairs:
@@ -78,7 +92,41 @@ def pairs_of(comparisons: list[TokenComparison]) -> Pairs:
 
 def encode_comparison(row: Comparison, text: Text, max_tokens: int) -> TokenComparison:
     """Tokenise a comparison."""
-    return TokenComparison(text.comparison(row, max_tokens), row.pairs)
+    return TokenComparison(text.comparison(row, max_tokens), row.pairs, whole_prompt(row))
+
+
+def clusters_of(comparisons: list[TokenComparison]) -> list[int]:
+    """A number per pair, the same for those that may depend on each other: the pairs of one prompt, in any row.
+
+    With one or two prompts, which tell nothing of how prompts differ, it is the pairs of rows that share a response,
+    directly or through other rows.
+    """
+    prompts: list[object] = [c.prompt if c.prompt is not None else _prompt_tokens(c) for c in comparisons]
+    keys = prompts if len(set(prompts)) >= FEWEST_PROMPTS else _linked(comparisons)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for comparison, key in zip(comparisons, keys, strict=True) for _ in comparison.pairs]
+
+
+def _prompt_tokens(comparison: TokenComparison) -> tuple[int, ...]:
+    row = comparison.responses[0]
+    return tuple(row.ids[~row.targets].tolist())
+
+
+def _linked(comparisons: list[TokenComparison]) -> list[object]:
+    """A key per comparison, the same for those that responses link: the first of them."""
+    links = list(range(len(comparisons)))
+
+    def first_of(place: int) -> int:
+        while links[place] != place:
+            place = links[place]
+        return place
+
+    seen: dict[tuple[int, ...], int] = {}
+    for place, comparison in enumerate(comparisons):
+        for row in comparison.responses:
+            one, other = first_of(place), first_of(seen.setdefault(tuple(row.ids[row.targets].tolist()), place))
+            links[max(one, other)] = min(one, other)
+    return [first_of(place) for place in range(len(comparisons))]
 
 
 def computed_share(rows: list[TokenComparison]) -> float:
@@ -89,6 +137,22 @@ def computed_share(rows: list[TokenComparison]) -> float:
         sequences = [r.ids for r in row.responses]
         saved += sum((len(group) - 1) * prefix for group, prefix in shared_beginnings(sequences))
     return 1 - saved / sum(row.size for row in longest)
+
+
+def pair_sums(loss: Tensor, scores: Tensor, pairs: Pairs) -> dict[str, float]:
+    """What `step_metrics` needs of a forward pass: its loss, and sums over its pairs from scores (R,).
+
+    Accuracy, margin and scores of chosen and rejected mean what they do in the report on held-out pairs.
+    """
+    scores = scores.detach().double().cpu()
+    chosen, rejected = (scores[index] for index in pairs.both_ways())
+    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    sums = {"accuracy": right, "margin": chosen - rejected, "score_chosen": chosen, "score_rejected": rejected}
+    halves = {name: float(values.sum()) / 2 for name, values in sums.items()}  # every pair is there twice
+    return {"loss": float(loss.detach()), **halves, "pairs": len(pairs.better)}
+
+
+NO_PAIRS = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
 
 
 def step_metrics(
@@ -129,37 +193,52 @@ def report_on(
 
 
 def report_of(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, object]:
-    """The same from scores (R,), one per response, comparison by comparison."""
+    """The same from scores (R,), one per response, comparison by comparison.
+
+    With soft labels the likelier response is the chosen one: `accuracy` counts how often it scores higher, and a label
+    of a half is a tie that counts half, one half each way in margins and scores; `by_length_difference` leaves it out.
+    `expected_accuracy`, calibration, log-loss and `label_length_corr` weigh both ways by their probability;
+    `agreement_ceiling` is the most that `expected_accuracy` can be.
+
+    The interval takes pairs as independent where their `clusters` (prompts) differ; `effective_pairs` is how many
+    independent pairs they are worth.
+    """
     rows = [row for c in comparisons for row in c.responses]
     lengths = torch.tensor([float(row.targets.sum()) for row in rows])
     pairs = pairs_of(comparisons)
     better, worse = pairs.better, pairs.worse
     delta = scores[better] - scores[worse]
     longer = lengths[better] - lengths[worse]
-    accuracy = accuracy_of_pairs(delta)
-    low, high = wilson_interval(accuracy * len(delta), len(delta))
-    bins = calibration_bins(delta)
-    won = torch.tensor([1.0] * len(better) + [0.0] * len(worse))
+    chance = torch.tensor(pairs.probability, dtype=torch.float64)
+    decided = chance != 0.5
+    chosen, rejected = (scores[index] for index in pairs.both_ways())
+    accuracy = accuracy_of_pairs(delta, chance)
+    clusters = clusters_of(comparisons)
+    low, high, effective = accuracy_interval(delta, chance, clusters)
+    bins = calibration_bins(delta, probability=chance)
     return {
         "pairs": len(delta),
+        "clusters": len(set(clusters)),
+        "effective_pairs": effective,
         "accuracy": accuracy,
         "accuracy_low": low,
         "accuracy_high": high,
-        "log_loss": log_loss_of_pairs(delta),
-        "margin_mean": float(delta.mean()),
-        "margin_std": float(delta.std(unbiased=False)),
-        "score_chosen_mean": float(scores[better].mean()),
-        "score_chosen_std": float(scores[better].std(unbiased=False)),
-        "score_rejected_mean": float(scores[worse].mean()),
-        "score_rejected_std": float(scores[worse].std(unbiased=False)),
-        "longer_wins_accuracy": accuracy_of_pairs(longer),
+        "expected_accuracy": expected_accuracy_of_pairs(delta, chance),
+        "log_loss": log_loss_of_pairs(delta, chance),
+        "margin_mean": float((chosen - rejected).mean()),
+        "margin_std": float((chosen - rejected).std(unbiased=False)),
+        "score_chosen_mean": float(chosen.mean()),
+        "score_chosen_std": float(chosen.std(unbiased=False)),
+        "score_rejected_mean": float(rejected.mean()),
+        "score_rejected_std": float(rejected.std(unbiased=False)),
+        "longer_wins_accuracy": accuracy_of_pairs(longer, chance),
         "score_length_corr": correlation(scores, lengths),
-        "label_length_corr": correlation(won, lengths[better + worse]),
+        "label_length_corr": correlation(torch.cat([chance, 1 - chance]), lengths[better + worse]),
         "agreement_ceiling": ceiling(pairs.probability),
         "calibration_error": calibration_error(bins),
         "confidence": float(delta.double().abs().sigmoid().mean()),
         "calibration": bins,
-        "by_length_difference": accuracy_by_length_difference(delta, longer, LENGTH_EDGES),
+        "by_length_difference": accuracy_by_length_difference(delta[decided], longer[decided], LENGTH_EDGES),
     }
 
 
@@ -168,11 +247,17 @@ def ceiling(probability: list[float]) -> float:
     return sum(max(p, 1 - p) for p in probability) / len(probability)
 
 
+def describe_pairs(report: dict, what: str = "") -> str:
+    """How many pairs (`what`) a report is on, and of how many prompts where those are fewer."""
+    counted = f"{report['pairs']} {what}".strip()
+    return counted if report["clusters"] == report["pairs"] else f"{counted} of {report['clusters']} prompts"
+
+
 def report_tables(report: dict) -> tuple[Table, ...]:
     """A report as tables for a person."""
     interval = f"{report['accuracy']:.3f}  [{report['accuracy_low']:.3f}, {report['accuracy_high']:.3f}]"
     summary = (
-        ("held-out pairs", f"{report['pairs']}"),
+        ("held-out pairs", describe_pairs(report)),
         ("accuracy [95 % interval]", interval),
         ("accuracy of 'longer wins'", f"{report['longer_wins_accuracy']:.3f}"),
         ("calibration error", f"{report['calibration_error']:.3f}"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +20,9 @@ from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
 from stages.models.roles import Roles, save_adapter
 from stages.models.source import Source
-from stages.models.tokens import Text, load_text
+from stages.models.tokens import Text, TokenRow, load_text
 from stages.results import Report
+from stages.training.comparing import TokenComparison
 from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device, pick_dtype
 from stages.training.loop import Progress
 from stages.training.optimizer import AdamW
@@ -66,6 +67,13 @@ def encode_all(
         first = f"{problems[0].where}: {problems[0].what}"
         report.warn(f"{len(problems)} of {len(rows)} {what} cannot be used and were dropped; {first}")
     return out
+
+
+def report_cuts(rows: Sequence[TokenRow | TokenComparison], limit: int, report: Report, what: str) -> None:
+    """Say how many rows were too long and lost a part."""
+    cut = sum(row.cut for row in rows)
+    if cut:
+        report.note(f"{cut} of {len(rows)} {what} were cut to {limit} tokens")
 
 
 def context_limit(wanted: int, source: Source, report: Report) -> int:

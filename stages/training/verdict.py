@@ -10,6 +10,7 @@ from typing import Any
 from stages.results import Table
 
 ENOUGH = 20  # held-out pairs without which nothing is decided
+ENOUGH_PROMPTS = 4  # prompts of theirs; of fewer, not even an accuracy of 1 would clear a half
 OVERCONFIDENT = 0.1  # mean confidence above accuracy
 LENGTH_CORRELATION = 0.5
 BEYOND_LABELS = 0.2  # of the scores' correlation with length beyond the labels'
@@ -39,14 +40,18 @@ class Verdict:
 def judge(report: dict[str, Any]) -> Verdict:
     """The verdict on a report: numbers as `comparing.report_of` makes them, and what the reward stage adds.
 
-    no-go: at least ENOUGH held-out pairs, and the 95 % interval of the accuracy includes a half or lies below.
-    unknown: fewer pairs. caution: anything else that speaks against it. go: nothing does.
+    no-go: at least ENOUGH held-out pairs of ENOUGH_PROMPTS prompts, and the 95 % interval of the accuracy includes a
+    half or lies below. unknown: fewer. caution: anything else that speaks against it. go: nothing does.
     """
     notes = tuple(_notes(report))
     pairs = report.get("pairs", 0)
     if pairs < ENOUGH:
         how = "raise --eval-fraction, or give an --eval-dataset"
         return Verdict("unknown", (f"{pairs} held-out pairs are too few to tell, {ENOUGH} are needed: {how}",), notes)
+    prompts = report.get("clusters", pairs)
+    if prompts < ENOUGH_PROMPTS:
+        what = f"{pairs} held-out pairs of {prompts} prompts are too few to tell, {ENOUGH_PROMPTS} prompts are needed"
+        return Verdict("unknown", (f"{what}: raise --eval-fraction, or give an --eval-dataset",), notes)
     cautions = tuple(_cautions(report))
     accuracy = _accuracy(report)
     if report["accuracy_low"] <= 0.5:
@@ -58,7 +63,9 @@ def judge(report: dict[str, Any]) -> Verdict:
 
 def _accuracy(report: dict[str, Any]) -> str:
     interval = f"[{report['accuracy_low']:.3f}, {report['accuracy_high']:.3f}]"
-    return f"accuracy {report['accuracy']:.3f} {interval} on {report['pairs']} held-out pairs"
+    prompts = report.get("clusters", report["pairs"])
+    of_prompts = f" of {prompts} prompts" if prompts < report["pairs"] else ""
+    return f"accuracy {report['accuracy']:.3f} {interval} on {report['pairs']} held-out pairs{of_prompts}"
 
 
 def _cautions(report: dict[str, Any]) -> Iterator[str]:
@@ -99,8 +106,8 @@ def _lead_of(found: dict[str, float]) -> str:
 
 
 def _miscalibrated(report: dict[str, Any]) -> Iterator[str]:
-    accuracy, confidence = report["accuracy"], report["confidence"]
-    noise = 1.96 * math.sqrt(accuracy * (1 - accuracy) / report["pairs"])
+    accuracy, confidence = report.get("expected_accuracy", report["accuracy"]), report["confidence"]
+    noise = 1.96 * math.sqrt(accuracy * (1 - accuracy) / report.get("effective_pairs", report["pairs"]))
     if confidence - accuracy > max(OVERCONFIDENT, noise):
         yield (
             f"over-confident: {confidence:.2f} sure on average and right in {accuracy:.2f} (limit {OVERCONFIDENT:g} "
@@ -143,7 +150,11 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     accuracy = report.get("accuracy")
     ceiling, agreement = report.get("agreement_ceiling", 1.0), report.get("annotator_agreement")
     if accuracy is not None and ceiling < 1:
-        yield f"labels this uncertain allow an accuracy of {ceiling:.3f}, {ceiling - accuracy:+.3f} from this one"
+        expected = report.get("expected_accuracy", accuracy)
+        single = f" ({expected:.3f} against single judgements)" if expected != accuracy else ""
+        yield (
+            f"labels this uncertain allow an accuracy of {ceiling:.3f}, {ceiling - expected:+.3f} from this one{single}"
+        )
     if agreement is not None:
         away = f", {agreement - accuracy:+.3f} from its accuracy" if accuracy is not None else ""
         yield f"two annotators agree on {agreement:.3f} of {report['annotator_pairs']} pairs{away}"
