@@ -41,7 +41,7 @@ REPORT_FILE = "report.json"
 def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train a policy on comparisons and publish it with the report that a reward model would get."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(encode_comparison, text=text, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")

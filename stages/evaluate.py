@@ -33,7 +33,7 @@ from stages.training.session import context_limit, encode_all, open_base, open_t
 def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Measure whatever the model and the dataset allow; writes the report where --output says."""
     source = inputs.source
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     rows = tokenise(config, inputs, text, report)
     if dry_run:
         plan = {name: len(encoded) for name, encoded in rows.items()}

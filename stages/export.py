@@ -31,7 +31,7 @@ TOLERANCE = {
 def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Write the merged model in the wanted precision, load it back with transformers, and compare."""
     source = inputs.source
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     own = DTYPES.get(str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32)
     wanted = DTYPES.get(config.dtype, own)
     is_reward = source.manifest.stage == "reward"

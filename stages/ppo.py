@@ -50,7 +50,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     source, out = inputs.source, inputs.run
     for line in inputs.notes:
         report.note(line)
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
     prompts = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")

@@ -48,7 +48,7 @@ REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train a reward model on comparisons and publish it with a report on held-out ones."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(encode_comparison, text=text, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")

@@ -20,7 +20,7 @@ SHOWN = 3
 def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Sample `responses_per_prompt` responses to every prompt and write them."""
     source = inputs.source
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
     prompts = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")

@@ -30,7 +30,7 @@ from stages.training.session import (
 def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train an adapter on demonstrations and publish it as a checkpoint."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(text.demonstration, mask=config.mask, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="demonstrations")

@@ -14,18 +14,9 @@ from torch import Tensor
 from stages.errors import DatasetError, ModelError
 from stages.files.rows import Comparison, Demonstration, Prompt
 from stages.files.sources import first_line
+from stages.models.templates import TEMPLATES, choose_template, opening_tokens
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-PLAIN = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{{ 'Assistant: ' + message['content'] + eos_token + '\n\n' }}"
-    "{% else %}{{ ('Human: ' if message['role'] == 'user' else 'System: ') + message['content'] + '\n\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
+PROBE = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"})
 
 
 @dataclass(frozen=True)
@@ -53,20 +44,21 @@ class Text:
 
     def __init__(self, tokenizer, stop_ids: tuple[int, ...]):
         self.tokenizer = tokenizer
+        self.warnings: tuple[str, ...] = ()  # what the user should know of the tokenizer and its template
+        self.opening = opening_tokens(tokenizer)
+        self.special = {*tokenizer.all_special_ids, *stop_ids}
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.eos_id: int = tokenizer.eos_token_id
-        self.turn_end_id = self._turn_end(stop_ids) if self.has_template else self.eos_id
+        self.turn_end_id = self._turn_end() if self.has_template else self.eos_id
         self.stop_ids = tuple(sorted({*stop_ids, self.eos_id, self.turn_end_id}))
 
-    def _turn_end(self, stop_ids: tuple[int, ...]) -> int:
+    def _turn_end(self) -> int:
         """The special token by which the chat template ends an assistant's turn; EOS where it writes none."""
-        talk = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"})
-        ids = self.tokenizer(self.render(talk), add_special_tokens=False).input_ids
-        special = {*self.tokenizer.all_special_ids, *stop_ids}
+        ids = self.tokenizer(self.render(PROBE), add_special_tokens=False).input_ids
         after = len(ids) - 1
-        while after >= 0 and ids[after] not in special and not self.tokenizer.decode([ids[after]]).strip():
+        while after >= 0 and ids[after] not in self.special and not self.tokenizer.decode([ids[after]]).strip():
             after -= 1
-        return ids[after] if after >= 0 and ids[after] in special else self.eos_id
+        return ids[after] if after >= 0 and ids[after] in self.special else self.eos_id
 
     # --- rendering and encoding
 
@@ -80,11 +72,20 @@ class Text:
             ) from None
 
     def encode(self, text: str, *, rendered: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens and their character spans; a rendered template brings its own special tokens."""
+        """Tokens and their character spans; a rendered template brings its own special tokens.
+
+        Plain text begins with the tokenizer's opening tokens once, also where it spells them out itself, and has no
+        special token behind it: EOS is added where a response ends, once.
+        """
         coded = self.tokenizer(text, add_special_tokens=not rendered, return_offsets_mapping=True, verbose=False)
         ids, spans = list(coded["input_ids"]), list(coded["offset_mapping"])
-        while ids and not rendered and ids[-1] == self.eos_id and spans[-1][0] == spans[-1][1]:
-            ids, spans = ids[:-1], spans[:-1]  # some tokenizers append EOS by themselves; we add it ourselves, once
+        if rendered:
+            return ids, spans
+        size, opening = len(self.opening), list(self.opening)
+        while len(ids) > size and spans[-1][0] == spans[-1][1] and ids[-1] in self.special:
+            ids, spans = ids[:-1], spans[:-1]
+        if opening and ids[: 2 * size] == opening * 2:
+            ids, spans = ids[size:], spans[size:]
         return ids, spans
 
     def need_template(self, where: str) -> None:
@@ -233,13 +234,14 @@ class Text:
             ids, targets = self._conversation(whole, "completion")
             last = max(i for i, on in enumerate(targets) if on)
             ids, begin = ids[: last + 1], targets.index(True)
-        return _fit(ids, begin, max_tokens)
+        return _fit(ids, begin, max_tokens, self.opening)
 
 
-def _fit(ids: list[int], begin: int, max_tokens: int) -> TokenRow:
+def _fit(ids: list[int], begin: int, max_tokens: int, opening: tuple[int, ...]) -> TokenRow:
     prompt, response = ids[:begin], ids[begin:]
     kept = min(len(prompt), max(max_tokens // 4, max_tokens - len(response)))
-    prompt = prompt[len(prompt) - kept :]
+    first = prompt[: len(opening)] if tuple(prompt[: len(opening)]) == opening and len(opening) < kept else []
+    prompt = first + prompt[len(prompt) - kept + len(first) :]  # a prompt cut short begins with BOS all the same
     shown = response[: max_tokens - kept]
     targets = torch.zeros(len(prompt) + len(shown), dtype=torch.bool)
     targets[max(1, len(prompt)) :] = True
@@ -267,20 +269,33 @@ def load_text(folder: Path, *, chat_template: str | None, stop_ids: tuple[int, .
             fix="set eos_token in tokenizer_config.json",
         )
     if chat_template is not None:
-        tokenizer.chat_template = TEMPLATES.get(chat_template) or _read_template(chat_template)
+        tokenizer.chat_template = choose_template(chat_template, tokenizer)
     try:
-        return Text(tokenizer, stop_ids)
+        text = Text(tokenizer, stop_ids)
     except DatasetError as error:  # not a row's fault: the template refuses a plain question and answer
         where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
         raise ModelError(error.what, where=where, fix="correct the template") from None
 
+    if chat_template is not None and chat_template not in TEMPLATES:
+        text.warnings += _odd_opening(text, chat_template)
+    return text
 
-def _read_template(name: str) -> str:
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"cannot read the chat template: {error}",
-            where="--chat-template",
-            fix="give chatml, plain or a .jinja file",
-        ) from None
+
+def _odd_opening(text: Text, name: str) -> tuple[str, ...]:
+    """A warning where a template from a file does not begin as plain text does; raises ModelError for two beginnings.
+
+    The file is used as it is all the same: some models are served without the token.
+    """
+    opening, where = list(text.opening), f"--chat-template {name}"
+    if not opening:
+        return ()
+    size, words = len(opening), "".join(text.tokenizer.convert_ids_to_tokens(opening))
+    ids, _ = text.encode(text.render(PROBE), rendered=True)
+    if ids[: 2 * size] == opening * 2:
+        raise ModelError(f"the template writes {words} twice", where=where, fix="write it once, as {{ bos_token }}")
+    if ids[:size] == opening:
+        return ()
+    return (
+        f"{where} does not write {words}, which the tokenizer puts before plain text; conversations are trained and "
+        "sampled without it. Begin the file with {{ bos_token }} unless the model is meant to do without",
+    )

@@ -33,14 +33,17 @@ Row = TypeVar("Row")
 Out = TypeVar("Out")
 
 
-def open_text(source: Source, config: Any) -> Text:
-    """The tokenizer of a source, with the chat template that the config asks for."""
-    return load_text(
+def open_text(source: Source, config: Any, report: Report | None = None) -> Text:
+    """The tokenizer of a source, with the chat template that the config asks for; odd ones are warned of."""
+    text = load_text(
         source.tokenizer,
         chat_template=config.chat_template,
         stop_ids=stop_ids_of(source),
         trust_remote_code=config.trust_remote_code,
     )
+    for line in text.warnings if report is not None else ():
+        report.warn(line)
+    return text
 
 
 def encode_all(
