@@ -24,7 +24,7 @@ from stages.rollout.frontier import curve_tables, describe_turn, frontier_plot, 
 from stages.rollout.generate import Sampling, check_engine
 from stages.rollout.measure import Bench, Measured, best_of_rows, measure, sampling_of, summarise
 from stages.rollout.samples import readable
-from stages.rollout.sources import Rewards
+from stages.rollout.sources import Rewards, check_templates
 from stages.training.comparing import encode_comparison
 from stages.training.language import held_out_loss, prompt_of
 from stages.training.session import context_limit, encode_all, open_base, open_text
@@ -90,6 +90,7 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report)
         if not asked:
             raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
         rows["prompts"] = encode(asked, partial(text.prompt, max_tokens=longest), what="prompts")
+        check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"], report)
     return rows
 
 

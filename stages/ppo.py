@@ -30,7 +30,7 @@ from stages.rollout.estimate import estimate
 from stages.rollout.experience import Experience, Rollout, policy_knew, role_logprobs, role_values, roll_out, rollout_kl
 from stages.rollout.generate import ROWS_AT_ONCE, Sampling, check_engine
 from stages.rollout.graphs import Usable
-from stages.rollout.sources import Rewards
+from stages.rollout.sources import Rewards, check_templates
 from stages.rollout.watching import Watch, alarm_table, alarms_in, kept
 from stages.training.batching import batch_at
 from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device
@@ -57,6 +57,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     held = encode_all(inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out prompts")
     limit = partial(text.demonstration, mask="completion", max_tokens=min(source.context, PTX_TOKENS))
     ptx = encode_all(inputs.ptx, limit, skip_bad=config.skip_bad_rows, report=report, what="ptx rows")
+    check_templates(inputs.rewards, text, prompts, report)
     total = config.max_steps or max(1, math.ceil(round(config.epochs * len(prompts) / config.batch_size, 6)))
     work = work_of(config, prompts)
     if dry_run:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from stages.config import RewardConfig
-from stages.errors import DatasetError
 from stages.files.atomic import write_json
 from stages.files.rows import Prompt
 from stages.inputs import Inputs
@@ -55,7 +54,7 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     held = encode_all(
         inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out comparisons"
     )
-    demonstrations = encode_demonstrations(inputs, text, rows, limit)
+    demonstrations = encode_demonstrations(inputs, text, rows, limit, config.skip_bad_rows, report)
     cut = sum(row.cut for row in rows)
     if cut:
         report.note(f"{cut} of {len(rows)} comparisons were cut to {limit} tokens")
@@ -196,17 +195,27 @@ def comparison_losses(
     return losses * as_tensor(pairs.weight), winners, losers
 
 
-def encode_demonstrations(inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int) -> list[TokenRow]:
-    """The demonstrations whose mean score becomes 0: those given, else the preferred training responses."""
+def encode_demonstrations(
+    inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int, skip_bad: bool, report: Report
+) -> list[TokenRow]:
+    """The demonstrations whose mean score becomes 0: those given, else the preferred training responses.
+
+    Read as PPO reads responses, at their end token; given ones too long to keep it are left out.
+    """
+    preferred = [row.best for row in rows[:DEMONSTRATIONS]]
     if inputs.demonstrations is None:
-        return [row.best for row in rows[:DEMONSTRATIONS]]
-    chosen = []
-    for row in inputs.demonstrations.rows[:DEMONSTRATIONS]:
-        try:
-            chosen.append(text.demonstration(row, "completion", limit))
-        except DatasetError:  # too long to be read whole
-            continue
-    return chosen or [row.best for row in rows[:DEMONSTRATIONS]]
+        return preferred
+    given = inputs.demonstrations.rows[:DEMONSTRATIONS]
+    encode = partial(text.judged, max_tokens=limit)
+    encoded = encode_all(given, encode, skip_bad=skip_bad, report=report, what="demonstrations")
+    whole = [row for row in encoded if int(row.ids[-1]) in text.stop_ids]
+    if len(whole) < len(encoded):
+        left = "the others are" if whole else "preferred training responses are"
+        report.warn(
+            f"{len(encoded) - len(whole)} of {len(encoded)} demonstrations lose their end within {limit} tokens; "
+            f"{left} centred on"
+        )
+    return whole or preferred
 
 
 def centre(roles: Roles, demonstrations: list[TokenRow], micro_batch_size: int | str) -> Tensor:

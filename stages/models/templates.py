@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from stages.errors import ModelError
@@ -43,6 +44,29 @@ def write_opening(tokenizer) -> str:
         return "{{ bos_token }}"
     words = "".join(tokenizer.convert_ids_to_tokens(list(opening)))
     return f"{{{{ {words!r} }}}}" if words else ""
+
+
+def scored_template(template: str, *, writes_end: bool) -> str:
+    """The template, ending where a reward model reads the score: at the last turn's end token, without a line break.
+
+    Where it writes no end token, EOS. With a generation prompt it is the template as it was.
+    """
+    end = "" if writes_end else " + eos_token"
+    return (
+        f"{{% set conversation %}}{template}{{% endset %}}{{{{ conversation if add_generation_prompt or "
+        f"messages[-1]['role'] != 'assistant' else conversation.rstrip(){end} }}}}"
+    )
+
+
+def stored_template(folder: Path) -> str | None:
+    """The chat template that is saved with a tokenizer; None where there is none."""
+    alone, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    try:
+        if alone.exists():
+            return alone.read_text(encoding="utf-8")
+        return json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever loads the tokenizer says what is wrong
 
 
 def _read_template(name: str) -> str:

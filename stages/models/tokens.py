@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import DatasetError, ModelError
-from stages.files.rows import Comparison, Demonstration, Prompt
+from stages.files.rows import Comparison, Content, Demonstration, Prompt
 from stages.files.sources import first_line
 from stages.models.templates import TEMPLATES, choose_template, opening_tokens
 from stages.models.turns import content_end, find_turn, marked_spans
@@ -151,9 +151,9 @@ class Text:
         else:
             ids, spans = self.encode(row.prompt + row.completion, rendered=False)
             begin = 0 if mask == "all" else len(row.prompt)
-            targets = [end > begin for _, end in spans]
-            if ids[-1:] != [self.eos_id]:  # a completion may bring its own
-                ids, targets = [*ids, self.eos_id], [*targets, True]
+            targets = [*(end > begin for _, end in spans), True]
+            ids = self._closed(row.prompt + row.completion, ids, spans)
+            targets = targets[: len(ids)]
         cut = len(ids) > max_tokens
         ids, targets = ids[:max_tokens], targets[:max_tokens]
         if mask == "all":
@@ -260,21 +260,33 @@ class Text:
 
         A prompt too long loses its beginning, a response too long its end (and so its EOS).
         """
-        return [self._judged(row, response, max_tokens) for response in row.responses]
+        return [self._judged(row.where, row.prompt, response, max_tokens) for response in row.responses]
 
-    def _judged(self, row: Comparison, response: object, max_tokens: int) -> TokenRow:
+    def judged(self, row: Demonstration, max_tokens: int) -> TokenRow:
+        """A demonstration's last response as a reward model reads it: up to its end token, cut as in a comparison."""
+        if row.messages and (self.has_template or not row.completion):
+            last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
+            return self._judged(row.where, row.messages[:last], row.messages[last : last + 1], max_tokens)
+        return self._judged(row.where, row.prompt, row.completion, max_tokens)
+
+    def _judged(self, where: str, prompt: Content, response: Content, max_tokens: int) -> TokenRow:
         if isinstance(response, str):
-            ids, spans = self.encode(row.prompt + response, rendered=False)
-            begin = sum(1 for _, end in spans if end <= len(row.prompt))
-            ids = ids if ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
+            ids, spans = self.encode(prompt + response, rendered=False)
+            begin = sum(1 for _, end in spans if end <= len(prompt))
+            ids = self._closed(prompt + response, ids, spans)
         else:
-            self.need_template(row.where)
-            whole = Demonstration(row.where, "", "", (*row.prompt, *response))
+            self.need_template(where)
+            whole = Demonstration(where, "", "", (*prompt, *response))
             text = self.render(whole.messages)
             ids, spans = self.encode(text, rendered=True)
             begin, last = self._turn(whole, len(whole.messages) - 1, text, ids, spans)
             ids = ids[: last + 1] if ids[last] in self.stop_ids else [*ids[: last + 1], self.eos_id]
         return _fit(ids, begin, max_tokens, self.opening)
+
+    def _closed(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
+        """Tokens of a plain text with one EOS at the end: its own, or one more."""
+        last = _last_visible(text, spans, range(len(ids)))
+        return ids[: last + 1] if last >= 0 and ids[last] == self.eos_id else [*ids, self.eos_id]
 
 
 def _inside(spans: list[tuple[int, int]], begin: int, end: int) -> list[int]:
