@@ -27,13 +27,21 @@ from stages.training.comparing import (
 )
 from stages.training.devices import Ranks
 from stages.training.implicit import cached_logprobs, flatten, logprob_sums, summed_logprobs
-from stages.training.language import count_targets
+from stages.training.language import count_targets, warn_above_uniform
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
-from stages.training.session import context_limit, encode_all, open_for_training, open_progress, open_text, publish
+from stages.training.session import (
+    check_coverage,
+    context_limit,
+    encode_all,
+    open_for_training,
+    open_progress,
+    open_text,
+    publish,
+)
 
 REPORT_FILE = "report.json"
 
@@ -46,6 +54,7 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     encode = partial(encode_comparison, text=text, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
     held = encode_all(inputs.held_out, encode, skip_bad=True, report=report, what="held-out comparisons")
+    cause = check_coverage(text, inputs.train, report, what="comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes, read = [row.size for row in rows], count_targets(flatten(rows))
     work = Work("dpo", sizes, config.batch_size, read=read / sum(sizes), computed=computed_share(rows))
@@ -89,6 +98,9 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     def evaluate(step: int) -> dict[str, float]:
         if step == 0:
             known()  # before the clock of the first step runs
+            asked = count_targets(flatten([rows[i] for i in visited]))
+            loss = -float(reference_of("train").double().sum()) / asked
+            warn_above_uniform(loss, base.vocabulary, "the reference's loss on the responses", cause, report)
         found = held_out_report()
         names = ("accuracy", "log_loss", "margin_mean", "score_length_corr")
         return {f"eval_{name}": found[name] for name in names if name in found}

@@ -39,7 +39,7 @@ from stages.training.loop import Progress, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, plan_result, rollout_rows, source_shapes
 from stages.training.seeds import derive, permutation
-from stages.training.session import encode_all, open_for_training, open_progress, open_text, publish
+from stages.training.session import check_coverage, encode_all, open_for_training, open_progress, open_text, publish
 
 TRY_TOKENS = 8
 PTX_TOKENS = 1024
@@ -58,6 +58,8 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     limit = partial(text.demonstration, mask="completion", max_tokens=min(source.context, PTX_TOKENS))
     ptx = encode_all(inputs.ptx, limit, skip_bad=config.skip_bad_rows, report=report, what="ptx rows")
     check_templates(inputs.rewards, text, prompts, report)
+    check_coverage(text, inputs.train, report, what="prompts")
+    check_coverage(text, inputs.ptx, report, what="ptx rows")
     total = config.max_steps or max(1, math.ceil(round(config.epochs * len(prompts) / config.batch_size, 6)))
     work = work_of(config, prompts)
     if dry_run:

@@ -36,7 +36,15 @@ from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
-from stages.training.session import context_limit, encode_all, open_for_training, open_progress, open_text, publish
+from stages.training.session import (
+    check_coverage,
+    context_limit,
+    encode_all,
+    open_for_training,
+    open_progress,
+    open_text,
+    publish,
+)
 from stages.training.verdict import judge
 
 ROLE = "reward"
@@ -58,6 +66,7 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     cut = sum(row.cut for row in rows)
     if cut:
         report.note(f"{cut} of {len(rows)} comparisons were cut to {limit} tokens")
+    check_coverage(text, inputs.train, report, what="comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     work = Work("reward", [row.size for row in rows], config.batch_size, read=0.0, computed=computed_share(rows))
     if dry_run:

@@ -12,12 +12,13 @@ from stages.results import Report, Result, metrics_table, next_commands
 from stages.rollout.samples import show_samples
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.devices import peak_memory_gb
-from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
+from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of, warn_above_uniform
 from stages.training.loop import apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
 from stages.training.session import (
+    check_coverage,
     context_limit,
     encode_all,
     open_for_training,
@@ -38,6 +39,7 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out demonstrations"
     )
     report_cuts(rows, limit, report)
+    cause = check_coverage(text, inputs.train, report, what="demonstrations")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes = [len(row.ids) for row in rows]
     work = Work("sft", sizes, config.batch_size, read=count_targets(rows) / sum(sizes))
@@ -57,6 +59,8 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         with roles.use("policy"):
             loss = learn_rows(roles, ranks.share(batch), count_targets(batch), config.micro_batch_size)
         loss = ranks.sum_floats({"loss": loss}, base.device)["loss"]
+        if step == 0 and not held:
+            warn_above_uniform(loss, base.vocabulary, "the loss of the first batch before training", cause, report)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
         return {
@@ -71,6 +75,9 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
 
     def evaluate(step: int) -> dict[str, float]:
         found = held_out_loss(roles, "policy", held, config.micro_batch_size)
+        if held and step in (0, total):
+            when = "before training" if step == 0 else "after training"
+            warn_above_uniform(found["eval_loss"], base.vocabulary, f"the held-out loss {when}", cause, report)
         prompts = [prompt for prompt in map(prompt_of, inputs.held_out) if prompt is not None][: config.samples]
         show_samples(out, roles, "policy", text, prompts, step, config.seed, ranks)
         return found

@@ -16,6 +16,7 @@ from stages.files.manifest import Manifest, Parent, checkpoint_digest, versions
 from stages.files.rows import Rows
 from stages.files.run import Run, write_config
 from stages.models.base import Base, load_base, stop_ids_of
+from stages.models.coverage import measure_coverage, sample_texts
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
 from stages.models.roles import Roles, save_adapter
@@ -69,6 +70,17 @@ def encode_all(
         first = f"{problems[0].where}: {problems[0].what}"
         report.warn(f"{len(problems)} of {len(rows)} {what} cannot be used and were dropped; {first}")
     return out
+
+
+def check_coverage(text: Text, rows: list, report: Report, *, what: str) -> str:
+    """Warn of rows in a language that the tokenizer does not know; returns why they are unreadable, empty if not."""
+    cause = measure_coverage(text.tokenizer, sample_texts(rows)).cause
+    if cause:
+        report.warn(
+            f"the base can hardly read the {what}: {cause}. Losses, scores and responses on them mean little; choose a "
+            "base whose tokenizer was made for this language"
+        )
+    return cause
 
 
 def context_limit(wanted: int, source: Source, report: Report) -> int:
