@@ -29,13 +29,14 @@ from stages.training.comparing import (
     step_metrics,
 )
 from stages.training.implicit import cached_logprobs, flatten, logprob_sums, summed_logprobs
-from stages.training.language import count_targets
+from stages.training.language import count_targets, warn_above_uniform
 from stages.training.loop import add_gradients, apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.passes import accumulate
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
 from stages.training.session import (
+    check_coverage,
     context_limit,
     encode_all,
     open_for_training,
@@ -51,7 +52,7 @@ REPORT_FILE = "report.json"
 def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train a policy on comparisons and publish it with the report that a reward model would get."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(encode_comparison, text=text, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
@@ -60,6 +61,7 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     )
     report_cuts(rows, limit, report, "comparisons")
     report_cuts(held, limit, report, "held-out comparisons")
+    cause = check_coverage(text, inputs.train, report, what="comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes, read = [row.size for row in rows], count_targets(flatten(rows))
     work = Work("dpo", sizes, config.batch_size, read=read / sum(sizes), computed=computed_share(rows))
@@ -115,6 +117,9 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         with ranks.together():
             if step == 0:
                 known()  # before the clock of the first step runs
+                asked = count_targets(flatten([rows[i] for i in visited]))
+                loss = -float(reference_of("train").double().sum()) / asked
+                warn_above_uniform(loss, base.vocabulary, "the reference's loss on the responses", cause, report)
             found = held_out_report()
         names = ("accuracy", "log_loss", "margin_mean", "score_length_corr")
         return {f"eval_{name}": found[name] for name in names if name in found}

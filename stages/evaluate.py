@@ -24,17 +24,18 @@ from stages.rollout.frontier import curve_tables, describe_turn, frontier_plot, 
 from stages.rollout.generate import Sampling, check_engine
 from stages.rollout.measure import Bench, Measured, best_of_rows, measure, sampling_of, summarise
 from stages.rollout.samples import readable
-from stages.rollout.sources import Rewards
+from stages.rollout.sources import Rewards, check_templates
 from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
-from stages.training.language import held_out_loss, prompt_of
-from stages.training.session import context_limit, encode_all, open_base, open_text, report_cuts
+from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
+from stages.training.session import check_coverage, context_limit, encode_all, open_base, open_text, report_cuts
 
 
 def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Measure whatever the model and the dataset allow; writes the report where --output says."""
     source = inputs.source
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     rows = tokenise(config, inputs, text, report)
+    cause = check_coverage(text, inputs.data.rows, report, what="rows")
     if dry_run:
         plan = {name: len(encoded) for name, encoded in rows.items()}
         return Result("evaluate", "dry run", None, {"plan": plan}, (facts_table("evaluate: the plan", plan),))
@@ -51,6 +52,7 @@ def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool
     if "demonstrations" in rows:
         roles.add("policy", adapter_of(base, source, trainable=False))
         found["perplexity"] = measure_perplexity(roles, rows["demonstrations"])
+        warn_above_uniform(found["perplexity"]["loss"], base.vocabulary, "the loss", cause, report)
         tables = (metrics_table("perplexity", found["perplexity"]),)
     if "prompts" in rows:
         for line in check_engine(base, config.rollout_engine):
@@ -93,6 +95,7 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report)
         if not asked:
             raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
         rows["prompts"] = encode(asked, partial(text.prompt, max_tokens=longest), what="prompts")
+        check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"], report)
     return rows
 
 

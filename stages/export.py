@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from stages.config import ExportConfig
 from stages.errors import ModelError
 from stages.files import atomic
+from stages.files.rows import Demonstration
 from stages.inputs import Inputs
 from stages.models.base import Base, load_base
 from stages.models.heads import ScalarHead
 from stages.models.lora import merge_and_unwrap
 from stages.models.roles import Roles, adapter_of, head_of
-from stages.models.tokens import Text
+from stages.models.templates import scored_template
+from stages.models.tokens import PROBE, Text
 from stages.results import Report, Result, Table, facts_table
 from stages.training.devices import DTYPES, pick_device
 from stages.training.reload import probe_sequences
@@ -31,7 +33,7 @@ TOLERANCE = {
 def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Write the merged model in the wanted precision, load it back with transformers, and compare."""
     source = inputs.source
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     own = DTYPES.get(str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32)
     wanted = DTYPES.get(config.dtype, own)
     is_reward = source.manifest.stage == "reward"
@@ -55,6 +57,8 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     if head is None:
         model.generation_config.eos_token_id = list(text.stop_ids)
     set_special_tokens(model, text)
+    if head is not None and text.has_template:
+        end_where_scored(text, report)
     output = Path(config.output).expanduser().absolute()
     atomic.clear_leftovers(output.parent, of=output.name)
     with atomic.folder(output) as folder:
@@ -64,7 +68,9 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     data = {**facts, "largest_difference": difference, "score_bias": float(head.bias) if head else None}
     rows = (("class", kind), ("precision", facts["dtype"]), ("largest difference after reloading", f"{difference:.2e}"))
     if head is not None:
+        ends = dict.fromkeys(text.tokenizer.convert_ids_to_tokens([text.eos_id, text.turn_end_id]))
         rows += (("score = its logit +", f"{float(head.bias):.4f} (score_bias in config.json)"),)
+        rows += (("the score is read at the last token", f"end a text with {', a conversation with '.join(ends)}"),)
     hint = f"transformers.{kind}.from_pretrained({config.output!r})"
     return Result("export", "done", config.output, data, (Table("export", ("what", "value"), rows),), (hint,))
 
@@ -95,6 +101,22 @@ def as_classifier(base: Base, head: ScalarHead, dtype: torch.dtype) -> nn.Module
     model.base_model.load_state_dict(base.body.state_dict())
     model.score.weight.data.copy_(head.weight.detach()[None])
     return model.to(base.device, dtype).eval()
+
+
+def end_where_scored(text: Text, report: Report) -> None:
+    """Let the chat template end a conversation at the token at which the reward model was trained to be read.
+
+    A classifier reads the last token, and most templates write a line break after the last turn's end token.
+    """
+    template = text.tokenizer.get_chat_template()
+    judged = text.judged(Demonstration("", "", "", PROBE), 2**30).ids.tolist()
+    ids, _ = text.encode(text.render(PROBE), rendered=True)
+    if ids == judged:
+        return
+    text.tokenizer.chat_template = scored_template(template, writes_end=judged == ids[: len(judged)])
+    if text.encode(text.render(PROBE), rendered=True)[0] != judged:
+        last = text.tokenizer.convert_ids_to_tokens(judged[-1])
+        report.warn(f"the score of a conversation is read at {last}; cut what the chat template writes after it")
 
 
 def set_special_tokens(model: nn.Module, text: Text) -> None:

@@ -109,7 +109,9 @@ def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
     )
     ratings = {"rating_threshold": config.rating_threshold, "normalise_raters": config.normalise_raters}
     read = _reader(files.read_comparisons, config, **ratings)
-    demonstrations = files.read_demonstrations(config.demonstrations) if config.demonstrations else None
+    demonstrations = None
+    if config.demonstrations:
+        demonstrations = files.read_demonstrations(config.demonstrations, skip_bad_rows=config.skip_bad_rows)
     more = {"demonstrations": demonstrations.digest} if demonstrations else {}
     return _training("reward", config, overwrite, source, read, more, demonstrations=demonstrations)
 

@@ -31,7 +31,7 @@ from stages.rollout.estimate import estimate
 from stages.rollout.experience import Experience, Rollout, policy_knew, role_logprobs, role_values, roll_out, rollout_kl
 from stages.rollout.generate import ROWS_AT_ONCE, Sampling, check_engine
 from stages.rollout.graphs import Usable
-from stages.rollout.sources import Rewards
+from stages.rollout.sources import Rewards, check_templates
 from stages.rollout.watching import Watch, alarm_table, alarms_in, kept
 from stages.training.batching import batch_at
 from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device
@@ -40,7 +40,15 @@ from stages.training.loop import Progress, before_and_after, read_metrics, stop_
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, plan_result, rollout_rows, source_shapes
 from stages.training.seeds import derive, permutation
-from stages.training.session import encode_all, open_for_training, open_progress, open_text, publish, report_cuts
+from stages.training.session import (
+    check_coverage,
+    encode_all,
+    open_for_training,
+    open_progress,
+    open_text,
+    publish,
+    report_cuts,
+)
 
 TRY_TOKENS = 8
 PTX_TOKENS = 1024
@@ -49,7 +57,7 @@ PTX_TOKENS = 1024
 def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train a policy against a reward and publish it, with its critic, as a checkpoint."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
     prompts = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
@@ -58,6 +66,9 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     learn = partial(text.demonstration, mask="completion", max_tokens=limit)
     ptx = encode_all(inputs.ptx, learn, skip_bad=config.skip_bad_rows, report=report, what="ptx rows")
     report_cuts(ptx, limit, report, "ptx rows")
+    check_templates(inputs.rewards, text, prompts, report)
+    check_coverage(text, inputs.train, report, what="prompts")
+    check_coverage(text, inputs.ptx, report, what="ptx rows")
     total = config.max_steps or max(1, math.ceil(round(config.epochs * len(prompts) / config.batch_size, 6)))
     work = work_of(config, prompts)
     if dry_run:

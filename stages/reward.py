@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from stages.config import RewardConfig
-from stages.errors import DatasetError
 from stages.files.atomic import write_json
 from stages.files.rows import Prompt
 from stages.inputs import Inputs
@@ -40,6 +39,7 @@ from stages.training.passes import accumulate
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
 from stages.training.session import (
+    check_coverage,
     context_limit,
     encode_all,
     open_for_training,
@@ -58,16 +58,17 @@ REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train a reward model on comparisons and publish it with a report on held-out ones."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(encode_comparison, text=text, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
     held = encode_all(
         inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out comparisons"
     )
-    demonstrations = encode_demonstrations(inputs, text, rows, limit)
+    demonstrations = encode_demonstrations(inputs, text, rows, limit, config.skip_bad_rows, report)
     report_cuts(rows, limit, report, "comparisons")
     report_cuts(held, limit, report, "held-out comparisons")
+    check_coverage(text, inputs.train, report, what="comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     work = Work("reward", [row.size for row in rows], config.batch_size, read=0.0, computed=computed_share(rows))
     if dry_run:
@@ -198,17 +199,27 @@ def comparison_losses(scores: Tensor, comparisons: list[TokenComparison], config
     return losses * as_tensor(pairs.weight)
 
 
-def encode_demonstrations(inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int) -> list[TokenRow]:
-    """The demonstrations whose mean score becomes 0: those given, else the preferred training responses."""
+def encode_demonstrations(
+    inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int, skip_bad: bool, report: Report
+) -> list[TokenRow]:
+    """The demonstrations whose mean score becomes 0: those given, else the preferred training responses.
+
+    Read as PPO reads responses, at their end token; given ones too long to keep it are left out.
+    """
+    preferred = [row.best for row in rows[:DEMONSTRATIONS]]
     if inputs.demonstrations is None:
-        return [row.best for row in rows[:DEMONSTRATIONS]]
-    chosen = []
-    for row in inputs.demonstrations.rows[:DEMONSTRATIONS]:
-        try:
-            chosen.append(text.demonstration(row, "completion", limit))
-        except DatasetError:  # too long to be read whole
-            continue
-    return chosen or [row.best for row in rows[:DEMONSTRATIONS]]
+        return preferred
+    given = inputs.demonstrations.rows[:DEMONSTRATIONS]
+    encode = partial(text.judged, max_tokens=limit)
+    encoded = encode_all(given, encode, skip_bad=skip_bad, report=report, what="demonstrations")
+    whole = [row for row in encoded if int(row.ids[-1]) in text.stop_ids]
+    if len(whole) < len(encoded):
+        left = "the others are" if whole else "preferred training responses are"
+        report.warn(
+            f"{len(encoded) - len(whole)} of {len(encoded)} demonstrations lose their end within {limit} tokens; "
+            f"{left} centred on"
+        )
+    return whole or preferred
 
 
 def centre(roles: Roles, demonstrations: list[TokenRow], micro_batch_size: int | str) -> Tensor:

@@ -12,7 +12,7 @@ from stages.models.roles import Roles, adapter_of
 from stages.results import Report, Result, Table, facts_table
 from stages.rollout.generate import Sampling, check_engine, generate
 from stages.rollout.samples import readable
-from stages.training.session import encode_all, open_base, open_text
+from stages.training.session import check_coverage, encode_all, open_base, open_text
 
 SHOWN = 3
 
@@ -20,10 +20,11 @@ SHOWN = 3
 def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Sample `responses_per_prompt` responses to every prompt and write them."""
     source = inputs.source
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
     prompts = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
+    check_coverage(text, inputs.data.rows, report, what="prompts")
     repeated = [(i, k) for i in range(len(prompts)) for k in range(config.responses_per_prompt)]
     counts = {"prompts": len(prompts), "responses": len(repeated)}
     if dry_run:

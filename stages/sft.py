@@ -11,12 +11,13 @@ from stages.results import Report, Result, metrics_table, next_commands
 from stages.rollout.samples import show_samples
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.devices import peak_memory_gb
-from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
+from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of, warn_above_uniform
 from stages.training.loop import add_gradients, apply_gradients, before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, plan_result
 from stages.training.seeds import derive
 from stages.training.session import (
+    check_coverage,
     context_limit,
     encode_all,
     open_for_training,
@@ -30,7 +31,7 @@ from stages.training.session import (
 def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train an adapter on demonstrations and publish it as a checkpoint."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config)
+    text = open_text(source, config, report)
     limit = context_limit(config.max_tokens, source, report)
     encode = partial(text.demonstration, mask=config.mask, max_tokens=limit)
     rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="demonstrations")
@@ -39,6 +40,7 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     )
     report_cuts(rows, limit, report, "rows")
     report_cuts(held, limit, report, "held-out rows")
+    cause = check_coverage(text, inputs.train, report, what="demonstrations")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes = [len(row.ids) for row in rows]
     work = Work("sft", sizes, config.batch_size, read=count_targets(rows) / sum(sizes))
@@ -59,6 +61,8 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         with roles.use("policy"):
             loss = add_gradients(roles, ranks, mine)
         loss = ranks.sum_floats({"loss": loss}, base.device)["loss"]
+        if step == 0 and not held:
+            warn_above_uniform(loss, base.vocabulary, "the loss of the first batch before training", cause, report)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
         return {
@@ -74,6 +78,9 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     def evaluate(step: int) -> dict[str, float]:
         with ranks.together():
             found = held_out_loss(roles, "policy", held, config.micro_batch_size)
+        if held and step in (0, total):
+            when = "before training" if step == 0 else "after training"
+            warn_above_uniform(found["eval_loss"], base.vocabulary, f"the held-out loss {when}", cause, report)
         prompts = [prompt for prompt in map(prompt_of, inputs.held_out) if prompt is not None][: config.samples]
         with ranks.together():
             show_samples(out, roles, "policy", text, prompts, step, config.seed, ranks)

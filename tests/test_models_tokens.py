@@ -123,7 +123,9 @@ def test_plain_template_ends_every_assistant_turn_with_eos(model_folder):
     text = open_tiny_text(model_folder("llama"), chat_template="plain")
     assert text.turn_end_id == EOS
     row = text.demonstration(conversation(), "completion", 1000)
-    expected = "Human: what is the time?\n\nAssistant: it is noon.<eos>\n\nHuman: thank you very much!\n\nAssistant:"
+    expected = (
+        "<bos>Human: what is the time?\n\nAssistant: it is noon.<eos>\n\nHuman: thank you very much!\n\nAssistant:"
+    )
     assert text.render(TALK[:3], generate=True) == expected
     assert text.tokenizer.decode(row.ids) == (expected + " the dog ran to the park<eos>\n\n")
     assert text.tokenizer.decode(row.ids[row.targets]) == " the dog ran to the park<eos>"
@@ -421,14 +423,15 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end(plain):
     def fitted(size):
         return plain.comparison(Comparison("c:1", prompt, (response, " x"), (Pair(0, 1),)), size)[0]
 
-    row = fitted(after + 6)  # the whole response and the prompt's last six tokens
-    assert row.cut and row.ids.tolist() == whole.ids[before - 6 :].tolist()
+    row = fitted(after + 6)  # the whole response, BOS and the prompt's last five tokens
+    assert row.cut and row.ids.tolist() == [1, *whole.ids[before - 5 :].tolist()]
     assert row.targets.tolist() == [False] * 6 + [True] * after
     size = after  # a quarter is kept for the prompt, and the response loses its end
     row = fitted(size)
     kept = size // 4
     assert row.cut and row.ids.tolist() == [
-        *whole.ids[before - kept : before].tolist(),
+        1,
+        *whole.ids[before - kept + 1 : before].tolist(),
         *whole.ids[before : before + size - kept].tolist(),
     ]
     assert EOS not in row.ids

@@ -5,6 +5,8 @@ Whole texts are tokenised once and masks come from character offsets, because pi
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,20 +14,13 @@ import torch
 from torch import Tensor
 
 from stages.errors import DatasetError, ModelError
-from stages.files.rows import Comparison, Demonstration, Prompt
+from stages.files.rows import Comparison, Content, Demonstration, Prompt
 from stages.files.sources import first_line
+from stages.models.templates import TEMPLATES, choose_template, opening_tokens
+from stages.models.turns import content_end, find_turn, marked_spans
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-PLAIN = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{{ 'Assistant: ' + message['content'] + eos_token + '\n\n' }}"
-    "{% else %}{{ ('Human: ' if message['role'] == 'user' else 'System: ') + message['content'] + '\n\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
+MARKS_ADVICE = "put {% generation %} around what the assistant writes, or leave these marks out of the template"
+PROBE = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"})
 
 
 @dataclass(frozen=True)
@@ -53,20 +48,21 @@ class Text:
 
     def __init__(self, tokenizer, stop_ids: tuple[int, ...]):
         self.tokenizer = tokenizer
+        self.warnings: tuple[str, ...] = ()  # what the user should know of the tokenizer and its template
+        self.opening = opening_tokens(tokenizer)
+        self.special = {*tokenizer.all_special_ids, *stop_ids}
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.eos_id: int = tokenizer.eos_token_id
-        self.turn_end_id = self._turn_end(stop_ids) if self.has_template else self.eos_id
+        self.turn_end_id = self._turn_end() if self.has_template else self.eos_id
         self.stop_ids = tuple(sorted({*stop_ids, self.eos_id, self.turn_end_id}))
 
-    def _turn_end(self, stop_ids: tuple[int, ...]) -> int:
+    def _turn_end(self) -> int:
         """The special token by which the chat template ends an assistant's turn; EOS where it writes none."""
-        talk = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"})
-        ids = self.tokenizer(self.render(talk), add_special_tokens=False).input_ids
-        special = {*self.tokenizer.all_special_ids, *stop_ids}
+        ids = self.tokenizer(self.render(PROBE), add_special_tokens=False).input_ids
         after = len(ids) - 1
-        while after >= 0 and ids[after] not in special and not self.tokenizer.decode([ids[after]]).strip():
+        while after >= 0 and ids[after] not in self.special and not self.tokenizer.decode([ids[after]]).strip():
             after -= 1
-        return ids[after] if after >= 0 and ids[after] in special else self.eos_id
+        return ids[after] if after >= 0 and ids[after] in self.special else self.eos_id
 
     # --- rendering and encoding
 
@@ -80,11 +76,20 @@ class Text:
             ) from None
 
     def encode(self, text: str, *, rendered: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens and their character spans; a rendered template brings its own special tokens."""
+        """Tokens and their character spans; a rendered template brings its own special tokens.
+
+        Plain text begins with the tokenizer's opening tokens once, also where it spells them out itself, and has no
+        special token behind it: EOS is added where a response ends, once.
+        """
         coded = self.tokenizer(text, add_special_tokens=not rendered, return_offsets_mapping=True, verbose=False)
         ids, spans = list(coded["input_ids"]), list(coded["offset_mapping"])
-        while ids and not rendered and ids[-1] == self.eos_id and spans[-1][0] == spans[-1][1]:
-            ids, spans = ids[:-1], spans[:-1]  # some tokenizers append EOS by themselves; we add it ourselves, once
+        if rendered:
+            return ids, spans
+        size, opening = len(self.opening), list(self.opening)
+        while len(ids) > size and spans[-1][0] == spans[-1][1] and ids[-1] in self.special:
+            ids, spans = ids[:-1], spans[:-1]
+        if opening and ids[: 2 * size] == opening * 2:
+            ids, spans = ids[size:], spans[size:]
         return ids, spans
 
     def need_template(self, where: str) -> None:
@@ -146,9 +151,9 @@ class Text:
         else:
             ids, spans = self.encode(row.prompt + row.completion, rendered=False)
             begin = 0 if mask == "all" else len(row.prompt)
-            targets = [end > begin and end > start for start, end in spans]
-            if ids[-1:] != [self.eos_id]:  # a completion may bring its own
-                ids, targets = [*ids, self.eos_id], [*targets, True]
+            targets = [*(end > begin for _, end in spans), True]
+            ids = self._closed(row.prompt + row.completion, ids, spans)
+            targets = targets[: len(ids)]
         cut = len(ids) > max_tokens
         ids, targets = ids[:max_tokens], targets[:max_tokens]
         if mask == "all":
@@ -163,55 +168,90 @@ class Text:
         return TokenRow(torch.tensor(ids), torch.tensor(targets), cut)
 
     def _conversation(self, row: Demonstration, mask: str) -> tuple[list[int], list[bool]]:
+        """Tokens and targets of a conversation; one that the assistant ends without an end token gets EOS."""
         text = self.render(row.messages)
         ids, spans = self.encode(text, rendered=True)
-        turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-        learned = turns if mask == "assistant" else turns[-1:]
-        targets = [False] * len(ids)
-        for turn in learned:
-            begin, end = self._turn_span(row, turn, text)
-            self._mark_turn(ids, spans, targets, begin, end)
-        last = max((i for i, on in enumerate(targets) if on), default=-1)
-        if turns[-1] == len(row.messages) - 1 and (last < 0 or ids[last] not in self.stop_ids):
+        if mask == "all":
+            targets = [True] * len(ids)
+            last = _last_visible(text, spans, range(len(ids)))
+        else:
+            targets, last = self._learned(row, mask, text, ids, spans)
+        if row.messages[-1]["role"] == "assistant" and (last < 0 or ids[last] not in self.stop_ids):
             ids, targets = [*ids[: last + 1], self.eos_id], [*targets[: last + 1], True]
         return ids, targets
 
-    def _turn_span(self, row: Demonstration, turn: int, text: str) -> tuple[int, int]:
-        """Characters of the rendered conversation that assistant turn `turn` wrote, its end-of-turn included."""
-        before = self.render(row.messages[:turn], generate=True) if turn else ""
-        after = self.render(row.messages[: turn + 1])
-        if turn and text.startswith(before) and text.startswith(after) and after.startswith(before):
-            return len(before), len(after)
-        begin = 0
-        for message in row.messages[: turn + 1]:
-            content = message["content"].strip()
-            found = text.find(content, begin)
-            if found < 0:
-                break
-            begin = found + (len(content) if message is not row.messages[turn] else 0)
+    def _learned(
+        self, row: Demonstration, mask: str, text: str, ids: list[int], spans: list[tuple[int, int]]
+    ) -> tuple[list[bool], int]:
+        """Which tokens are the assistant's, and the last one of its last turn, the turn's end token if it has one."""
+        turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+        marks = self._marks(row, text, ids, spans)
+        if marks is None:
+            found = [self._turn(row, i, text, ids, spans) for i in (turns if mask == "assistant" else turns[-1:])]
+            learned = {i for first, last in found for i in range(first, last + 1)}
+            return [i in learned for i in range(len(ids))], found[-1][1]
+        if mask == "assistant" and any(ids[i] in self.stop_ids for i in marks[-1]):
+            last = _last_visible(text, spans, marks[-1])
         else:
-            following = (
-                text.find(row.messages[turn + 1]["content"].strip(), begin) if turn + 1 < len(row.messages) else -1
-            )
-            return begin, following if following > begin else len(text)
-        raise DatasetError(
-            "the chat template changes the assistant's text, so it cannot be found again",
-            where=row.where, fix="use a template that writes contents as they are",
-        )  # fmt: skip
+            first, last = self._turn(row, turns[-1], text, ids, spans)
+            marks = marks if mask == "assistant" else [[i for i in part if i >= first] for part in marks]
+        learned = {i for part in marks for i in part}
+        return [i in learned for i in range(len(ids))], last
 
-    def _mark_turn(
-        self, ids: list[int], spans: list[tuple[int, int]], targets: list[bool], begin: int, end: int
-    ) -> None:
-        """Mark the tokens inside a turn up to its first stop token; without one, up to its last visible token."""
-        inside = [i for i, (start, stop) in enumerate(spans) if stop > begin and start < end and stop > start]
-        for position in inside:
-            targets[position] = True
-            if ids[position] in self.stop_ids:
-                break
-        else:
-            while inside and not self.tokenizer.decode([ids[inside[-1]]]).strip():
-                targets[inside.pop()] = False
-            return
+    def _marks(
+        self, row: Demonstration, text: str, ids: list[int], spans: list[tuple[int, int]]
+    ) -> list[list[int]] | None:
+        """The tokens that the template marks as generated, part by part; None where it has no such marks.
+
+        A turn's end token belongs to the turn, even if the marks end before it.
+        """
+        found = marked_spans(self.tokenizer, row.messages, text)
+        if found is None:
+            return None
+        parts = [part for begin, end in found if (part := _inside(spans, begin, end))]
+        if not parts:
+            raise DatasetError(
+                "the chat template marks nothing of the conversation as generated", where=row.where, fix=MARKS_ADVICE
+            )
+        for part in parts:
+            after = _next_visible(text, spans, part[-1] + 1)
+            ended = ids[_last_visible(text, spans, part)] in self.stop_ids
+            if not ended and after < len(ids) and ids[after] == self.turn_end_id:
+                part += range(part[-1] + 1, after + 1)
+        return parts
+
+    def _turn(
+        self, row: Demonstration, turn: int, text: str, ids: list[int], spans: list[tuple[int, int]]
+    ) -> tuple[int, int]:
+        """First and last token of assistant turn `turn`: up to its end token, without one up to its last visible one.
+
+        Raises DatasetError where the template does not let that be told with certainty.
+        """
+        try:
+            span = find_turn(self.render, row.messages, turn, text)
+        except DatasetError as error:
+            raise DatasetError(error.what, where=row.where, fix=error.fix) from None
+        inside = _inside(spans, span.begin, span.end if span.closed is None else span.closed)
+        first = inside[0] if inside else sum(stop <= span.begin for _, stop in spans)
+        stops = [i for i in inside if ids[i] in self.stop_ids]
+        if stops and (last := _last_visible(text, spans, inside)) != stops[0]:  # an end token that the content quotes
+            end = content_end(self.render, row.messages, turn, text) if span.end is None else span.end
+            stops = [i for i in stops if i == last or not text[spans[i][1] : end or 0].strip()]
+        if stops:
+            return first, stops[0]
+        last = max(first - 1, _last_visible(text, spans, inside))
+        after = _next_visible(text, spans, last + 1)
+        if turn + 1 == len(row.messages) or after == len(ids):
+            return first, last
+        if ids[after] == self.turn_end_id or (span.closed is None and ids[after] in self.stop_ids):
+            return first, after
+        if span.closed is None and ids[after] in self.special:
+            raise DatasetError(
+                "the chat template ends an earlier assistant turn otherwise than the last one, so where it ends is "
+                "not certain",
+                where=row.where, fix="pass --mask completion, or use a template with {% generation %} marks",
+            )  # fmt: skip
+        return first, last
 
     # --- comparisons
 
@@ -220,26 +260,55 @@ class Text:
 
         A prompt too long loses its beginning, a response too long its end (and so its EOS).
         """
-        return [self._judged(row, response, max_tokens) for response in row.responses]
+        return [self._judged(row.where, row.prompt, response, max_tokens) for response in row.responses]
 
-    def _judged(self, row: Comparison, response: object, max_tokens: int) -> TokenRow:
+    def judged(self, row: Demonstration, max_tokens: int) -> TokenRow:
+        """A demonstration's last response as a reward model reads it: up to its end token, cut as in a comparison."""
+        if row.messages and (self.has_template or not row.completion):
+            last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
+            return self._judged(row.where, row.messages[:last], row.messages[last : last + 1], max_tokens)
+        return self._judged(row.where, row.prompt, row.completion, max_tokens)
+
+    def _judged(self, where: str, prompt: Content, response: Content, max_tokens: int) -> TokenRow:
         if isinstance(response, str):
-            ids, spans = self.encode(row.prompt + response, rendered=False)
-            begin = sum(1 for _, end in spans if end <= len(row.prompt))
-            ids = ids if ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
+            ids, spans = self.encode(prompt + response, rendered=False)
+            begin = sum(1 for _, end in spans if end <= len(prompt))
+            ids = self._closed(prompt + response, ids, spans)
         else:
-            self.need_template(row.where)
-            whole = Demonstration(row.where, "", "", (*row.prompt, *response))
-            ids, targets = self._conversation(whole, "completion")
-            last = max(i for i, on in enumerate(targets) if on)
-            ids, begin = ids[: last + 1], targets.index(True)
-        return _fit(ids, begin, max_tokens)
+            self.need_template(where)
+            whole = Demonstration(where, "", "", (*prompt, *response))
+            text = self.render(whole.messages)
+            ids, spans = self.encode(text, rendered=True)
+            begin, last = self._turn(whole, len(whole.messages) - 1, text, ids, spans)
+            ids = ids[: last + 1] if ids[last] in self.stop_ids else [*ids[: last + 1], self.eos_id]
+        return _fit(ids, begin, max_tokens, self.opening)
+
+    def _closed(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
+        """Tokens of a plain text with one EOS at the end: its own, or one more."""
+        last = _last_visible(text, spans, range(len(ids)))
+        return ids[: last + 1] if last >= 0 and ids[last] == self.eos_id else [*ids, self.eos_id]
 
 
-def _fit(ids: list[int], begin: int, max_tokens: int) -> TokenRow:
+def _inside(spans: list[tuple[int, int]], begin: int, end: int) -> list[int]:
+    """The tokens, without a gap, that hold characters from `begin` to before `end`."""
+    return [i for i, (start, stop) in enumerate(spans) if stop > begin and start < end]
+
+
+def _last_visible(text: str, spans: list[tuple[int, int]], tokens: Sequence[int]) -> int:
+    """The last of some tokens that is not whitespace; -1 where there is none."""
+    return next((i for i in reversed(tokens) if text[slice(*spans[i])].strip()), -1)
+
+
+def _next_visible(text: str, spans: list[tuple[int, int]], begin: int) -> int:
+    """The first token from `begin` on that is not whitespace; the number of tokens where there is none."""
+    return next((i for i in range(begin, len(spans)) if text[slice(*spans[i])].strip()), len(spans))
+
+
+def _fit(ids: list[int], begin: int, max_tokens: int, opening: tuple[int, ...]) -> TokenRow:
     prompt, response = ids[:begin], ids[begin:]
     kept = min(len(prompt), max(max_tokens // 4, max_tokens - len(response)))
-    prompt = prompt[len(prompt) - kept :]
+    first = prompt[: len(opening)] if tuple(prompt[: len(opening)]) == opening and len(opening) < kept else []
+    prompt = first + prompt[len(prompt) - kept + len(first) :]  # a prompt cut short begins with BOS all the same
     shown = response[: max_tokens - kept]
     targets = torch.zeros(len(prompt) + len(shown), dtype=torch.bool)
     targets[max(1, len(prompt)) :] = True
@@ -267,20 +336,49 @@ def load_text(folder: Path, *, chat_template: str | None, stop_ids: tuple[int, .
             fix="set eos_token in tokenizer_config.json",
         )
     if chat_template is not None:
-        tokenizer.chat_template = TEMPLATES.get(chat_template) or _read_template(chat_template)
+        tokenizer.chat_template = choose_template(chat_template, tokenizer)
     try:
-        return Text(tokenizer, stop_ids)
+        text = Text(tokenizer, stop_ids)
     except DatasetError as error:  # not a row's fault: the template refuses a plain question and answer
         where = str(folder) if chat_template is None else f"--chat-template {chat_template}"
         raise ModelError(error.what, where=where, fix="correct the template") from None
 
+    if chat_template is not None and chat_template not in TEMPLATES:
+        text.warnings += _odd_opening(text, chat_template)
+    text.warnings += _odd_response(text)
+    return text
 
-def _read_template(name: str) -> str:
+
+def _odd_response(text: Text) -> tuple[str, ...]:
+    """A warning where the template ends a prompt by text that it does not write before a recorded response."""
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"cannot read the chat template: {error}",
-            where="--chat-template",
-            fix="give chatml, plain or a .jinja file",
-        ) from None
+        asked, whole = text.render(PROBE[:1], generate=True), text.render(PROBE)
+    except DatasetError:
+        return ()
+    begin = len(os.path.commonprefix([asked, whole]))
+    if not text.has_template or begin == len(asked):
+        return ()
+    return (
+        f"the chat template ends a prompt with {asked[begin:]!r}, which it does not write before a recorded response: "
+        "responses are sampled after it, demonstrations and comparisons are learned without it",
+    )
+
+
+def _odd_opening(text: Text, name: str) -> tuple[str, ...]:
+    """A warning where a template from a file does not begin as plain text does; raises ModelError for two beginnings.
+
+    The file is used as it is all the same: some models are served without the token.
+    """
+    opening, where = list(text.opening), f"--chat-template {name}"
+    if not opening:
+        return ()
+    size, words = len(opening), "".join(text.tokenizer.convert_ids_to_tokens(opening))
+    ids, _ = text.encode(text.render(PROBE), rendered=True)
+    if ids[: 2 * size] == opening * 2:
+        raise ModelError(f"the template writes {words} twice", where=where, fix="write it once, as {{ bos_token }}")
+    if ids[:size] == opening:
+        return ()
+    return (
+        f"{where} does not write {words}, which the tokenizer puts before plain text; conversations are trained and "
+        "sampled without it. Begin the file with {{ bos_token }} unless the model is meant to do without",
+    )

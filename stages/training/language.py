@@ -12,6 +12,7 @@ from stages.maths.losses import token_nll
 from stages.models.forward import read_targets
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
+from stages.results import Report
 from stages.training.passes import accumulate, collect
 
 
@@ -54,6 +55,21 @@ def held_out_loss(roles: Roles, role: str, rows: list[TokenRow], micro_batch_siz
         sums = collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda)
     loss = -float(sum(sums)) / count_targets(rows)
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
+def warn_above_uniform(loss: float, vocabulary: int, what: str, cause: str, report: Report) -> None:
+    """Warn where a loss in nats per token is above that of a uniform guess; `cause` is what is known of the text."""
+    uniform = math.log(vocabulary)
+    if not loss > uniform:
+        return
+    likely = cause or (
+        "the base is untrained or damaged, its tokenizer belongs to another model, or it expects a beginning-of-text "
+        "token that the rows do not have"
+    )
+    report.warn(
+        f"{what} is {loss:.2f} nats per token, above ln({vocabulary}) = {uniform:.2f}, the loss of a uniform guess "
+        f"over the vocabulary: this loss and its perplexity mean nothing. Likely cause: {likely}"
+    )
 
 
 def prompt_of(row: Demonstration) -> Prompt | None:

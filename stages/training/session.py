@@ -16,6 +16,7 @@ from stages.files.manifest import Manifest, Parent, checkpoint_digest, versions
 from stages.files.rows import Rows
 from stages.files.run import Run, write_config
 from stages.models.base import Base, load_base, stop_ids_of
+from stages.models.coverage import measure_coverage, sample_texts
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
 from stages.models.roles import Roles, save_adapter
@@ -34,14 +35,17 @@ Row = TypeVar("Row")
 Out = TypeVar("Out")
 
 
-def open_text(source: Source, config: Any) -> Text:
-    """The tokenizer of a source, with the chat template that the config asks for."""
-    return load_text(
+def open_text(source: Source, config: Any, report: Report | None = None) -> Text:
+    """The tokenizer of a source, with the chat template that the config asks for; odd ones are warned of."""
+    text = load_text(
         source.tokenizer,
         chat_template=config.chat_template,
         stop_ids=stop_ids_of(source),
         trust_remote_code=config.trust_remote_code,
     )
+    for line in text.warnings if report is not None else ():
+        report.warn(line)
+    return text
 
 
 def encode_all(
@@ -74,6 +78,17 @@ def report_cuts(rows: Sequence[TokenRow | TokenComparison], limit: int, report: 
     cut = sum(row.cut for row in rows)
     if cut:
         report.note(f"{cut} of {len(rows)} {what} were cut to {limit} tokens")
+
+
+def check_coverage(text: Text, rows: list, report: Report, *, what: str) -> str:
+    """Warn of rows in a language that the tokenizer does not know; returns why they are unreadable, empty if not."""
+    cause = measure_coverage(text.tokenizer, sample_texts(rows)).cause
+    if cause:
+        report.warn(
+            f"the base can hardly read the {what}: {cause}. Losses, scores and responses on them mean little; choose a "
+            "base whose tokenizer was made for this language"
+        )
+    return cause
 
 
 def context_limit(wanted: int, source: Source, report: Report) -> int:
