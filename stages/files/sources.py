@@ -11,11 +11,14 @@ import json
 import math
 import os
 import re
+import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from stages.errors import DatasetError
+from stages.files.cells import json_value, table_rows
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 Content = str | tuple[Message, ...]  # plain text, or turns for the chat template
@@ -65,6 +68,17 @@ class RawRow:
     def prompt(self, field: str = "prompt") -> Content:
         """A prompt: text, or messages that leave the next word to the assistant. Raises DatasetError."""
         return check_prompt(self.content(field), self.at(field))
+
+    def others(self, *used: str) -> dict[str, object]:
+        """Every other cell as JSON (stages/files/cells.py). Raises DatasetError for one that has no JSON form."""
+        found = {}
+        for name, value in self.values.items():
+            if name not in used:
+                try:
+                    found[name] = json_value(value)
+                except ValueError as error:
+                    raise bad_row(str(error), self.at(quoted(name))) from None
+        return found
 
 
 @dataclass(frozen=True)
@@ -214,7 +228,10 @@ def _read_json(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
         )
     surrogates = SURROGATE.search(data) is not None
     for number, item in enumerate(items, 1):
-        yield _json_row(item, f"{path}: row {number}", surrogates)
+        try:
+            yield _json_row(item, f"{path}: row {number}", surrogates)
+        except RecursionError as error:
+            yield bad_row(f"not a JSON object: {_json_reason(error)}", f"{path}: row {number}")
 
 
 def _json_row(item: object, where: str, surrogates: bool) -> RawRow | DatasetError:
@@ -294,13 +311,13 @@ def _read_parquet(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
 
     try:
         table = parquet.ParquetFile(pyarrow.BufferReader(data)).read()
-        rows = table.to_pylist()
+        if len(set(table.column_names)) < len(table.column_names):
+            raise DatasetError("two columns have the same name", where=str(path), fix="rename one")
+        rows = list(table_rows(table))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DatasetError(
             f"not a readable parquet file: {first_line(error)}", where=str(path), fix="write or download it again"
         ) from None
-    if len(set(table.column_names)) < len(table.column_names):
-        raise DatasetError("two columns have the same name", where=str(path), fix="rename one")
     for number, values in enumerate(rows, 1):
         yield RawRow(values, f"{path}: row {number}")
 
@@ -321,9 +338,22 @@ READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parq
 # --- the datasets library -----------------------------------------------------------------------------------------
 
 
-def _load_saved(folder: Path, split: str | None) -> Iterable:
-    import datasets
+def _import_datasets(where: str) -> typing.Any:
+    try:
+        import datasets
+    except Exception as error:  # a broken installation fails in any way
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "datasets"
+        why = "is not installed" if missing else f"cannot be imported: {type(error).__name__}: {first_line(error)}"
+        raise DatasetError(
+            f"the `datasets` library {why}",
+            where=where,
+            fix=f"pip install datasets, or give the path of a {', '.join(READERS)} file",
+        ) from None
+    return datasets
 
+
+def _load_saved(folder: Path, split: str | None) -> Iterable:
+    datasets = _import_datasets(str(folder))
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever the library trips over, the folder is what is wrong
@@ -344,8 +374,7 @@ def _load_saved(folder: Path, split: str | None) -> Iterable:
 
 
 def _load_hub(source: str, split: str | None) -> Iterable:
-    import datasets
-
+    datasets = _import_datasets(source)
     repository = source.partition(":")[0]
     try:
         return datasets.load_dataset(repository, split=split)
@@ -357,10 +386,13 @@ def _load_hub(source: str, split: str | None) -> Iterable:
 
 
 def _from_datasets(dataset: object, name: str) -> tuple[Iterator[RawRow], str]:
-    values = dataset.with_format(None).to_list()  # type: ignore[attr-defined]
+    try:
+        values = list(table_rows(dataset.with_format("arrow")[:]))  # type: ignore[attr-defined,index]
+    except ValueError as error:
+        raise DatasetError(f"not a readable dataset: {first_line(error)}", where=name, fix="save it again") from None
     digest = hashlib.sha256()
     for row in values:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        digest.update(json.dumps(row, sort_keys=True, default=json_value).encode() + b"\n")
     return (RawRow(row, f"{name}: row {number}") for number, row in enumerate(values, 1)), digest.hexdigest()
 
 
@@ -383,7 +415,7 @@ def check_text(value: object, where: str) -> str:
 
 def check_number(value: object, where: str) -> float:
     """`value` as a finite number. Raises DatasetError."""
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    if isinstance(value, (str, int, float, Decimal)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             if math.isfinite(number := float(value)):
                 return number
@@ -451,6 +483,8 @@ def named(value: object) -> str:
         return f"the number {value}"
     if isinstance(value, str):
         return f"the text {value[:40]!r}" + ("..." if len(value) > 40 else "")
+    if hasattr(value, "as_py"):  # of Arrow: a date, a time and the like
+        return f"a {value.type}"  # type: ignore[attr-defined]
     names = {dict: "an object", list: "a list"}
     return names.get(type(value), f"a {type(value).__name__}")
 
