@@ -42,7 +42,7 @@ COLUMNS = {
     "an offset": (integers(pyarrow.timestamp("ns", "-05:30"), 0), "1969-12-31T18:30:00-05:30"),
     "a zone that nobody knows": (integers(pyarrow.timestamp("s", "Mars/Olympus"), 0), "1970-01-01T00:00:00+00:00"),
     "year 10000": (integers(pyarrow.timestamp("s"), YEAR_10000), "+10000-01-01T00:00:00"),
-    "year 10000 in Berlin": (integers(pyarrow.timestamp("s", "Europe/Berlin"), YEAR_10000), "+10000-01-01T00:00:00+00:00"),
+    "year 10000 in a zone": (integers(pyarrow.timestamp("s", "+01:00"), YEAR_10000), "+10000-01-01T00:00:00+00:00"),
     "year 0": (integers(pyarrow.timestamp("s"), -62_135_596_801), "0000-12-31T23:59:59"),
     "a far date": (integers(pyarrow.date32(), 2_932_898), "+10000-01-02"),
     "a date": (pyarrow.array([datetime.date(2020, 2, 29)]), "2020-02-29"),

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -306,9 +307,7 @@ def _long_cells() -> Iterator[None]:
 
 
 def _read_parquet(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
-    import pyarrow
-    from pyarrow import parquet
-
+    pyarrow, parquet = (_import(name, str(path)) for name in ("pyarrow", "pyarrow.parquet"))
     try:
         table = parquet.ParquetFile(pyarrow.BufferReader(data)).read()
         if len(set(table.column_names)) < len(table.column_names):
@@ -338,22 +337,23 @@ READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parq
 # --- the datasets library -----------------------------------------------------------------------------------------
 
 
-def _import_datasets(where: str) -> typing.Any:
+def _import(library: str, where: str) -> typing.Any:
+    """A library that reads this kind of dataset. Raises DatasetError where it cannot be imported."""
     try:
-        import datasets
+        return importlib.import_module(library)
     except Exception as error:  # a broken installation fails in any way
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "datasets"
+        package = library.partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
         why = "is not installed" if missing else f"cannot be imported: {type(error).__name__}: {first_line(error)}"
         raise DatasetError(
-            f"the `datasets` library {why}",
+            f"the `{package}` library {why}",
             where=where,
-            fix=f"pip install datasets, or give the path of a {', '.join(READERS)} file",
+            fix=f"pip install {package}, or give the path of a .jsonl, .json or .csv file",
         ) from None
-    return datasets
 
 
 def _load_saved(folder: Path, split: str | None) -> Iterable:
-    datasets = _import_datasets(str(folder))
+    datasets = _import("datasets", str(folder))
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever the library trips over, the folder is what is wrong
@@ -374,7 +374,7 @@ def _load_saved(folder: Path, split: str | None) -> Iterable:
 
 
 def _load_hub(source: str, split: str | None) -> Iterable:
-    datasets = _import_datasets(source)
+    datasets = _import("datasets", source)
     repository = source.partition(":")[0]
     try:
         return datasets.load_dataset(repository, split=split)
