@@ -22,6 +22,8 @@ from stages.config import (
     SampleConfig,
     SftConfig,
     TrainingKnobs,
+    default_of,
+    knobs,
 )
 from stages.errors import CheckpointError, ConfigError, DatasetError, ModelError, OutputError, RewardError, UserError
 from stages.files import rows as files
@@ -109,7 +111,15 @@ def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
     read = _reader(files.read_comparisons, config, **ratings)
     demonstrations = files.read_demonstrations(config.demonstrations) if config.demonstrations else None
     more = {"demonstrations": demonstrations.digest} if demonstrations else {}
-    return _training("reward", config, overwrite, source, read, more, demonstrations=demonstrations)
+    found = _training("reward", config, overwrite, source, read, more, demonstrations=demonstrations)
+    _refuse_idle_ratings(config, found.data)
+    if config.loss_margin and not any(pair.margin for row in found.data.rows for pair in row.pairs):
+        raise ConfigError(
+            f"loss_margin has no effect: no row of {config.dataset} has a margin",
+            where="--loss-margin",
+            fix="leave it out, or give rows with `margin`, or ratings",
+        )
+    return found
 
 
 def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
@@ -128,7 +138,20 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
 def dpo_inputs(config: DpoConfig, overwrite: bool) -> Inputs:
     source = _policy(config, "--model")
     ratings = {"rating_threshold": config.rating_threshold, "normalise_raters": config.normalise_raters}
-    return _training("dpo", config, overwrite, source, _reader(files.read_comparisons, config, **ratings))
+    found = _training("dpo", config, overwrite, source, _reader(files.read_comparisons, config, **ratings))
+    _refuse_idle_ratings(config, found.data)
+    return found
+
+
+def _refuse_idle_ratings(config: RewardConfig | DpoConfig, data: Rows) -> None:
+    """Raise ConfigError for a knob of ratings where there are none."""
+    for name in ("rating_threshold", "normalise_raters"):
+        if getattr(config, name) and data.kind != "rating":
+            raise ConfigError(
+                f"{name} has no effect: {data.source} holds comparisons, not ratings",
+                where=f"--{name.replace('_', '-')}",
+                fix="leave it out, or give rows with prompt, response and rating",
+            )
 
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
@@ -146,6 +169,10 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     if config.max_response_tokens is not None:
         _response_fits(config.max_response_tokens, source)
     answers = kind != "demonstration" or bool(rewards or gold)
+    if kind != "demonstration":
+        _refuse_idle(config, ("mask", "max_tokens"), kind)
+    if not answers:
+        _refuse_idle(config, ("reference",), kind)
     also = _also(config, source, POLICIES, "give --reward {} to score by it, or comparisons as --dataset")
     if also and not answers:
         raise DatasetError(
@@ -184,18 +211,30 @@ def _comparing_inputs(config: EvaluateConfig, source: Source, reference: Source 
             where="--dataset",
             fix="give prompts or demonstrations, or a reward, dpo or ppo checkpoint as --model",
         )
-    for name in ("against", "best_of", "plot"):
+    for name in ("against", "best_of", "plot", "reward", "gold"):
         if getattr(config, name):
             raise ConfigError(
                 f"{config.model} is measured on comparisons, where nothing is sampled",
                 where=f"--{name.replace('_', '-')}",
                 fix="leave it out, use --also to compare, or give a policy as --model with prompts as --dataset",
             )
+    _refuse_idle(config, ("mask",), kind)
     also = _also(config, source, ("reward", *IMPLICIT), "")
     models = [_with_reference(c, reference, config.trust_remote_code) for c in (model, *also)]
     _check_outputs(config)
     data = _reader(files.read_comparisons, config)(config.dataset)
     return Inputs(source, data, also=models[1:], reference=models[0].reference, warnings=_left_out(data))
+
+
+def _refuse_idle(config: EvaluateConfig, names: tuple[str, ...], kind: str) -> None:
+    """Raise ConfigError for a knob that means nothing for rows of this kind."""
+    for name in names:
+        if getattr(config, name) != default_of(knobs(type(config))[name][0]):
+            raise ConfigError(
+                f"{name} has no effect: {config.dataset} holds {kind}s",
+                where=f"--{name.replace('_', '-')}",
+                fix="leave it out, or give another --dataset",
+            )
 
 
 def _also(config: EvaluateConfig, source: Source, stages: tuple[str, ...], advice: str) -> list[Candidate]:

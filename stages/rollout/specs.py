@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.config import is_function
 from stages.errors import ConfigError, RewardError
 from stages.files.identity import file_digest
 from stages.models.source import Source, open_source, same_base
@@ -67,11 +68,6 @@ def open_rewards(
             same_base(policy, source, first_flag="--model", second_flag=what)
         specs.append(Spec(name, weight, source, None, source.digest, what))
     return specs
-
-
-def is_function(name: str) -> bool:
-    """True for `file.py` and `file.py:function`."""
-    return name.endswith(".py") or ".py:" in name
 
 
 def python_file(name: str) -> Path:
