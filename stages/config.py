@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import re
 import reprlib
+import stat
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -649,6 +651,9 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, tuple[object, str]]:
     """
     import yaml
 
+    special = describe_special(path)
+    if special:
+        raise ConfigError(f"the recipe is {special}", where=str(path), fix="give --config an existing .yaml file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -684,6 +689,33 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, tuple[object, str]]:
             raise ConfigError(f"unknown knob `{name}`", where=where, fix=suggest(name, cls))
         found[name] = (values[name], where)
     return found
+
+
+def describe_special(path: str | Path) -> str:
+    """What stands at a path that is neither a file nor a folder, in words; "" where nothing stands there."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return _describe_link(path)
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return ""
+    return "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def _describe_link(path: str | Path) -> str:
+    """A link that leads nowhere, or in a circle, in words; "" for no link."""
+    try:
+        if not os.path.islink(path):
+            return ""
+        target = os.readlink(path)
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads in a circle"
+        return f"a link to {target}, where nothing is" if error.errno == errno.ENOENT else ""
+    except ValueError:
+        return ""
+    return ""
 
 
 def suggest(name: str, cls: type) -> str:

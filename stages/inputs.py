@@ -23,10 +23,12 @@ from stages.config import (
     SftConfig,
     TrainingKnobs,
     default_of,
+    describe_special,
     knobs,
 )
 from stages.errors import CheckpointError, ConfigError, DatasetError, ModelError, OutputError, RewardError, UserError
 from stages.files import rows as files
+from stages.files.atomic import read_json, read_text
 from stages.files.manifest import locate
 from stages.files.plot import MARK
 from stages.files.rows import Rows
@@ -295,6 +297,9 @@ def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
             fix="give a checkpoint of this tool",
         )
     output = Path(config.output).expanduser()
+    special = describe_special(output)
+    if special:
+        raise OutputError(f"{output} is {special}", where="--output", fix="give a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} is not empty", where="--output", fix="give a new folder")
     return Inputs(source)
@@ -327,7 +332,7 @@ def _with_verdicts(inputs: Inputs, force: bool) -> Inputs:
 def verdict_of(folder: Path) -> tuple[str, list[str]]:
     """The decision and its reasons that `rlhf reward` left in a checkpoint; ("none", why) where it left none."""
     try:
-        verdict = json.loads((folder / "report.json").read_text(encoding="utf-8"))["verdict"]
+        verdict = read_json(folder / "report.json")["verdict"]
         return str(verdict["decision"]), [str(reason) for reason in verdict["reasons"]]
     except (OSError, ValueError, KeyError, TypeError):
         return "none", ["its report.json has no verdict, so nothing is known of how good it is"]
@@ -451,12 +456,20 @@ def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: 
         raise OutputError(f"{name} is a folder", where=flag, fix=another)
     if path.suffix != suffix:
         raise OutputError(f"{name} does not end in {suffix}", where=flag, fix=another)
+    special = describe_special(path)
+    if special and not special.startswith("a link to"):  # such a link is written through
+        raise OutputError(f"{name} is {special}", where=flag, fix=another)
     if path.exists() and not _wrote(path, ours):
         raise OutputError(f"{name} belongs to something else, and stays as it is", where=flag, fix=another)
     read = Path(config.dataset).expanduser()
     if path.exists() and read.exists() and os.path.samefile(path, read):
         raise OutputError(f"{name} is the dataset that is read", where=flag, fix=another)
-    place = next(parent for parent in path.absolute().parents if parent.exists())
+    inside = Path(os.path.realpath(path)).parent
+    if suffix in files.SUFFIXES and read.is_dir() and os.path.realpath(read) == str(inside):
+        raise OutputError(
+            f"{name} lies in the dataset's folder, where it would be read as rows", where=flag, fix=another
+        )
+    place = next(parent for parent in (inside, *inside.parents) if parent.exists())
     if not place.is_dir():
         raise OutputError(f"{place} is a file", where=flag, fix="give a path inside a folder")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -466,10 +479,10 @@ def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: 
 def _wrote(path: Path, ours: tuple[str, ...] | str) -> bool:
     """True where a file is empty, holds a text of ours, or begins with a JSON object of these keys."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if isinstance(ours, str):
             return not text.strip() or ours in text
         value = json.loads(text if path.suffix == ".json" else text.partition("\n")[0]) if text.strip() else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(value, dict) and (not text.strip() or set(ours) <= value.keys())

@@ -25,10 +25,11 @@ import typing
 import uuid
 from collections.abc import Iterator
 
+from stages.files.atomic import DEEPEST
+
 if typing.TYPE_CHECKING:
     import pyarrow
 
-DEEPEST = 100
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _EPOCH = datetime.date(1970, 1, 1).toordinal()
 _DAYS_IN_400_YEARS = 146_097

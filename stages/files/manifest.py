@@ -146,11 +146,12 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     """
     folder = Path(folder)
     try:
-        content = json.loads(_inside(folder, MANIFEST).read_text("utf-8"))
+        content = atomic.read_json(_inside(folder, MANIFEST))
     except OSError as error:
         raise _unreadable(folder, error) from error
-    except (ValueError, RecursionError):
-        raise _broken(folder, f"`{MANIFEST}` is not JSON") from None
+    except ValueError as error:
+        reason = f": {error}" if type(error) is ValueError else ""
+        raise _broken(folder, f"`{MANIFEST}` is not JSON{reason}") from None
     manifest = _parse(content, folder)
     for name, digest in manifest.files.items():
         path = _inside(folder, name)

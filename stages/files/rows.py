@@ -9,7 +9,18 @@ from dataclasses import dataclass, field
 from stages.errors import DatasetError
 from stages.files import comparisons
 from stages.files.comparisons import Comparison, Pair
-from stages.files.sources import Content, Message, RawRow, Source, bad_row, check_prompt, listed, quoted, read_source
+from stages.files.sources import (
+    READERS,
+    Content,
+    Message,
+    RawRow,
+    Source,
+    bad_row,
+    check_prompt,
+    listed,
+    quoted,
+    read_source,
+)
 
 __all__ = [
     "Comparison", "Content", "Demonstration", "Message", "Pair", "Prompt", "Rows",
@@ -17,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 PROBLEMS_KEPT = 5
+SUFFIXES = tuple(READERS)  # of files that hold rows
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
+from stages.config import describe_special
 from stages.errors import DatasetError
+from stages.files import atomic
 from stages.files.cells import json_value, table_rows
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
@@ -130,6 +132,11 @@ def _locate(source: str) -> tuple[Path | None, str | None]:
     if not source.strip():
         raise DatasetError("no dataset is named", where="dataset", fix="give a file, a folder or a hub id org/name")
     local = os.path.expanduser(source)
+    special = describe_special(local)
+    if special:
+        raise DatasetError(
+            f"it is {special}", where=source, fix="give an existing file or folder, or a hub id org/name"
+        )
     if os.path.exists(local):
         return Path(local), None
     head, _, split = local.rpartition(":")
@@ -176,7 +183,7 @@ def _read_file(path: Path) -> tuple[Iterator[RawRow | DatasetError], str]:
         kind = f"`{path.suffix}` is not a known kind of file" if path.suffix else "the file has no suffix"
         raise DatasetError(kind, where=str(path), fix=f"known kinds are {', '.join(READERS)}")
     try:
-        data = path.read_bytes()
+        data = atomic.read_bytes(path)
     except OSError as error:
         raise DatasetError(
             f"cannot be read: {error.strerror or error}", where=str(path), fix="see that you may read it"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.errors import ModelError
+from stages.files.atomic import read_text
 from stages.models import attention
 from stages.models.lora import LoraLinear, Switch, wrap
 from stages.models.native import Native, native_of
@@ -310,7 +311,7 @@ def stop_ids_of(source: Source) -> tuple[int, ...]:
 def _eos_ids(path: Path) -> list[int]:
     """What a config file calls its end of sequence: one id, several, or none. Raises ModelError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         ids = content.get("eos_token_id")
     except (OSError, ValueError, AttributeError, RecursionError):
         raise ModelError("not a JSON object", where=str(path), fix="restore the file") from None

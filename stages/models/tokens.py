@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import DatasetError, ModelError
+from stages.files.atomic import read_text
 from stages.files.rows import Comparison, Demonstration, Prompt
 from stages.files.sources import first_line
 
@@ -277,7 +278,7 @@ def load_text(folder: Path, *, chat_template: str | None, stop_ids: tuple[int, .
 
 def _read_template(name: str) -> str:
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return read_text(Path(name).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
             f"cannot read the chat template: {error}",
