@@ -970,6 +970,37 @@ def as_dict(config: object) -> dict[str, object]:
     return dataclasses.asdict(config)  # type: ignore[call-overload]
 
 
+def damaged_knob(stage: str, stored: dict[str, typing.Any]) -> str:
+    """The first knob of a stored config whose value could never have been one; "" where there is none.
+
+    Knobs of other versions are passed over, and so are names of choices, which other versions may have.
+    """
+    known = knobs(STAGES[stage]) if stage in STAGES else {}
+    for name, (_, about, kind) in known.items():
+        if name not in stored:
+            continue
+        try:
+            if not _is_stored(stored[name], kind):
+                return name
+            check_bounds(stored[name], dataclasses.replace(about, choices=()), name)
+        except ConfigError:
+            return name
+    return ""
+
+
+def _is_stored(value: object, kind: object) -> bool:
+    """True for a value of the knob's own type, as JSON gives it back."""
+    if typing.get_origin(kind) is list:
+        (item,) = typing.get_args(kind)
+        return isinstance(value, list) and all(_is_stored(v, item) for v in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    options = typing.get_args(kind) or (kind,)
+    if isinstance(value, float):
+        return float in options and math.isfinite(value)
+    return type(value) in options or (type(value) is int and float in options and abs(value) <= LARGEST)
+
+
 def differing(config: object, other: dict[str, object]) -> list[str]:
     """Names of the knobs that change a result and differ between a config and a stored one."""
     mine = as_dict(config)

@@ -35,7 +35,7 @@ from stages.files.rows import Rows
 from stages.files.run import Run, open_run
 from stages.files.splits import split_held_out
 from stages.models.candidates import Candidate, candidate_of, open_candidates
-from stages.models.source import Source, open_source, same_base
+from stages.models.source import Source, open_source, read_adapter_shape, same_base
 from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import Spec, open_rewards
 
@@ -417,12 +417,7 @@ def _left_out(data: Rows) -> tuple[str, ...]:
 def _rank_fits(config: TrainingKnobs, source: Source) -> None:
     if source.folder is None or config.lora_rank is None:
         return
-    try:
-        stored = int(json.loads((source.folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        raise CheckpointError(
-            "adapter_config.json cannot be read", where=str(source.folder), fix="train the checkpoint again"
-        ) from None
+    stored, _ = read_adapter_shape(source.folder)
     if config.lora_rank < stored:
         raise ConfigError(
             f"lora_rank {config.lora_rank} is smaller than {stored}, the rank of {source.name}",

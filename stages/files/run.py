@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages import __version__
-from stages.config import as_dict, describe_special, differing
+from stages.config import as_dict, damaged_knob, describe_special, differing
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, publish, read_manifest
@@ -56,6 +56,7 @@ class Run:
     manifest: Manifest | None = None  # of the checkpoint that is there already
     resuming: bool = False  # an unfinished run of the same command is there
     amending: bool = False  # so is one with an earlier end, or a since mended reward function, to go on from
+    extending: bool = False  # the former
     warnings: list[str] = field(default_factory=list)
     _lock: int | None = None
 
@@ -308,7 +309,7 @@ def write_config(run: Run, config: object) -> None:
 
 def _judge(run: Run) -> None:
     """Set a run's `manifest` and `resuming` by what its folder holds. Raises as `open_run` does."""
-    run.manifest, run.resuming, run.amending = None, False, False
+    run.manifest, run.resuming, run.amending, run.extending = None, False, False, False
     if not _entries(run.folder):
         if run.writer:
             _check_writable(run.folder)
@@ -323,7 +324,9 @@ def _judge(run: Run) -> None:
             fix="choose another --output; nothing in this folder will be touched",
         )
     try:
-        if _goes_further(run, found) or (not finished and _mends_functions(run, found)):
+        _check_record(run.folder, MANIFEST if finished else RUN, found)
+        run.extending = _goes_further(run, found)
+        if run.extending or (not finished and _mends_functions(run, found)):
             run.resuming = run.amending = True
             if finished:
                 read_manifest(run.folder)
@@ -370,6 +373,18 @@ def _record(folder: Path, name: str) -> dict[str, typing.Any] | None:
     ours = isinstance(value, dict) and type(value.get("format_version")) is int and isinstance(value.get("stage"), str)
     ours = ours and all(isinstance(value.get(key, {}), dict) for key in ("config", "inputs", "files"))
     return value if ours else None
+
+
+def _check_record(folder: Path, name: str, found: dict[str, typing.Any]) -> None:
+    """Raise CheckpointError for numbers that no run ever had."""
+    wrong = damaged_knob(found["stage"], found.get("config", {}))
+    steps = found.get("steps", 0)
+    if wrong or type(steps) is not int or steps < 0:
+        raise CheckpointError(
+            f"`{name}` is damaged at `{f'config.{wrong}' if wrong else 'steps'}`",
+            where=str(folder),
+            fix="restore the file, choose another --output, or start again with --overwrite",
+        )
 
 
 def _compare(run: Run, found: dict[str, typing.Any]) -> None:

@@ -81,7 +81,12 @@ def read_about(place: Path) -> dict[str, typing.Any]:
         if atomic.sha256_of(place / TENSORS) != content["tensors"]:
             raise CheckpointError(f"{TENSORS} is not what was saved", where=str(place))
         about = {name: content[name] for name in ("run", "step", "facts", "sizes")}
-        if type(about["step"]) is not int or not isinstance(about["facts"], dict) or not _are_sizes(about["sizes"]):
+        if (
+            about["step"] != step_of(place)
+            or type(about["step"]) is not int
+            or not isinstance(about["facts"], dict)
+            or not _are_sizes(about["sizes"])
+        ):
             raise ValueError
         return about
     except OSError as error:

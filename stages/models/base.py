@@ -316,6 +316,6 @@ def _eos_ids(path: Path) -> list[int]:
     except (OSError, ValueError, AttributeError, RecursionError):
         raise ModelError("not a JSON object", where=str(path), fix="restore the file") from None
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(type(number) is int and number >= 0 for number in ids):
+    if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
         raise ModelError("eos_token_id is no token's number", where=str(path), fix="restore the file")
     return ids

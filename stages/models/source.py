@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.config import describe_special
+from stages.config import damaged_knob, describe_special
 from stages.errors import CheckpointError, ModelError
-from stages.files.atomic import read_text
+from stages.files.atomic import read_json, read_text
 from stages.files.identity import base_digest, tokenizer_digest
 from stages.files.manifest import BaseRef, Manifest, checkpoint_digest, is_checkpoint, locate, read_manifest
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+ADAPTER_CONFIG = "adapter_config.json"
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 
 
@@ -88,6 +90,8 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
             where=what,
             fix=f"give one of: {', '.join(stages)}" + (", or a base model" if stages != ("reward",) else ""),
         )
+    if ADAPTER_CONFIG in manifest.files:
+        read_adapter_shape(path)
     located = locate(path, manifest.base)
     base = Path(located) if Path(located).is_dir() else _download(str(located), what)
     source = _open_base(name, base, manifest.base.name, manifest, what, trust_remote_code)
@@ -98,6 +102,25 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
             fix="put the original base back, or train the checkpoint again on this one",
         )
     return source
+
+
+def read_adapter_shape(folder: Path) -> tuple[int, float]:
+    """Rank and alpha of a checkpoint's adapter, from adapter_config.json. Raises CheckpointError."""
+    place, train_again = folder / ADAPTER_CONFIG, "train the checkpoint again"
+    try:
+        config = read_json(place)
+        rank, alpha = config["r"], config["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{ADAPTER_CONFIG} cannot be read: {why}", where=str(folder), fix=train_again) from None
+    wrong = damaged_knob("sft", {"lora_rank": rank, "lora_alpha": alpha})
+    if wrong or rank is None or alpha is None:
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG} cannot be read: r is {reprlib.repr(rank)}, lora_alpha is {reprlib.repr(alpha)}",
+            where=str(folder),
+            fix=train_again,
+        )
+    return rank, float(alpha)
 
 
 def _open_base(

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from stages.config import TrainingKnobs
-from stages.errors import Interrupted, OutOfMemory, OutputError, TrainingStopped, UserError
+from stages.errors import CheckpointError, Interrupted, OutOfMemory, OutputError, TrainingStopped, UserError
 from stages.files.run import Run
 from stages.files.states import AHEAD
 from stages.results import Report
 from stages.training import signals
 from stages.training.devices import Ranks
-from stages.training.optimizer import AdamW, clip
+from stages.training.optimizer import AdamW, clip, learning_rate_at
 from stages.training.passes import divisor
 from stages.training.plan import memory_text
 
@@ -42,9 +42,17 @@ class Progress:
         return {**self.facts, **updates, "bad_steps": self.bad_steps}
 
     def restore(self, tensors: dict[str, Tensor], stored: dict[str, float]) -> None:
-        for name, optimizer in self.optimizers.items():
-            optimizer.load(name, tensors, int(stored[f"updates.{name}"]))
-        self.bad_steps = int(stored["bad_steps"])
+        """Take up what `tensors` and `stored` gave. Raises CheckpointError where they are of another run."""
+        try:
+            for name, optimizer in self.optimizers.items():
+                optimizer.load(name, tensors, int(stored[f"updates.{name}"]))
+            self.bad_steps = int(stored["bad_steps"])
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:  # missing, or of another shape
+            raise CheckpointError(
+                f"the saved state does not fit this run: {type(error).__name__}: {str(error).splitlines()[0]}",
+                where="state",
+                fix="start again with --overwrite",
+            ) from None
         self.facts = {k: v for k, v in stored.items() if not k.startswith("updates.") and k != "bad_steps"}
 
 
@@ -77,6 +85,8 @@ def train(
         ahead = state.facts.pop(AHEAD, None)
         progress.restore(state.tensors, state.facts)
         report.note(f"resuming after step {done} of {total}")
+        if run.extending and 0 < done < total:
+            warn_of_schedule(read_metrics(run), config, done, total, report)
     saved: int | None = state.step if state is not None else None
     whole = 1
     report.begin(title, total, max(done, 0))
@@ -192,6 +202,20 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
     """Every line of the run's metrics.jsonl."""
     text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def warn_of_schedule(
+    lines: list[dict[str, float]], config: TrainingKnobs, done: int, total: int, report: Report
+) -> None:
+    """Say where a later end makes the learning rate rise: schedules are stretched over all steps."""
+    before = next((line.get("lr") for line in reversed(lines) if line["step"] == done), None)
+    after = learning_rate_at(done, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
+    if before is not None and after > before:
+        report.warn(
+            f"the learning rate rises from {before:.3g} at step {done} to {after:.3g} at step {done + 1}: lr_schedule "
+            f"{config.lr_schedule} now ends at step {total}; the result is not that of a run of {total} steps from the "
+            "start"
+        )
 
 
 def before_and_after(lines: list[dict[str, float]]) -> dict[str, float]:
