@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import math
+import os
+import re
 import reprlib
+import stat
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -24,6 +29,8 @@ CONDITIONS = (  # what PPO is watched for; see stages/rollout/watchdog.py
 )  # fmt: skip
 NONE = "none"
 GROUPED = ("rloo", "grpo", "reinforce++-baseline")
+LARGEST = 10**12  # of a whole number whose knob states no bound of its own: floats count so far exactly
+MOST_RESPONSES = 10**6  # of one PPO update
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Knob:
     choices: tuple[str, ...] = ()
     auto: str = ""  # what `null`/"auto" means, for --help
     inert: bool = False  # True: does not change the result, so it may differ when a run is resumed
+    paths: bool = False  # True for a list of files and folders, whose names may hold commas
 
 
 def knob(default: object, help: str, panel: str, **about: object) -> typing.Any:
@@ -52,6 +60,8 @@ REQUIRED = dataclasses.MISSING
 MODEL, DATA, OUTPUT, TRAINING, OPTIMISER, LORA = "Model", "Data", "Output", "Training", "Optimiser", "LoRA"
 ROLLOUT, REWARD, PPO, EVALUATION, DEVICE = "Rollout", "Reward", "PPO", "Evaluation", "Device"
 PREFERENCE = "Preference"
+KTO = "use --loss kto"
+Idle = tuple[tuple[str, ...], str, str]  # knobs without effect, why, and what would give them one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +121,9 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
     )
     samples: int = knob(4, "held-out prompts answered in samples.jsonl at each evaluation", TRAINING, low=0)
 
-    epochs: float = knob(1.0, "passes over the dataset", TRAINING, above=0)
+    epochs: float = knob(1.0, "passes over the dataset", TRAINING, above=0, high=1e6)
     max_steps: int | None = knob(None, "stop after N steps, whatever epochs says", TRAINING, low=1, auto="from epochs")
-    batch_size: int = knob(64, "rows per optimiser step, over all ranks", TRAINING, low=1)
+    batch_size: int = knob(64, "rows per optimiser step, over all ranks", TRAINING, low=1, high=10**6)
     micro_batch_size: int | str = knob(
         AUTO,
         "rows per forward pass; auto is what memory has room for; changes results by rounding alone",
@@ -141,7 +151,7 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
 
     lora_rank: int | None = knob(None, "rank of the adapters", LORA, low=1, high=4096, auto="32, or the checkpoint's")
     lora_alpha: float | None = knob(
-        None, "scale of the adapters is alpha / rank", LORA, above=0, auto="32, or the checkpoint's"
+        None, "scale of the adapters is alpha / rank", LORA, above=0, high=1e6, auto="32, or the checkpoint's"
     )
     lora_targets: list[str] = knob([], "names of the linear layers to adapt", LORA, auto="all but the output layer")
 
@@ -152,6 +162,20 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
                 where="eval_every",
                 fix="give --eval-dataset, or an --eval-fraction above 0",
             )
+
+    def idle(self) -> Iterator[Idle]:
+        """Knobs that the others leave without effect."""
+        if self.eval_dataset and self.eval_fraction:
+            yield ("eval_fraction",), "the held-out rows come from eval_dataset", "leave eval_dataset out"
+        if not self.holds_out:
+            yield ("eval_limit",), "no rows are held out", "give --eval-dataset, or an --eval-fraction above 0"
+        if self.warmup_ratio == 1:
+            yield ("lr_schedule",), "with warmup_ratio 1 the learning rate never decays", "lower --warmup-ratio"
+
+    @property
+    def holds_out(self) -> bool:
+        """True where there are rows to evaluate on."""
+        return bool(self.eval_dataset or self.eval_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +212,11 @@ class RewardConfig(TrainingKnobs):
         REWARD, low=0,
     )  # fmt: skip
 
+    def idle(self) -> Iterator[Idle]:
+        yield from super().idle()
+        if not self.holds_out:
+            yield ("sft_samples",), "no prompts are held out", "give --eval-dataset, or an --eval-fraction above 0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig(TrainingKnobs):
@@ -223,6 +252,17 @@ class DpoConfig(TrainingKnobs):
                     where=name,
                     fix="leave it out, or use --loss kto",
                 )
+        if not self.desirable_weight and not self.undesirable_weight:
+            raise ConfigError(
+                "desirable_weight and undesirable_weight are both 0, so nothing is learned",
+                where="undesirable_weight",
+                fix="give one of them a number above 0",
+            )
+
+    def idle(self) -> Iterator[Idle]:
+        yield from super().idle()
+        if self.loss != "kto":
+            yield ("desirable_weight", "undesirable_weight"), f"it belongs to the kto loss, not to {self.loss}", KTO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +272,7 @@ class RolloutKnobs:
     max_prompt_tokens: int | None = knob(
         None, "longest prompt in tokens", ROLLOUT, low=1, auto="what the context leaves beside the response"
     )
-    max_response_tokens: int = knob(128, "longest response in tokens", ROLLOUT, low=1)
+    max_response_tokens: int = knob(128, "longest response in tokens", ROLLOUT, low=1, high=10**6)
     temperature: float = knob(0.7, "sampling temperature; log-probabilities are tempered alike", ROLLOUT, above=0)
     rollout_batch_size: int | str = knob(AUTO, "responses sampled side by side", ROLLOUT, low=1, inert=True)
     rollout_engine: str = knob(
@@ -252,9 +292,15 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         REQUIRED,
         "reward checkpoint, or file.py:function, each with an optional =weight; repeat for several",
         REWARD,
+        paths=True,
     )
     reward_timeout: float = knob(
-        600.0, "seconds that a reward function may take for one call; 0 is no limit", REWARD, low=0, inert=True
+        600.0,
+        "seconds that a reward function may take for one call; 0 is no limit",
+        REWARD,
+        low=0,
+        high=1e8,
+        inert=True,
     )
     missing_eos_penalty: float = knob(1.0, "charge for a response that never ends; 0 turns it off", REWARD, low=0)
     missing_eos: str = knob(
@@ -328,7 +374,7 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         0.1, "end an update's passes once the policy moved 1.5x this far", PPO, above=0, auto="never"
     )
     ratio_limit: float = knob(10.0, "skip a minibatch whose mean probability ratio exceeds this", PPO, above=1)
-    responses_per_prompt: int = knob(1, "responses sampled per prompt", ROLLOUT, low=1)
+    responses_per_prompt: int = knob(1, "responses sampled per prompt", ROLLOUT, low=1, high=10**4)
     critic: str = knob(
         "adapter",
         "an adapter of its own (starts as the reward model), or a value head shared with the policy's trunk",
@@ -360,6 +406,18 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
                 f"a batch of {responses} responses does not split into {self.minibatches} equal minibatches",
                 where="minibatches",
                 fix="choose minibatches that divide batch_size * responses_per_prompt",
+            )
+        if responses > MOST_RESPONSES:
+            raise ConfigError(
+                f"an update of {responses:,} responses is too large; the most is {MOST_RESPONSES:,}",
+                where="responses_per_prompt",
+                fix="lower --batch-size or --responses-per-prompt",
+            )
+        if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
+            raise ConfigError(
+                f"clip_range_high {self.clip_range_high:g} is below clip_range {self.clip_range:g}",
+                where="clip_range_high",
+                fix="give at least clip_range, or leave it out",
             )
         if not self.reward:
             raise ConfigError("no reward source", where="reward", fix="give --reward CHECKPOINT or --reward file.py:f")
@@ -406,6 +464,34 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
                 f"{self.advantage} has no critic", where="critic_learning_rate", fix="leave it out, or use gae"
             )
 
+    def idle(self) -> Iterator[Idle]:
+        yield from super().idle()
+        yield from self._idle_estimator()
+        if not any(is_function(source) for source in self.reward):
+            yield ("reward_timeout",), "no reward is a function", "give --reward file.py:function"
+        if self.length_penalty and self.length_limit >= self.max_response_tokens:
+            names = ("length_limit", "length_penalty")
+            yield names, "no response is longer than length_limit", "give a --length-limit below --max-response-tokens"
+        if not self.ptx_dataset:
+            yield ("ptx_coef",), "there is no ptx_dataset", "give --ptx-dataset"
+        if self.kl_target is None:
+            yield ("kl_horizon",), "kl_coef is fixed without a kl_target", "give --kl-target"
+        if not self.kl_coef:
+            yield ("kl_estimator", "kl_placement"), "kl_coef 0 charges no KL", "give a --kl-coef above 0"
+
+    def _idle_estimator(self) -> Iterator[Idle]:
+        """Knobs without effect under the advantage estimator."""
+        if self.advantage in CRITIC_FREE:
+            names = ("gae_lambda", "critic_lambda", "critic_learning_rate", "value_clip_range", "value_coef")
+            yield names, f"{self.advantage} has no critic", "use --advantage gae"
+        elif not self.value_coef:
+            names = ("critic_learning_rate", "critic_lambda", "critic_warmup", "value_clip_range")
+            yield names, "with value_coef 0 the critic does not learn", "give a --value-coef above 0"
+        if self.advantage not in ("gae", "reinforce++"):
+            yield ("gamma",), f"{self.advantage} adds up a response's rewards undiscounted", "use --advantage gae"
+        if self.advantage in ("rloo", "grpo") and self.whiten_advantages:
+            yield ("whiten_advantages",), f"{self.advantage} never whitens advantages", "use another --advantage"
+
     @property
     def kl_place(self) -> str:
         """Where the KL is charged, `auto` worked out."""
@@ -433,10 +519,15 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
     """Measure checkpoints: policies on prompts or demonstrations, reward models and DPO on comparisons."""
 
     output: str | None = knob(None, "also write the report to this .json file", OUTPUT, inert=True)
-    reward: list[str] = knob([], "reward source that scores responses", REWARD)
-    gold: list[str] = knob([], "a second source, reported apart and never trained on", REWARD)
+    reward: list[str] = knob([], "reward source that scores responses", REWARD, paths=True)
+    gold: list[str] = knob([], "a second source, reported apart and never trained on", REWARD, paths=True)
     reward_timeout: float = knob(
-        600.0, "seconds that a reward function may take for one call; 0 is no limit", REWARD, low=0, inert=True
+        600.0,
+        "seconds that a reward function may take for one call; 0 is no limit",
+        REWARD,
+        low=0,
+        high=1e8,
+        inert=True,
     )
     against: str | None = knob(None, "checkpoint or base to compare with, prompt by prompt", EVALUATION)
     reference: str | None = knob(
@@ -447,13 +538,18 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
         "completion", "which tokens count in perplexity", EVALUATION, choices=("completion", "assistant", "all")
     )
     best_of: list[int] = knob(
-        [], "also take the best of this many responses by --reward, for each of these numbers", EVALUATION, low=1
+        [],
+        "also take the best of this many responses by --reward, for each of these numbers",
+        EVALUATION,
+        low=1,
+        high=10**4,
     )
     also: list[str] = knob(
         [],
         "another checkpoint, base or resume state (RUN/state: all of them) in one table with --model: policies on "
         "prompts; reward models, DPO and PPO policies on comparisons",
         EVALUATION,
+        paths=True,
     )
     plot: str | None = knob(None, "draw scores over KL into this .svg file", OUTPUT, inert=True)
     examples: int = knob(3, "prompts shown with their responses", EVALUATION, low=0)
@@ -461,7 +557,7 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
         None, "sampling temperature", ROLLOUT, above=0, auto="what the policy was trained at, else 1.0"
     )
     max_response_tokens: int | None = knob(
-        None, "longest response in tokens", ROLLOUT, low=1, auto="what the policy was trained at, else 128"
+        None, "longest response in tokens", ROLLOUT, low=1, high=10**6, auto="what the policy was trained at, else 128"
     )
 
     def check(self) -> None:
@@ -486,15 +582,28 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
                 "there is no score to draw", where="plot", fix="give --reward CHECKPOINT or --reward file.py:function"
             )
 
+    def idle(self) -> Iterator[Idle]:
+        """Knobs that the others leave without effect."""
+        if not any(is_function(source) for source in (*self.reward, *self.gold)):
+            yield ("reward_timeout",), "no reward is a function", "give --reward file.py:function"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
     """Write responses to prompts into a .jsonl file."""
 
     output: str = knob(REQUIRED, "file to write, one JSON object per response", OUTPUT)
-    responses_per_prompt: int = knob(1, "responses per prompt", ROLLOUT, low=1)
+    responses_per_prompt: int = knob(1, "responses per prompt", ROLLOUT, low=1, high=10**6)
     temperature: float = knob(1.0, "sampling temperature; 0 takes the likeliest token", ROLLOUT, low=0)
     top_p: float = knob(1.0, "sample from the likeliest tokens of this total probability", ROLLOUT, above=0, high=1)
+
+    def idle(self) -> Iterator[Idle]:
+        """Knobs that the others leave without effect."""
+        if not self.temperature:
+            yield ("top_p",), "temperature 0 takes the likeliest token", "give a --temperature above 0"
+            if self.responses_per_prompt > 1:
+                why = "at temperature 0 all responses to a prompt are the same"
+                yield ("responses_per_prompt",), why, "give a --temperature above 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -542,6 +651,9 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, tuple[object, str]]:
     """
     import yaml
 
+    special = describe_special(path)
+    if special:
+        raise ConfigError(f"the recipe is {special}", where=str(path), fix="give --config an existing .yaml file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -579,6 +691,33 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, tuple[object, str]]:
     return found
 
 
+def describe_special(path: str | Path) -> str:
+    """What stands at a path that is neither a file nor a folder, in words; "" where nothing stands there."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return _describe_link(path)
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return ""
+    return "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def _describe_link(path: str | Path) -> str:
+    """A link that leads nowhere, or in a circle, in words; "" for no link."""
+    try:
+        if not os.path.islink(path):
+            return ""
+        target = os.readlink(path)
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads in a circle"
+        return f"a link to {target}, where nothing is" if error.errno == errno.ENOENT else ""
+    except ValueError:
+        return ""
+    return ""
+
+
 def suggest(name: str, cls: type) -> str:
     """Advice for an unknown knob: the nearest name there is."""
     near = difflib.get_close_matches(name.replace("-", "_"), knobs(cls), n=1, cutoff=0.5)
@@ -608,8 +747,8 @@ def resolve(cls: type, recipe: dict[str, tuple[object, str]], flags: dict[str, o
         if raw is None and typing.get_origin(kind) in (list, dict):
             raw = default_of(f)
         values[name] = parse(raw, kind, origin[name])
-        if about.choices and typing.get_origin(kind) is list:
-            values[name] = split_choices(values[name])
+        if kind == list[str]:
+            values[name] = split_list(values[name], about)
         check_characters(values[name], origin[name])
         check_bounds(values[name], about, origin[name])
     config = cls(**values)
@@ -618,7 +757,27 @@ def resolve(cls: type, recipe: dict[str, tuple[object, str]], flags: dict[str, o
             config.check()
         except ConfigError as error:
             raise ConfigError(error.what, where=origin.get(error.where or "", error.where), fix=error.fix) from None
+    check_idle(config, origin, {name for name in origin if flags.get(name) is not None})
     return config
+
+
+def check_idle(config: typing.Any, origin: dict[str, str], flags: set[str]) -> None:
+    """Raise ConfigError for a knob that was given and that other knobs leave without effect.
+
+    A recipe may hold the default of any knob, as a checkpoint's config.yaml does, and a knob that only a flag leaves
+    without effect: a recipe is shared, and flags win over it. A flag may turn off what is off already.
+    """
+    if not hasattr(config, "idle"):
+        return
+    default = {name: default_of(f) for name, (f, _, _) in knobs(type(config)).items()}
+    recipe = dataclasses.replace(config, **{n: default[n] for n in flags if default[n] is not REQUIRED})
+    idle_in_recipe = {name for names, _, _ in recipe.idle() for name in names}
+    for names, why, fix in config.idle():
+        for name in names:
+            value = getattr(config, name)
+            changed = value != default[name]
+            if (changed or value) if name in flags else (changed and name in origin and name in idle_in_recipe):
+                raise ConfigError(f"{name} has no effect: {why}", where=origin[name], fix=f"leave it out, or {fix}")
 
 
 def parse(raw: object, kind: object, where: str) -> object:
@@ -698,10 +857,39 @@ def _parse_pairs(raw: object) -> dict[str, str]:
     return {name.strip(): column.strip() for name, column in pairs}
 
 
-def split_choices(texts: list[str]) -> list[str]:
-    """The choices of a list knob: `a,b` is two of them, each stands once, and `none` alone is the empty list."""
-    chosen = [word.strip() for text in texts for word in text.split(",") if word.strip()]
-    return [] if chosen == [NONE] else list(dict.fromkeys(chosen))
+def split_list(texts: list[str], about: Knob) -> list[str]:
+    """The items of a list knob: `a,b` is two of them, and each name stands once.
+
+    A place whose name holds a comma is one item where it exists. `none` alone is no choice at all.
+    """
+    if about.paths:
+        return [item for text in texts for item in split_paths(text)]
+    found = list(dict.fromkeys(word.strip() for text in texts for word in text.split(",") if word.strip()))
+    return [] if about.choices and found == [NONE] else found
+
+
+def split_paths(text: str) -> list[str]:
+    """Files and folders between commas, with what may follow a name (`=0.5`, `:function`)."""
+    parts, found = text.split(","), []
+    while parts:
+        joined = next((n for n in range(len(parts), 1, -1) if _exists(",".join(parts[:n]))), 1)
+        found.append(",".join(parts[:joined]).strip())
+        parts = parts[joined:]
+    return [item for item in found if item]
+
+
+def _exists(text: str) -> bool:
+    """True where a reward source or a model of this name is on the disk."""
+    whole = text.strip()
+    name = re.sub(r"=[^=/,]*$", "", whole)  # without a weight
+    file = re.sub(r"(?<=\.py):\w*$", "", name)  # and without a function
+    return any("\0" not in place and os.path.lexists(os.path.expanduser(place)) for place in (whole, name, file))
+
+
+def is_function(source: str) -> bool:
+    """True for a reward source `file.py` or `file.py:function`, with or without its weight."""
+    name = re.sub(r"=[^=/]*$", "", source)
+    return name.endswith(".py") or ".py:" in name
 
 
 def check_characters(value: object, where: str) -> None:
@@ -744,8 +932,10 @@ def check_bounds(value: object, about: Knob, where: str) -> None:
         raise ConfigError(f"{value} is too small", where=where, fix=f"the smallest value is {_plain(about.low)}")
     if about.above is not None and value <= about.above:
         raise ConfigError(f"{value} is too small", where=where, fix=f"give a number above {_plain(about.above)}")
-    if about.high is not None and value > about.high:
-        raise ConfigError(f"{value} is too large", where=where, fix=f"the largest value is {_plain(about.high)}")
+    high = LARGEST if about.high is None and isinstance(value, int) else about.high
+    if high is not None and value > high:
+        shown = reprlib.repr(value) if isinstance(value, int) else value
+        raise ConfigError(f"{shown} is too large", where=where, fix=f"the largest value is {_plain(high)}")
 
 
 def describe(kind: object) -> str:
@@ -778,6 +968,37 @@ def _plain(number: float) -> str:
 def as_dict(config: object) -> dict[str, object]:
     """Every knob of a config by name, ready for YAML or JSON."""
     return dataclasses.asdict(config)  # type: ignore[call-overload]
+
+
+def damaged_knob(stage: str, stored: dict[str, typing.Any]) -> str:
+    """The first knob of a stored config whose value could never have been one; "" where there is none.
+
+    Knobs of other versions are passed over, and so are names of choices, which other versions may have.
+    """
+    known = knobs(STAGES[stage]) if stage in STAGES else {}
+    for name, (_, about, kind) in known.items():
+        if name not in stored:
+            continue
+        try:
+            if not _is_stored(stored[name], kind):
+                return name
+            check_bounds(stored[name], dataclasses.replace(about, choices=()), name)
+        except ConfigError:
+            return name
+    return ""
+
+
+def _is_stored(value: object, kind: object) -> bool:
+    """True for a value of the knob's own type, as JSON gives it back."""
+    if typing.get_origin(kind) is list:
+        (item,) = typing.get_args(kind)
+        return isinstance(value, list) and all(_is_stored(v, item) for v in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    options = typing.get_args(kind) or (kind,)
+    if isinstance(value, float):
+        return float in options and math.isfinite(value)
+    return type(value) in options or (type(value) is int and float in options and abs(value) <= LARGEST)
 
 
 def differing(config: object, other: dict[str, object]) -> list[str]:

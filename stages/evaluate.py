@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from stages.config import EvaluateConfig
-from stages.errors import DatasetError
+from stages.errors import ConfigError, DatasetError
 from stages.files.atomic import write_json, write_text
 from stages.files.rows import Demonstration, Prompt
 from stages.inputs import Inputs
@@ -28,6 +28,8 @@ from stages.rollout.sources import Rewards, check_templates
 from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
 from stages.training.session import check_coverage, context_limit, encode_all, open_base, open_text, report_cuts
+
+MOST_RESPONSES = 10**7  # held in memory until they are measured
 
 
 def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -96,7 +98,20 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report)
             raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
         rows["prompts"] = encode(asked, partial(text.prompt, max_tokens=longest), what="prompts")
         check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"], report)
+        check_best_of(config.best_of, len(rows["prompts"]))
     return rows
+
+
+def check_best_of(counts: list[int], prompts: int) -> None:
+    """Raise ConfigError for more responses than memory holds at once."""
+    wanted = max(counts, default=1) * prompts
+    if wanted > MOST_RESPONSES:
+        raise ConfigError(
+            f"the best of {max(counts):,} responses to {prompts:,} prompts takes {wanted:,} responses; "
+            f"the most is {MOST_RESPONSES:,}",
+            where="--best-of",
+            fix="lower it, or measure fewer prompts with --limit-rows",
+        )
 
 
 def is_prompt(row: object) -> bool:

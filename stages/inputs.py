@@ -22,16 +22,20 @@ from stages.config import (
     SampleConfig,
     SftConfig,
     TrainingKnobs,
+    default_of,
+    describe_special,
+    knobs,
 )
 from stages.errors import CheckpointError, ConfigError, DatasetError, ModelError, OutputError, RewardError, UserError
 from stages.files import rows as files
+from stages.files.atomic import read_json, read_text
 from stages.files.manifest import locate
 from stages.files.plot import MARK
 from stages.files.rows import Rows
 from stages.files.run import Run, open_run
 from stages.files.splits import SPLIT, is_held_out, shared_prompts, split_held_out
 from stages.models.candidates import Candidate, candidate_of, open_candidates
-from stages.models.source import Source, open_source, same_base
+from stages.models.source import Source, open_source, read_adapter_shape, same_base
 from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import Spec, open_rewards
 
@@ -113,7 +117,15 @@ def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
     if config.demonstrations:
         demonstrations = files.read_demonstrations(config.demonstrations, skip_bad_rows=config.skip_bad_rows)
     more = {"demonstrations": demonstrations.digest} if demonstrations else {}
-    return _training("reward", config, overwrite, source, read, more, demonstrations=demonstrations)
+    found = _training("reward", config, overwrite, source, read, more, demonstrations=demonstrations)
+    _refuse_idle_ratings(config, found.data)
+    if config.loss_margin and not any(pair.margin for row in found.data.rows for pair in row.pairs):
+        raise ConfigError(
+            f"loss_margin has no effect: no row of {config.dataset} has a margin",
+            where="--loss-margin",
+            fix="leave it out, or give rows with `margin`, or ratings",
+        )
+    return found
 
 
 def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
@@ -133,7 +145,20 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
 def dpo_inputs(config: DpoConfig, overwrite: bool) -> Inputs:
     source = _policy(config, "--model")
     ratings = {"rating_threshold": config.rating_threshold, "normalise_raters": config.normalise_raters}
-    return _training("dpo", config, overwrite, source, _reader(files.read_comparisons, config, **ratings))
+    found = _training("dpo", config, overwrite, source, _reader(files.read_comparisons, config, **ratings))
+    _refuse_idle_ratings(config, found.data)
+    return found
+
+
+def _refuse_idle_ratings(config: RewardConfig | DpoConfig, data: Rows) -> None:
+    """Raise ConfigError for a knob of ratings where there are none."""
+    for name in ("rating_threshold", "normalise_raters"):
+        if getattr(config, name) and data.kind != "rating":
+            raise ConfigError(
+                f"{name} has no effect: {data.source} holds comparisons, not ratings",
+                where=f"--{name.replace('_', '-')}",
+                fix="leave it out, or give rows with prompt, response and rating",
+            )
 
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
@@ -151,6 +176,10 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     if config.max_response_tokens is not None:
         _response_fits(config.max_response_tokens, source)
     answers = kind != "demonstration" or bool(rewards or gold)
+    if kind != "demonstration":
+        _refuse_idle(config, ("mask", "max_tokens"), kind)
+    if not answers:
+        _refuse_idle(config, ("reference",), kind)
     also = _also(config, source, POLICIES, "give --reward {} to score by it, or comparisons as --dataset")
     if also and not answers:
         raise DatasetError(
@@ -189,18 +218,30 @@ def _comparing_inputs(config: EvaluateConfig, source: Source, reference: Source 
             where="--dataset",
             fix="give prompts or demonstrations, or a reward, dpo or ppo checkpoint as --model",
         )
-    for name in ("against", "best_of", "plot"):
+    for name in ("against", "best_of", "plot", "reward", "gold"):
         if getattr(config, name):
             raise ConfigError(
                 f"{config.model} is measured on comparisons, where nothing is sampled",
                 where=f"--{name.replace('_', '-')}",
                 fix="leave it out, use --also to compare, or give a policy as --model with prompts as --dataset",
             )
+    _refuse_idle(config, ("mask",), kind)
     also = _also(config, source, ("reward", *IMPLICIT), "")
     models = [_with_reference(c, reference, config.trust_remote_code) for c in (model, *also)]
     _check_outputs(config)
     data = _reader(files.read_comparisons, config)(config.dataset)
     return Inputs(source, data, also=models[1:], reference=models[0].reference, warnings=_left_out(data))
+
+
+def _refuse_idle(config: EvaluateConfig, names: tuple[str, ...], kind: str) -> None:
+    """Raise ConfigError for a knob that means nothing for rows of this kind."""
+    for name in names:
+        if getattr(config, name) != default_of(knobs(type(config))[name][0]):
+            raise ConfigError(
+                f"{name} has no effect: {config.dataset} holds {kind}s",
+                where=f"--{name.replace('_', '-')}",
+                fix="leave it out, or give another --dataset",
+            )
 
 
 def _also(config: EvaluateConfig, source: Source, stages: tuple[str, ...], advice: str) -> list[Candidate]:
@@ -261,6 +302,9 @@ def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
             fix="give a checkpoint of this tool",
         )
     output = Path(config.output).expanduser()
+    special = describe_special(output)
+    if special:
+        raise OutputError(f"{output} is {special}", where="--output", fix="give a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} is not empty", where="--output", fix="give a new folder")
     return Inputs(source)
@@ -293,7 +337,7 @@ def _with_verdicts(inputs: Inputs, force: bool) -> Inputs:
 def verdict_of(folder: Path) -> tuple[str, list[str]]:
     """The decision and its reasons that `rlhf reward` left in a checkpoint; ("none", why) where it left none."""
     try:
-        verdict = json.loads((folder / "report.json").read_text(encoding="utf-8"))["verdict"]
+        verdict = read_json(folder / "report.json")["verdict"]
         return str(verdict["decision"]), [str(reason) for reason in verdict["reasons"]]
     except (OSError, ValueError, KeyError, TypeError):
         return "none", ["its report.json has no verdict, so nothing is known of how good it is"]
@@ -423,12 +467,7 @@ def _left_out(data: Rows) -> tuple[str, ...]:
 def _rank_fits(config: TrainingKnobs, source: Source) -> None:
     if source.folder is None or config.lora_rank is None:
         return
-    try:
-        stored = int(json.loads((source.folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        raise CheckpointError(
-            "adapter_config.json cannot be read", where=str(source.folder), fix="train the checkpoint again"
-        ) from None
+    stored, _ = read_adapter_shape(source.folder)
     if config.lora_rank < stored:
         raise ConfigError(
             f"lora_rank {config.lora_rank} is smaller than {stored}, the rank of {source.name}",
@@ -462,12 +501,20 @@ def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: 
         raise OutputError(f"{name} is a folder", where=flag, fix=another)
     if path.suffix != suffix:
         raise OutputError(f"{name} does not end in {suffix}", where=flag, fix=another)
+    special = describe_special(path)
+    if special and not special.startswith("a link to"):  # such a link is written through
+        raise OutputError(f"{name} is {special}", where=flag, fix=another)
     if path.exists() and not _wrote(path, ours):
         raise OutputError(f"{name} belongs to something else, and stays as it is", where=flag, fix=another)
     read = Path(config.dataset).expanduser()
     if path.exists() and read.exists() and os.path.samefile(path, read):
         raise OutputError(f"{name} is the dataset that is read", where=flag, fix=another)
-    place = next(parent for parent in path.absolute().parents if parent.exists())
+    inside = Path(os.path.realpath(path)).parent
+    if suffix in files.SUFFIXES and read.is_dir() and os.path.realpath(read) == str(inside):
+        raise OutputError(
+            f"{name} lies in the dataset's folder, where it would be read as rows", where=flag, fix=another
+        )
+    place = next(parent for parent in (inside, *inside.parents) if parent.exists())
     if not place.is_dir():
         raise OutputError(f"{place} is a file", where=flag, fix="give a path inside a folder")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -477,10 +524,10 @@ def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: 
 def _wrote(path: Path, ours: tuple[str, ...] | str) -> bool:
     """True where a file is empty, holds a text of ours, or begins with a JSON object of these keys."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if isinstance(ours, str):
             return not text.strip() or ours in text
         value = json.loads(text if path.suffix == ".json" else text.partition("\n")[0]) if text.strip() else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(value, dict) and (not text.strip() or set(ours) <= value.keys())

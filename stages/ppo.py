@@ -186,13 +186,14 @@ def work_of(config: PpoConfig, prompts: list[PromptRow]) -> Work:
     any_here = 1 - (1 - 1 / config.minibatches) ** several
     return Work(
         "ppo",
-        [len(p.ids) + response for p in prompts for _ in range(several)],
+        [len(p.ids) + response for p in prompts],
         math.ceil(config.batch_size * several / config.minibatches),
         read=response / (mean + response),
         computed=(any_here * mean + here * response) / (here * (mean + response)),
         prompt=longest,
         response=response,
         at_once=min(at_once, config.batch_size * several),
+        repeated=several,
     )
 
 

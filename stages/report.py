@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 
 from stages.errors import CheckpointError
+from stages.files.atomic import read_text
 from stages.results import Report, Result, Table
 from stages.rollout.frontier import curve_tables
 
@@ -86,7 +87,7 @@ def read_run(path: str) -> dict[str, object]:
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file, {} where there is no such file; raises CheckpointError for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:

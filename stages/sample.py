@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from stages.config import SampleConfig
+from stages.errors import ConfigError
 from stages.files.atomic import to_json, write_text
 from stages.inputs import RESPONSE_KEYS, Inputs
 from stages.models.roles import Roles, adapter_of
@@ -15,6 +16,7 @@ from stages.rollout.samples import readable
 from stages.training.session import check_coverage, encode_all, open_base, open_text
 
 SHOWN = 3
+MOST_RESPONSES = 10**7  # held in memory until the file is written
 
 
 def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -25,8 +27,7 @@ def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     encode = partial(text.prompt, max_tokens=longest)
     prompts = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
     check_coverage(text, inputs.data.rows, report, what="prompts")
-    repeated = [(i, k) for i in range(len(prompts)) for k in range(config.responses_per_prompt)]
-    counts = {"prompts": len(prompts), "responses": len(repeated)}
+    counts = {"prompts": len(prompts), "responses": count_responses(len(prompts), config)}
     if dry_run:
         return Result("sample", "dry run", None, {"plan": counts}, (facts_table("sample: the plan", counts),))
     base, _ = open_base(source, config, text)
@@ -36,6 +37,7 @@ def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     roles.add("policy", adapter_of(base, source, trainable=False))
     rows, engine = config.rollout_batch_size, config.rollout_engine
     sampling = Sampling(config.temperature, config.max_response_tokens, config.top_p, rows, engine)
+    repeated = [(i, k) for i in range(len(prompts)) for k in range(config.responses_per_prompt)]
     keys = [(config.seed, "sample", i, k) for i, k in repeated]
     report.begin("sample", len(repeated))
     with roles.use("policy"):
@@ -60,3 +62,16 @@ def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     data = {**counts, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
     shown = tuple((readable(row["prompt"]), row["response"]) for row in rows[:SHOWN])
     return Result("sample", "done", config.output, data, (Table("samples", ("prompt", "response"), shown),))
+
+
+def count_responses(prompts: int, config: SampleConfig) -> int:
+    """How many responses are asked for. Raises ConfigError for more than memory holds until the file is written."""
+    wanted = prompts * config.responses_per_prompt
+    if wanted > MOST_RESPONSES:
+        raise ConfigError(
+            f"{config.responses_per_prompt:,} responses to each of {prompts:,} prompts are {wanted:,}; "
+            f"the most in one file is {MOST_RESPONSES:,}",
+            where="--responses-per-prompt",
+            fix="lower it, or take fewer prompts at a time with --limit-rows",
+        )
+    return wanted

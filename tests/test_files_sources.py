@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import pyarrow
 import pytest
 
 from stages.errors import DatasetError
@@ -336,11 +337,8 @@ class FakeHubRows:
     """What `load_dataset` returns, as far as it is used."""
 
     def with_format(self, kind):
-        assert kind is None
-        return self
-
-    def to_list(self):
-        return [{"prompt": "x"}]
+        assert kind == "arrow"
+        return pyarrow.table({"prompt": ["x"]})
 
 
 def fake_hub(monkeypatch, answer):
@@ -364,6 +362,33 @@ def test_a_hub_id_is_loaded_with_its_split(monkeypatch, tmp_path, source, split)
     assert asked == [("org/name", split)]
     assert found.rows == [RawRow({"prompt": "x"}, f"{source}: row 1")]
     assert found.digest == hashlib.sha256(b'{"prompt": "x"}\n').hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ModuleNotFoundError("No module named 'datasets'", name="datasets"), "the `datasets` library is not installed"),
+        (
+            ImportError("libarrow.so: undefined symbol"),
+            "cannot be imported: ImportError: libarrow.so: undefined symbol",
+        ),
+        (AttributeError("half installed"), "cannot be imported: AttributeError: half installed"),
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True], ids=["hub", "saved"])
+def test_a_datasets_library_that_is_not_there_is_named(monkeypatch, tmp_path, saved, error, says):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "datasets":
+                raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    if saved:
+        write(tmp_path, "state.json", "{}")
+    found = refuse(str(tmp_path) if saved else "org/name")
+    assert says in found.what and found.fix.startswith("pip install datasets, or ")
 
 
 def test_a_local_folder_wins_over_the_hub(monkeypatch, tmp_path):

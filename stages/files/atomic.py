@@ -19,11 +19,14 @@ import secrets
 import shutil
 import socket
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.config import describe_special
 from stages.errors import OutputError
 
+DEEPEST = 100  # levels of objects and lists in JSON
 TEMP = ".rlhf-tmp-"  # half-written, or on its way out: never of use
 ASIDE = ".rlhf-old-"  # a whole previous folder, put aside while its successor is renamed into place
 _LEFTOVER = re.compile(r"\.rlhf-(tmp|old)-[0-9a-f]{8}-(.+)", re.DOTALL)
@@ -69,6 +72,53 @@ def _output_error(path: str | Path, number: int | None, reason: str) -> OutputEr
     }
     fix = fixes.get(number or 0, "see that the disk is well, and run the same command again")
     return OutputError(f"cannot write: {reason}", where=str(path), fix=fix)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A plain file's content. Raises OSError, also for a pipe, a socket or a device, which might never end."""
+    special = describe_special(path)
+    if special:
+        raise OSError(errno.EINVAL, f"it is {special}, not a file", str(path))
+    return Path(path).read_bytes()
+
+
+def read_text(path: str | Path) -> str:
+    """A plain file's UTF-8 text. Raises OSError as `read_bytes` does, and UnicodeDecodeError."""
+    return read_bytes(path).decode("utf-8")
+
+
+def read_json(path: str | Path) -> typing.Any:
+    """JSON as this tool writes it, from a plain file. Raises OSError, and ValueError in words.
+
+    NaN, infinities and values nested too deeply for whoever goes through them are none of it.
+    """
+    try:
+        value = json.loads(read_text(path), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _check_depth(value)
+    return value
+
+
+def _refuse_constant(name: str) -> typing.NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_depth(value: object) -> None:
+    """Raise ValueError for JSON nested more than `DEEPEST` levels deep, without recursion: a level at a time."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [item for found in level if isinstance(found, (dict, list)) for item in _items(found)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
+def _items(found: dict | list) -> typing.Iterable[object]:
+    return found.values() if isinstance(found, dict) else found
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -178,7 +228,10 @@ def sync(path: str | Path) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """sha256 of a file's content, in hex; raises OSError as it comes."""
+    """sha256 of a plain file's content, in hex; raises OSError as it comes."""
+    special = describe_special(path)
+    if special:
+        raise OSError(errno.EINVAL, f"it is {special}, not a file", str(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -151,7 +151,7 @@ def file_digest(path: str | Path) -> str:
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(atomic.read_text(path))
     except OSError as error:
         raise ModelError(
             f"cannot read: {error.strerror or error}", where=str(path), fix="download or save the model again"

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import typing
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from stages import __version__
+from stages.config import LARGEST, damaged_knob
 from stages.errors import CheckpointError, UserError
 from stages.files import atomic
 from stages.files.identity import base_digest
@@ -146,11 +148,12 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     """
     folder = Path(folder)
     try:
-        content = json.loads(_inside(folder, MANIFEST).read_text("utf-8"))
+        content = atomic.read_json(_inside(folder, MANIFEST))
     except OSError as error:
         raise _unreadable(folder, error) from error
-    except (ValueError, RecursionError):
-        raise _broken(folder, f"`{MANIFEST}` is not JSON") from None
+    except ValueError as error:
+        reason = f": {error}" if type(error) is ValueError else ""
+        raise _broken(folder, f"`{MANIFEST}` is not JSON{reason}") from None
     manifest = _parse(content, folder)
     for name, digest in manifest.files.items():
         path = _inside(folder, name)
@@ -172,7 +175,7 @@ def _verify(folder: Path, name: str, path: Path, digest: str) -> None:
 
 def _parse(content: object, folder: Path) -> Manifest:
     """Check the shape and the types of a manifest's JSON. Raises CheckpointError naming the key at fault."""
-    if not isinstance(content, dict) or type(content.get("format_version")) is not int:
+    if not isinstance(content, dict) or type(content.get("format_version")) is not int or content["format_version"] < 1:
         raise _broken(folder, f"`{MANIFEST}` is not a manifest of rlhf")
     if content["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
@@ -184,10 +187,18 @@ def _parse(content: object, folder: Path) -> Manifest:
     values["base"] = _reference(content.get("base"), BaseRef, "base", folder)
     values["parents"] = tuple(_reference(p, Parent, "parents", folder) for p in values["parents"])
     values["stop_token_ids"] = tuple(values["stop_token_ids"])
-    if not all(type(number) is int for number in values["stop_token_ids"]):
-        raise _broken(folder, f"`{MANIFEST}` is damaged at `stop_token_ids`")
-    if not all(isinstance(digest, str) for digest in values["files"].values()):
-        raise _broken(folder, f"`{MANIFEST}` is damaged at `files`")
+    wrong = damaged_knob(values["stage"], values["config"])
+    sound = {
+        "stop_token_ids": all(type(number) is int and 0 <= number < 2**31 for number in values["stop_token_ids"]),
+        "files": all(isinstance(digest, str) for digest in values["files"].values()),
+        "inputs": all(isinstance(digest, str) for digest in values["inputs"].values()),
+        "steps": 0 <= values["steps"] <= LARGEST,
+        "seconds": 0 <= values["seconds"] < math.inf,
+        f"config.{wrong}": not wrong,
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise _broken(folder, f"`{MANIFEST}` is damaged at `{name}`")
     return Manifest(**values, folder=folder)
 
 
@@ -210,7 +221,9 @@ def _typed(content: dict, name: str, kind: type | tuple[type, ...], folder: Path
 def _reference(content: object, cls: type[_Ref], name: str, folder: Path) -> _Ref:
     optional = {"relative"} | ({"path"} if cls is BaseRef else set())
     kinds = {f.name: (str, type(None)) if f.name in optional else str for f in dataclasses.fields(cls)}
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+    texts = [content.get(key) for key in kinds] if isinstance(content, dict) else []
+    fits = isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+    if not fits or any("\0" in text for text in texts if text):
         raise _broken(folder, f"`{MANIFEST}` is damaged at `{name}`")
     return cls(**{key: content.get(key) for key in kinds})
 

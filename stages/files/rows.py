@@ -9,7 +9,18 @@ from dataclasses import dataclass, field
 from stages.errors import DatasetError
 from stages.files import comparisons
 from stages.files.comparisons import Comparison, Pair
-from stages.files.sources import Content, Message, RawRow, Source, bad_row, check_prompt, listed, quoted, read_source
+from stages.files.sources import (
+    READERS,
+    Content,
+    Message,
+    RawRow,
+    Source,
+    bad_row,
+    check_prompt,
+    listed,
+    quoted,
+    read_source,
+)
 
 __all__ = [
     "Comparison", "Content", "Demonstration", "Message", "Pair", "Prompt", "Rows",
@@ -17,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 PROBLEMS_KEPT = 5
+SUFFIXES = tuple(READERS)  # of files that hold rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Prompt:
 
     where: str
     prompt: Content
-    columns: dict[str, object] = field(default_factory=dict)  # the row's other columns, for reward functions
+    columns: dict[str, object] = field(default_factory=dict)  # the row's other columns as JSON, for reward functions
     messages: tuple[Message, ...] = ()  # only for an Alpaca row, whose `prompt` is the same as plain text
 
 
@@ -114,7 +126,7 @@ def _require_assistant(messages: Sequence[Message], where: str) -> None:
 
 
 def _ask(row: RawRow) -> Prompt:
-    return Prompt(row.where, row.prompt(), _other_columns(row, "prompt"))
+    return Prompt(row.where, row.prompt(), row.others("prompt"))
 
 
 def _ask_again(key: str, row: RawRow) -> Prompt:
@@ -124,16 +136,12 @@ def _ask_again(key: str, row: RawRow) -> Prompt:
         messages = messages[:-1]
     if not messages:
         raise bad_row("there is no turn for the assistant to answer", row.at(key))
-    return Prompt(row.where, check_prompt(messages, row.at(key)), _other_columns(row, key))
+    return Prompt(row.where, check_prompt(messages, row.at(key)), row.others(key))
 
 
 def _ask_alpaca(row: RawRow) -> Prompt:
     prompt, messages = _alpaca_prompt(row)
-    return Prompt(row.where, prompt, _other_columns(row, "instruction", "input"), messages)
-
-
-def _other_columns(row: RawRow, *used: str) -> dict[str, object]:
-    return {name: value for name, value in row.values.items() if name not in used}
+    return Prompt(row.where, prompt, row.others("instruction", "input"), messages)
 
 
 # --- formats ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages import __version__
-from stages.config import as_dict, differing
+from stages.config import as_dict, damaged_knob, describe_special, differing
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, publish, read_manifest
@@ -57,6 +57,7 @@ class Run:
     manifest: Manifest | None = None  # of the checkpoint that is there already
     resuming: bool = False  # an unfinished run of the same command is there
     amending: bool = False  # so is one with an earlier end, or a since mended reward function, to go on from
+    extending: bool = False  # the former
     warnings: list[str] = field(default_factory=list)
     _lock: int | None = None
 
@@ -278,11 +279,26 @@ def open_run(
     Raises OutputError where the folder belongs to something else, to another stage or to a run with other choices, is
     in use, or cannot be written; CheckpointError where it is finished but damaged.
     """
-    run = Run(Path(output).expanduser(), stage, config, dict(inputs), overwrite=overwrite, writer=writer)
+    place = Path(output).expanduser()
+    # One folder has one name, however it is spelled; `a/../x` stands before `a` does.
+    folder = place if describe_special(place) else Path(os.path.realpath(place))
+    run = Run(folder, stage, config, dict(inputs), overwrite=overwrite, writer=writer)
+    _refuse_inside_a_run(folder)
     _judge(run)
     if writer and not run.finished:
         atomic.check_lock(run.folder / LOCK)
     return run
+
+
+def _refuse_inside_a_run(folder: Path) -> None:
+    """Raise OutputError for a folder inside what another run replaces and removes."""
+    for place in (folder, *folder.parents):
+        if place.name in (STATE, "critic") and any((place.parent / name).is_file() for name in (RUN, MANIFEST)):
+            raise OutputError(
+                f"lies in `{place.name}` of the run in {place.parent}, which that run removes",
+                where=str(folder),
+                fix="choose another --output",
+            )
 
 
 def write_config(run: Run, config: object) -> None:
@@ -296,7 +312,7 @@ def write_config(run: Run, config: object) -> None:
 
 def _judge(run: Run) -> None:
     """Set a run's `manifest` and `resuming` by what its folder holds. Raises as `open_run` does."""
-    run.manifest, run.resuming, run.amending = None, False, False
+    run.manifest, run.resuming, run.amending, run.extending = None, False, False, False
     if not _entries(run.folder):
         if run.writer:
             _check_writable(run.folder)
@@ -311,7 +327,9 @@ def _judge(run: Run) -> None:
             fix="choose another --output; nothing in this folder will be touched",
         )
     try:
-        if _goes_further(run, found) or (not finished and _mends_functions(run, found)):
+        _check_record(run.folder, MANIFEST if finished else RUN, found)
+        run.extending = _goes_further(run, found)
+        if run.extending or (not finished and _mends_functions(run, found)):
             _same_split(run, found)
             run.resuming = run.amending = True
             if finished:
@@ -342,8 +360,11 @@ def _entries(folder: Path) -> list[str]:
     try:
         names = os.listdir(folder)
     except OSError as error:
+        special = describe_special(folder)
         raise OutputError(
-            f"cannot be used as a folder: {error.strerror or error}", where=str(folder), fix="choose another --output"
+            f"cannot be used as a folder: {f'it is {special}' if special else error.strerror or error}",
+            where=str(folder),
+            fix="choose another --output",
         ) from error
     return [name for name in names if name != LOCK and not atomic.is_leftover(name)]
 
@@ -351,12 +372,24 @@ def _entries(folder: Path) -> list[str]:
 def _record(folder: Path, name: str) -> dict[str, typing.Any] | None:
     """The content of a run.json or checkpoint.json of this tool; None where there is none, or somebody else's."""
     try:
-        value = json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = atomic.read_json(folder / name)
+    except (OSError, ValueError):
         return None
     ours = isinstance(value, dict) and type(value.get("format_version")) is int and isinstance(value.get("stage"), str)
     ours = ours and all(isinstance(value.get(key, {}), dict) for key in ("config", "inputs", "files"))
     return value if ours else None
+
+
+def _check_record(folder: Path, name: str, found: dict[str, typing.Any]) -> None:
+    """Raise CheckpointError for numbers that no run ever had."""
+    wrong = damaged_knob(found["stage"], found.get("config", {}))
+    steps = found.get("steps", 0)
+    if wrong or type(steps) is not int or steps < 0:
+        raise CheckpointError(
+            f"`{name}` is damaged at `{f'config.{wrong}' if wrong else 'steps'}`",
+            where=str(folder),
+            fix="restore the file, choose another --output, or start again with --overwrite",
+        )
 
 
 def _compare(run: Run, found: dict[str, typing.Any]) -> None:
@@ -441,10 +474,12 @@ def differences(
     `output` is the folder itself. A knob that names a place is passed over where both runs know its content.
     """
     mine = json.loads(atomic.to_json(as_dict(config)))
+    inputs, old_inputs = ({_place_of(n): digest for n, digest in found.items()} for found in (inputs, old_inputs))
     lines = []
     for name in differing(config, old_config):
         old, new = old_config.get(name), mine.get(name)
         place = name in inputs and name in old_inputs and isinstance(old, str) and isinstance(new, str)
+        place = place or (name == "reward" and _places_of(old) == _places_of(new))
         if name != "output" and old != new and not place:
             lines.append(f"{name}: {_short(old)} -> {_short(new)}")
     for name in sorted(inputs.keys() | old_inputs.keys()):
@@ -452,6 +487,20 @@ def differences(
         if old != new:
             lines.append(f"content of {name}: {_short(old)} -> {_short(new)}")
     return lines
+
+
+def _place_of(name: str) -> str:
+    """The name of an input; that of a reward by the place it is at, however that is spelled."""
+    kind, space, place = name.partition(" ")
+    return f"{kind} {os.path.realpath(os.path.expanduser(place))}" if kind == "reward" and space else name
+
+
+def _places_of(sources: object) -> list[str] | None:
+    """Reward sources with their weights, by the places they are at."""
+    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+        return None
+    parts = [source.rpartition("=") if re.search(r"=[^=/]*$", source) else (source, "", "") for source in sources]
+    return [f"{os.path.realpath(os.path.expanduser(name))}{equals}{weight}" for name, equals, weight in parts]
 
 
 def _short(value: object) -> str:

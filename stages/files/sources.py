@@ -6,16 +6,22 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import importlib
 import io
 import json
 import math
 import os
 import re
+import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
+from stages.config import describe_special
 from stages.errors import DatasetError
+from stages.files import atomic
+from stages.files.cells import json_value, table_rows
 
 Message = dict[str, str]  # {"role": one of ROLES, "content": text}
 Content = str | tuple[Message, ...]  # plain text, or turns for the chat template
@@ -66,6 +72,17 @@ class RawRow:
         """A prompt: text, or messages that leave the next word to the assistant. Raises DatasetError."""
         return check_prompt(self.content(field), self.at(field))
 
+    def others(self, *used: str) -> dict[str, object]:
+        """Every other cell as JSON (stages/files/cells.py). Raises DatasetError for one that has no JSON form."""
+        found = {}
+        for name, value in self.values.items():
+            if name not in used:
+                try:
+                    found[name] = json_value(value)
+                except ValueError as error:
+                    raise bad_row(str(error), self.at(quoted(name))) from None
+        return found
+
 
 @dataclass(frozen=True)
 class Source:
@@ -115,6 +132,11 @@ def _locate(source: str) -> tuple[Path | None, str | None]:
     if not source.strip():
         raise DatasetError("no dataset is named", where="dataset", fix="give a file, a folder or a hub id org/name")
     local = os.path.expanduser(source)
+    special = describe_special(local)
+    if special:
+        raise DatasetError(
+            f"it is {special}", where=source, fix="give an existing file or folder, or a hub id org/name"
+        )
     if os.path.exists(local):
         return Path(local), None
     head, _, split = local.rpartition(":")
@@ -161,7 +183,7 @@ def _read_file(path: Path) -> tuple[Iterator[RawRow | DatasetError], str]:
         kind = f"`{path.suffix}` is not a known kind of file" if path.suffix else "the file has no suffix"
         raise DatasetError(kind, where=str(path), fix=f"known kinds are {', '.join(READERS)}")
     try:
-        data = path.read_bytes()
+        data = atomic.read_bytes(path)
     except OSError as error:
         raise DatasetError(
             f"cannot be read: {error.strerror or error}", where=str(path), fix="see that you may read it"
@@ -214,7 +236,10 @@ def _read_json(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
         )
     surrogates = SURROGATE.search(data) is not None
     for number, item in enumerate(items, 1):
-        yield _json_row(item, f"{path}: row {number}", surrogates)
+        try:
+            yield _json_row(item, f"{path}: row {number}", surrogates)
+        except RecursionError as error:
+            yield bad_row(f"not a JSON object: {_json_reason(error)}", f"{path}: row {number}")
 
 
 def _json_row(item: object, where: str, surrogates: bool) -> RawRow | DatasetError:
@@ -289,18 +314,16 @@ def _long_cells() -> Iterator[None]:
 
 
 def _read_parquet(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
-    import pyarrow
-    from pyarrow import parquet
-
+    pyarrow, parquet = (_import(name, str(path)) for name in ("pyarrow", "pyarrow.parquet"))
     try:
         table = parquet.ParquetFile(pyarrow.BufferReader(data)).read()
-        rows = table.to_pylist()
+        if len(set(table.column_names)) < len(table.column_names):
+            raise DatasetError("two columns have the same name", where=str(path), fix="rename one")
+        rows = list(table_rows(table))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DatasetError(
             f"not a readable parquet file: {first_line(error)}", where=str(path), fix="write or download it again"
         ) from None
-    if len(set(table.column_names)) < len(table.column_names):
-        raise DatasetError("two columns have the same name", where=str(path), fix="rename one")
     for number, values in enumerate(rows, 1):
         yield RawRow(values, f"{path}: row {number}")
 
@@ -321,9 +344,23 @@ READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parq
 # --- the datasets library -----------------------------------------------------------------------------------------
 
 
-def _load_saved(folder: Path, split: str | None) -> Iterable:
-    import datasets
+def _import(library: str, where: str) -> typing.Any:
+    """A library that reads this kind of dataset. Raises DatasetError where it cannot be imported."""
+    try:
+        return importlib.import_module(library)
+    except Exception as error:  # a broken installation fails in any way
+        package = library.partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        why = "is not installed" if missing else f"cannot be imported: {type(error).__name__}: {first_line(error)}"
+        raise DatasetError(
+            f"the `{package}` library {why}",
+            where=where,
+            fix=f"pip install {package}, or give the path of a .jsonl, .json or .csv file",
+        ) from None
 
+
+def _load_saved(folder: Path, split: str | None) -> Iterable:
+    datasets = _import("datasets", str(folder))
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever the library trips over, the folder is what is wrong
@@ -344,8 +381,7 @@ def _load_saved(folder: Path, split: str | None) -> Iterable:
 
 
 def _load_hub(source: str, split: str | None) -> Iterable:
-    import datasets
-
+    datasets = _import("datasets", source)
     repository = source.partition(":")[0]
     try:
         return datasets.load_dataset(repository, split=split)
@@ -357,10 +393,13 @@ def _load_hub(source: str, split: str | None) -> Iterable:
 
 
 def _from_datasets(dataset: object, name: str) -> tuple[Iterator[RawRow], str]:
-    values = dataset.with_format(None).to_list()  # type: ignore[attr-defined]
+    try:
+        values = list(table_rows(dataset.with_format("arrow")[:]))  # type: ignore[attr-defined,index]
+    except ValueError as error:
+        raise DatasetError(f"not a readable dataset: {first_line(error)}", where=name, fix="save it again") from None
     digest = hashlib.sha256()
     for row in values:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        digest.update(json.dumps(row, sort_keys=True, default=json_value).encode() + b"\n")
     return (RawRow(row, f"{name}: row {number}") for number, row in enumerate(values, 1)), digest.hexdigest()
 
 
@@ -383,7 +422,7 @@ def check_text(value: object, where: str) -> str:
 
 def check_number(value: object, where: str) -> float:
     """`value` as a finite number. Raises DatasetError."""
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    if isinstance(value, (str, int, float, Decimal)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             if math.isfinite(number := float(value)):
                 return number
@@ -451,6 +490,8 @@ def named(value: object) -> str:
         return f"the number {value}"
     if isinstance(value, str):
         return f"the text {value[:40]!r}" + ("..." if len(value) > 40 else "")
+    if hasattr(value, "as_py"):  # of Arrow: a date, a time and the like
+        return f"a {value.type}"  # type: ignore[attr-defined]
     names = {dict: "an object", list: "a list"}
     return names.get(type(value), f"a {type(value).__name__}")
 

@@ -51,8 +51,13 @@ def step_of(place: Path) -> int:
 def owner_of(place: Path) -> object:
     """The id of the run that saved a state; None where it is too damaged to say."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return json.loads((place / ABOUT).read_text("utf-8"))["content"]["run"]
+        return _read(place / ABOUT)["content"]["run"]
     return None
+
+
+def _read(path: Path) -> typing.Any:
+    """JSON of a state, infinities included. Raises OSError, ValueError and RecursionError."""
+    return json.loads(atomic.read_text(path))
 
 
 def write_state(place: Path, run: object, state: State) -> None:
@@ -69,14 +74,19 @@ def write_state(place: Path, run: object, state: State) -> None:
 def read_about(place: Path) -> dict[str, typing.Any]:
     """What state.json says, once every byte of the state has been checked; no torch. Raises CheckpointError."""
     try:
-        stored = json.loads((place / ABOUT).read_text("utf-8"))
+        stored = _read(place / ABOUT)
         content = stored["content"]
         if stored["sha256"] != _digest(content):
             raise CheckpointError(f"{ABOUT} is not what was saved", where=str(place))
         if atomic.sha256_of(place / TENSORS) != content["tensors"]:
             raise CheckpointError(f"{TENSORS} is not what was saved", where=str(place))
         about = {name: content[name] for name in ("run", "step", "facts", "sizes")}
-        if type(about["step"]) is not int or not isinstance(about["facts"], dict) or not _are_sizes(about["sizes"]):
+        if (
+            about["step"] != step_of(place)
+            or type(about["step"]) is not int
+            or not isinstance(about["facts"], dict)
+            or not _are_sizes(about["sizes"])
+        ):
             raise ValueError
         return about
     except OSError as error:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.errors import ModelError
+from stages.files.atomic import read_text
 from stages.models import attention
 from stages.models.lora import LoraLinear, Switch, wrap
 from stages.models.native import Native, native_of
@@ -310,11 +311,11 @@ def stop_ids_of(source: Source) -> tuple[int, ...]:
 def _eos_ids(path: Path) -> list[int]:
     """What a config file calls its end of sequence: one id, several, or none. Raises ModelError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         ids = content.get("eos_token_id")
     except (OSError, ValueError, AttributeError, RecursionError):
         raise ModelError("not a JSON object", where=str(path), fix="restore the file") from None
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(type(number) is int and number >= 0 for number in ids):
+    if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
         raise ModelError("eos_token_id is no token's number", where=str(path), fix="restore the file")
     return ids

@@ -5,12 +5,13 @@ Checked on disk before torch is imported.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.config import damaged_knob
 from stages.errors import CheckpointError
+from stages.files.atomic import read_json
 from stages.files.manifest import is_checkpoint
 from stages.files.states import ABOUT, AHEAD, STATE, read_about, states_in
 from stages.models.source import Source, open_source
@@ -117,11 +118,17 @@ def _open_state(name: str, place: Path, stages: tuple[str, ...], what: str, trus
 
 def _read_run(run: Path, what: str) -> dict[str, Any]:
     try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        assert isinstance(record["stage"], str) and isinstance(record["config"]["model"], str)
-        assert isinstance(record["id"], str) and isinstance(record["inputs"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        record = read_json(run / "run.json")
+        texts = record["stage"], record["id"], record["config"]["model"]
+        wrong = damaged_knob(record["stage"], record["config"])
+        sound = not wrong and all(isinstance(text, str) for text in texts) and isinstance(record["inputs"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        sound, wrong = False, ""
+    if not sound:
+        damage = f" (it is damaged at config.{wrong})" if wrong else ""
         raise CheckpointError(
-            f"{run} has neither checkpoint.json nor a sound run.json", where=what, fix="give a state inside its run"
-        ) from None
+            f"{run} has neither checkpoint.json nor a sound run.json{damage}",
+            where=what,
+            fix="give a state inside its run",
+        )
     return record

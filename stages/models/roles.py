@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 from stages.errors import CheckpointError, ConfigError
 from stages.files.atomic import make_folder, write_json
 from stages.files.states import read_state
-from stages.files.tensors import load_tensors, save_tensors
+from stages.files.tensors import load_tensors, read_header, save_tensors
 from stages.models.base import Base
 from stages.models.candidates import Candidate
 from stages.models.heads import ScalarHead, head_from
 from stages.models.lora import Adapter, fresh, from_tensors, peft_config, targeted
-from stages.models.source import Source
+from stages.models.source import ADAPTER_CONFIG, Source, read_adapter_shape
 
-ADAPTER, ADAPTER_CONFIG, HEAD = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
+ADAPTER, HEAD = "adapter_model.safetensors", "head.safetensors"
 SCORE_KEY = "base_model.model.score.weight"  # where PEFT looks for a sequence classifier's head
 DEFAULT_RANK, DEFAULT_ALPHA = 32, 32.0
 
@@ -96,13 +95,7 @@ def adapter_of(base: Base, source: Source, *, trainable: bool, folder: Path | No
     where = folder or source.folder
     if where is None:
         return None
-    try:
-        config = json.loads((where / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            f"{ADAPTER_CONFIG} cannot be read: {error}", where=str(where), fix="train the checkpoint again"
-        ) from None
+    rank, alpha = read_adapter_shape(where)
     tensors = {k: v for k, v in load_tensors(where / ADAPTER).items() if k != SCORE_KEY}
     return from_tensors(base.layers, tensors, rank, alpha, where=str(where / ADAPTER), trainable=trainable)
 
@@ -112,6 +105,11 @@ def head_of(base: Base, folder: Path) -> ScalarHead:
     path = folder / HEAD
     if not path.exists():
         raise CheckpointError("head.safetensors is missing", where=str(folder), fix="give a reward checkpoint")
+    header, _ = read_header(path)
+    if header.get("weight", {}).get("shape") != [base.width]:  # before so many numbers are read
+        raise CheckpointError(
+            "the scalar head does not fit the base", where=str(path), fix="train the reward model again"
+        )
     return head_from(load_tensors(path), base.width, base.device, where=str(path))
 
 

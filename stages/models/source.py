@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.config import damaged_knob, describe_special
 from stages.errors import CheckpointError, ModelError
+from stages.files.atomic import read_json, read_text
 from stages.files.identity import base_digest, tokenizer_digest
 from stages.files.manifest import BaseRef, Manifest, checkpoint_digest, is_checkpoint, locate, read_manifest
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+ADAPTER_CONFIG = "adapter_config.json"
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 
 
@@ -63,6 +67,9 @@ def open_source(name: str, *, stages: tuple[str, ...], what: str, trust_remote_c
     path = Path(name).expanduser()
     if path.is_dir() and is_checkpoint(path):
         return _open_checkpoint(name, path, stages, what, trust_remote_code)
+    special = describe_special(path)
+    if special:
+        raise ModelError(f"{name} is {special}", where=what, fix="give the model's folder")
     if path.is_file():
         raise ModelError(f"{name} is a file", where=what, fix="give the model's folder")
     if path.is_dir():
@@ -83,6 +90,8 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
             where=what,
             fix=f"give one of: {', '.join(stages)}" + (", or a base model" if stages != ("reward",) else ""),
         )
+    if ADAPTER_CONFIG in manifest.files:
+        read_adapter_shape(path)
     located = locate(path, manifest.base)
     base = Path(located) if Path(located).is_dir() else _download(str(located), what)
     source = _open_base(name, base, manifest.base.name, manifest, what, trust_remote_code)
@@ -95,9 +104,29 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
     return source
 
 
+def read_adapter_shape(folder: Path) -> tuple[int, float]:
+    """Rank and alpha of a checkpoint's adapter, from adapter_config.json. Raises CheckpointError."""
+    place, train_again = folder / ADAPTER_CONFIG, "train the checkpoint again"
+    try:
+        config = read_json(place)
+        rank, alpha = config["r"], config["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{ADAPTER_CONFIG} cannot be read: {why}", where=str(folder), fix=train_again) from None
+    wrong = damaged_knob("sft", {"lora_rank": rank, "lora_alpha": alpha})
+    if wrong or rank is None or alpha is None:
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG} cannot be read: r is {reprlib.repr(rank)}, lora_alpha is {reprlib.repr(alpha)}",
+            where=str(folder),
+            fix=train_again,
+        )
+    return rank, float(alpha)
+
+
 def _open_base(
     name: str, base: Path, base_name: str, manifest: Manifest | None, what: str, trust_remote_code: bool
 ) -> Source:
+    _refuse_special_files(base, what)
     config = _read_config(base, what)
     _check_architecture(config, base, what, trust_remote_code)
     tokenizer = manifest.folder if manifest and (manifest.folder / "tokenizer_config.json").exists() else base
@@ -109,9 +138,17 @@ def _open_base(
     return Source(name, base, base_name, base_digest(base), tokenizer, same_tokenizer, manifest, config)
 
 
+def _refuse_special_files(folder: Path, what: str) -> None:
+    """Raise ModelError where a library that reads the folder might wait for ever, or come to nothing."""
+    for name in sorted(os.listdir(folder)):
+        special = describe_special(folder / name)
+        if special and not special.startswith("a link"):  # one that is needed is missed by whoever reads it
+            raise ModelError(f"{name} is {special}, not a file", where=f"{what} {folder}", fix="restore the file")
+
+
 def _read_config(base: Path, what: str) -> dict:
     try:
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(base / "config.json"))
     except FileNotFoundError:
         raise ModelError(
             f"{base} holds no config.json, so it is no model", where=what, fix="give a folder saved by save_pretrained"
@@ -152,7 +189,7 @@ def _check_tokenizer(folder: Path, what: str, trust_remote_code: bool) -> None:
     if trust_remote_code or not settings.exists():
         return
     try:
-        content = json.loads(settings.read_text(encoding="utf-8"))
+        content = json.loads(read_text(settings))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"tokenizer_config.json cannot be read: {error}", where=f"{what} {folder}", fix="restore the file"

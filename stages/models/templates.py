@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from stages.errors import ModelError
+from stages.files.atomic import read_text
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -71,7 +72,7 @@ def stored_template(folder: Path) -> str | None:
 
 def _read_template(name: str) -> str:
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return read_text(Path(name).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
             f"cannot read the chat template: {error}",

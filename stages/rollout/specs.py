@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.config import describe_special, is_function
 from stages.errors import ConfigError, RewardError
 from stages.files.identity import file_digest
 from stages.models.source import Source, open_source, same_base
@@ -69,11 +70,6 @@ def open_rewards(
     return specs
 
 
-def is_function(name: str) -> bool:
-    """True for `file.py` and `file.py:function`."""
-    return name.endswith(".py") or ".py:" in name
-
-
 def python_file(name: str) -> Path:
     """The file of a function source."""
     return Path(name if name.endswith(".py") else name[: name.rindex(".py:") + 3]).expanduser()
@@ -83,7 +79,9 @@ def load_function(name: str, what: str) -> Callable[..., object]:
     """Import `path/to/file.py:function` (function `score` where none is named); raises RewardError where that fails."""
     path, function_name = python_file(name), "score" if name.endswith(".py") else name.rpartition(".py:")[2] or "score"
     if not path.is_file():
-        raise RewardError(f"{path} does not exist", where=what, fix="give path/to/file.py:function")
+        why = f"is {describe_special(path)}" if describe_special(path) else "does not exist"
+        why = "is a folder" if path.is_dir() else why
+        raise RewardError(f"{path} {why}", where=what, fix="give path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(f"rlhf_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there

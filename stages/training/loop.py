@@ -12,14 +12,14 @@ from typing import TypeVar
 from torch import Tensor
 
 from stages.config import TrainingKnobs
-from stages.errors import Interrupted, OutOfMemory, OutputError, TrainingStopped, UserError
+from stages.errors import CheckpointError, Interrupted, OutOfMemory, OutputError, TrainingStopped, UserError
 from stages.files.run import Run
 from stages.files.states import AHEAD
 from stages.models.roles import Roles
 from stages.results import Report
 from stages.training import signals
 from stages.training.devices import Ranks
-from stages.training.optimizer import AdamW, clip
+from stages.training.optimizer import AdamW, clip, learning_rate_at
 from stages.training.passes import PassesShrank, divisor
 from stages.training.plan import memory_text
 
@@ -45,9 +45,17 @@ class Progress:
         return {**self.facts, **self._updates(), "bad_steps": self.bad_steps}
 
     def restore(self, tensors: dict[str, Tensor], stored: dict[str, float]) -> None:
-        for name, optimizer in self.optimizers.items():
-            optimizer.load(name, tensors, int(stored[f"updates.{name}"]))
-        self._take_up(stored)
+        """Take up what `tensors` and `stored` gave. Raises CheckpointError where they are of another run."""
+        try:
+            for name, optimizer in self.optimizers.items():
+                optimizer.load(name, tensors, int(stored[f"updates.{name}"]))
+            self._take_up(stored)
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:  # missing, or of another shape
+            raise CheckpointError(
+                f"the saved state does not fit this run: {type(error).__name__}: {str(error).splitlines()[0]}",
+                where="state",
+                fix="start again with --overwrite",
+            ) from None
 
     def mark(self) -> None:
         """Remember this as a state that a run can go on from."""
@@ -92,7 +100,7 @@ def train(
     No copy of the weights is kept. What ends an update before its first optimiser step leaves the state from before it,
     which is saved. After that step a signal waits for the end of the update; a failure leaves the last saved state.
     """
-    done, ahead = _resume(run, report, ranks, progress, total)
+    done, ahead = _resume(run, report, ranks, progress, config, total)
     saved = done if done >= 0 else None
     whole = 1
     report.begin(title, total, max(done, 0))
@@ -137,7 +145,7 @@ def train(
 
 
 def _resume(
-    run: Run, report: Report, ranks: Ranks, progress: Progress, total: int
+    run: Run, report: Report, ranks: Ranks, progress: Progress, config: TrainingKnobs, total: int
 ) -> tuple[int, dict[str, float] | None]:
     """Take the folder, and go on from its state, which the first rank reads for all.
 
@@ -153,6 +161,8 @@ def _resume(
         if state is not None:
             found = {"step": state.step, "ahead": state.facts.pop(AHEAD, None), "facts": state.facts}
             progress.restore(state.tensors, state.facts)
+            if run.extending and 0 < state.step < total:
+                warn_of_schedule(read_metrics(run), config, state.step, total, report)
     found = ranks.from_first(found)
     if found is None:
         return -1, None
@@ -267,6 +277,20 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
     """Every line of the run's metrics.jsonl."""
     text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def warn_of_schedule(
+    lines: list[dict[str, float]], config: TrainingKnobs, done: int, total: int, report: Report
+) -> None:
+    """Say where a later end makes the learning rate rise: schedules are stretched over all steps."""
+    before = next((line.get("lr") for line in reversed(lines) if line["step"] == done), None)
+    after = learning_rate_at(done, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
+    if before is not None and after > before:
+        report.warn(
+            f"the learning rate rises from {before:.3g} at step {done} to {after:.3g} at step {done + 1}: lr_schedule "
+            f"{config.lr_schedule} now ends at step {total}; the result is not that of a run of {total} steps from the "
+            "start"
+        )
 
 
 def before_and_after(lines: list[dict[str, float]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stages.config import AUTO
+from stages.config import AUTO, is_function
 from stages.models.roles import ADAPTER, DEFAULT_RANK
 from stages.models.source import Source, open_source
 from stages.results import Result, Table
@@ -45,6 +45,7 @@ class Work:
     prompt: int = 0  # tokens of the longest prompt that is answered, 0 where nothing is sampled
     response: int = 0  # of the longest response
     at_once: int = 0  # responses sampled side by side
+    repeated: int = 1  # how often each of `sizes` counts: the responses to a prompt
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def adapters_held(stage: str, config: Any, source: Source) -> tuple[int, int]:
         return 1 + reference, 1
     if stage == "ppo":
         critic = int(config.advantage == "gae" and config.critic == "adapter")
-        scoring = sum(".py:" not in reward for reward in config.reward)
+        scoring = sum(not is_function(reward) for reward in config.reward)
         return 1 + reference + critic + scoring, 1 + critic
     return 1, 1
 
@@ -110,7 +111,8 @@ def held_by(stage: str, config: Any, source: Source, shapes: Shapes, width: int)
 
 def largest_pass(config: Any, work: Work, tokens: int) -> int:
     """Tokens of the largest forward pass: of the longest rows that one optimiser step may meet, cut as they will be."""
-    longest = sorted(work.sizes, reverse=True)[: work.per_step]
+    kinds = sorted(work.sizes, reverse=True)[: math.ceil(work.per_step / work.repeated)]
+    longest = [size for size in kinds for _ in range(work.repeated)][: work.per_step]
     cut = micro_batches(longest, config.micro_batch_size, on_cuda=False, tokens=tokens)
     return max((sum(longest[i] for i in rows) for rows in cut), default=0)
 
@@ -226,11 +228,11 @@ def plan_result(config: Any, source: Source, work: Work, total: int, left_out: d
     parts = memory_by_part(config, work, source, shapes, passes=passes)
     memory = {name: size / 1e9 for name, size in parts.items()} | {"total": peak_of(parts) / 1e9}
     facts = {
-        "rows": len(work.sizes),
+        "rows": len(work.sizes) * work.repeated,
         **left_out,
         "steps": total,
         "batch_size": config.batch_size,
-        "tokens_per_epoch": sum(work.sizes),
+        "tokens_per_epoch": sum(work.sizes) * work.repeated,
         "longest_row_tokens": max(work.sizes),
         "largest_pass_tokens": largest_pass(config, work, passes.tokens),
         "gradient_checkpointing": passes.checkpointing,

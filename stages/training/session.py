@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from stages.config import as_dict
-from stages.errors import DatasetError, ModelError
+from stages.errors import CheckpointError, DatasetError, ModelError
 from stages.files import atomic
-from stages.files.manifest import Manifest, Parent, checkpoint_digest, versions
+from stages.files.manifest import MANIFEST, Manifest, Parent, checkpoint_digest, versions
 from stages.files.rows import Rows
 from stages.files.run import Run, write_config
 from stages.models.base import Base, load_base, stop_ids_of
@@ -36,13 +36,25 @@ Out = TypeVar("Out")
 
 
 def open_text(source: Source, config: Any, report: Report | None = None) -> Text:
-    """The tokenizer of a source, with the chat template that the config asks for; odd ones are warned of."""
+    """The tokenizer of a source, with the chat template that the config asks for; odd ones are warned of.
+
+    Raises CheckpointError where a checkpoint's stop tokens are none of the vocabulary.
+    """
+    stop_ids = stop_ids_of(source)
     text = load_text(
         source.tokenizer,
         chat_template=config.chat_template,
-        stop_ids=stop_ids_of(source),
+        stop_ids=stop_ids,
         trust_remote_code=config.trust_remote_code,
     )
+    stated = source.config.get("vocab_size")
+    vocabulary = max(len(text.tokenizer), stated if type(stated) is int else 0)
+    if source.manifest is not None and max(stop_ids, default=0) >= vocabulary:
+        raise CheckpointError(
+            f"`{MANIFEST}` is damaged at `stop_token_ids`: there is no token {max(stop_ids)}",
+            where=str(source.folder),
+            fix="copy the checkpoint again, or run the command that made it with --overwrite",
+        )
     for line in text.warnings if report is not None else ():
         report.warn(line)
     return text
