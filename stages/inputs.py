@@ -30,8 +30,10 @@ from stages.files.plot import MARK
 from stages.files.rows import Rows
 from stages.files.run import Run, open_run
 from stages.files.splits import split_held_out
+from stages.launch import read_launch
 from stages.models.candidates import Candidate, candidate_of, open_candidates
 from stages.models.source import Source, open_source, same_base
+from stages.places import absolute
 from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import Spec, open_rewards
 
@@ -255,7 +257,7 @@ def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
             where="--model",
             fix="give a checkpoint of this tool",
         )
-    output = Path(config.output).expanduser()
+    output = absolute(config.output, "--output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} is not empty", where="--output", fix="give a new folder")
     return Inputs(source)
@@ -359,7 +361,7 @@ def _training(
         train, held_out = list(data.rows), list(held.rows)[: config.eval_limit]
     else:
         train, held_out = split_held_out(data.rows, config.eval_fraction, config.eval_limit, config.seed)
-    writer = os.environ.get("RANK", "0") == "0"
+    writer = read_launch().rank == 0
     run = open_run(config.output, stage, config, inputs, overwrite=overwrite, writer=writer)
     return Inputs(source, data, train, held_out, run, warnings=warnings, **more)
 
@@ -407,17 +409,17 @@ def _check_outputs(config: EvaluateConfig) -> None:
 def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: str = "output") -> None:
     """Raise OutputError unless a knob names a new file, or one that this command wrote before and does not read now."""
     name, flag = getattr(config, knob), f"--{knob}"
-    path, another = Path(name).expanduser(), f"give another file name ending in {suffix}"
+    path, another = absolute(name, flag), f"give another file name ending in {suffix}"
     if path.is_dir():
         raise OutputError(f"{name} is a folder", where=flag, fix=another)
     if path.suffix != suffix:
         raise OutputError(f"{name} does not end in {suffix}", where=flag, fix=another)
     if path.exists() and not _wrote(path, ours):
         raise OutputError(f"{name} belongs to something else, and stays as it is", where=flag, fix=another)
-    read = Path(config.dataset).expanduser()
+    read = Path(os.path.expanduser(config.dataset))
     if path.exists() and read.exists() and os.path.samefile(path, read):
         raise OutputError(f"{name} is the dataset that is read", where=flag, fix=another)
-    place = next(parent for parent in path.absolute().parents if parent.exists())
+    place = next(parent for parent in path.parents if parent.exists())
     if not place.is_dir():
         raise OutputError(f"{place} is a file", where=flag, fix="give a path inside a folder")
     if not os.access(place, os.W_OK | os.X_OK):

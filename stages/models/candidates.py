@@ -14,6 +14,7 @@ from stages.errors import CheckpointError
 from stages.files.manifest import is_checkpoint
 from stages.files.states import ABOUT, AHEAD, STATE, read_about, states_in
 from stages.models.source import Source, open_source
+from stages.places import absolute
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def open_candidates(
 
     Raises ModelError or CheckpointError naming the flag `what`.
     """
-    path = Path(name).expanduser()
+    path = absolute(name, what)
     if (path / ABOUT).is_file():
         return [_open_state(name, path, stages, what, trust_remote_code)]
     if path.name == STATE and path.parent.is_dir() and not is_checkpoint(path):
@@ -118,9 +119,10 @@ def _open_state(name: str, place: Path, stages: tuple[str, ...], what: str, trus
 def _read_run(run: Path, what: str) -> dict[str, Any]:
     try:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        assert isinstance(record["stage"], str) and isinstance(record["config"]["model"], str)
-        assert isinstance(record["id"], str) and isinstance(record["inputs"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        texts = record["stage"], record["config"]["model"], record["id"]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(record["inputs"], dict):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{run} has neither checkpoint.json nor a sound run.json", where=what, fix="give a state inside its run"
         ) from None

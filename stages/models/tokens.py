@@ -14,6 +14,7 @@ from torch import Tensor
 from stages.errors import DatasetError, ModelError
 from stages.files.rows import Comparison, Demonstration, Prompt
 from stages.files.sources import first_line
+from stages.places import absolute
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -277,7 +278,7 @@ def load_text(folder: Path, *, chat_template: str | None, stop_ids: tuple[int, .
 
 def _read_template(name: str) -> str:
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return absolute(name, "--chat-template").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
             f"cannot read the chat template: {error}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 
@@ -10,15 +9,15 @@ import torch
 from torch import Tensor
 
 from stages.errors import ConfigError, DeviceError
+from stages.launch import read_launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
     """The device a knob names; `auto` is CUDA where there is one. Raises DeviceError where it is absent."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
-        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        return _own_cuda_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -37,7 +36,19 @@ def pick_device(name: str) -> torch.device:
             where="device",
             fix="choose a smaller index",
         )
-    return torch.device("cuda", local) if device.type == "cuda" and device.index is None else device
+    return _own_cuda_device() if device.type == "cuda" and device.index is None else device
+
+
+def _own_cuda_device() -> torch.device:
+    """The CUDA device of this process's rank on its machine. Raises DeviceError where there are fewer."""
+    local, count = read_launch().local, torch.cuda.device_count()
+    if local >= count:
+        raise DeviceError(
+            f"LOCAL_RANK={local} in the environment, but there are {count} CUDA devices",
+            where="device",
+            fix=f"start at most {count} ranks on a machine (torchrun --nproc-per-node {count}), or use --device cpu",
+        )
+    return torch.device("cuda", local)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -69,8 +80,8 @@ class Ranks:
     """This process among `size` data-parallel ones. Alone, every method is the identity."""
 
     def __init__(self, device: torch.device):
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        launch = read_launch()
+        self.rank, self.size = launch.rank, launch.size
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where NCCL puts the objects that ranks exchange
         if self.size > 1 and not torch.distributed.is_initialized():

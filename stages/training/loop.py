@@ -79,10 +79,15 @@ def train(
         report.note(f"resuming after step {done} of {total}")
     saved: int | None = state.step if state is not None else None
     whole = 1
+
+    def save_now() -> None:
+        if done >= 0:
+            _save(run, progress, done, ahead)
+
     report.begin(title, total, max(done, 0))
     try:
         # The first rank stops at once and saves; the others go on until they miss it, so that it never waits for them.
-        with signals.listening(raises=ranks.first), _missing_the_first(ranks):
+        with signals.listening(raises=ranks.first, save=save_now), _missing_the_first(ranks):
             for step in range(done, total):
                 metrics = ahead or (_timed(update, step) if step >= 0 else {})
                 ahead = dict(metrics)
