@@ -69,6 +69,10 @@ class Group(TyperGroup):
         """Run a command line and exit with its code, or return the code where `standalone_mode` is off."""
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
+        except SystemExit as end:
+            if not isinstance(end.__context__, BrokenPipeError):
+                raise
+            code = 0  # nobody reads the help page: no failure
         except Exception as error:
             if not hasattr(error, "format_message"):  # what Typer's mistakes have in common in all its versions
                 raise

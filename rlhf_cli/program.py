@@ -46,6 +46,10 @@ class App(typer.Typer):
         return leave(code if isinstance(code, int) else int(code is not None))
 
 
+class _Process:
+    is_ours = False  # and nobody else's, as in a test or a notebook
+
+
 class Lenient(io.FileIO):
     """A file that takes everything: what cannot be written, since nobody reads it or the disk is full, is dropped."""
 
@@ -60,9 +64,12 @@ class Lenient(io.FileIO):
 def open_streams() -> None:
     """Give the process standard streams that can be used, whatever it was started with.
 
+    From here on the process is the program's: what is redirected stays so until it ends.
+
     A stream that was closed is opened on nothing, for else the next file to be opened would take its number, and get
     what libraries write there; writing to a stdout that was closed fails as it should. Messages never fail.
     """
+    _Process.is_ours = True
     for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -85,10 +92,11 @@ def open_streams() -> None:
 def stdout_for_results() -> Iterator[TextIO]:
     """A stream to stdout that nobody else has: what Python, C or child processes write there meanwhile goes to stderr.
 
-    The block's stream is sys.stdout itself where that is not the process's own, as in a test.
+    The block's stream is sys.stdout itself where that is not the process's own, as in a test. Where the process ends
+    with the command nothing is put back: threads that are left may go on to write.
     """
     outer = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr) as inner:
         if not _is_the_process_own(outer):
             yield outer
             return
@@ -105,9 +113,12 @@ def stdout_for_results() -> Iterator[TextIO]:
                 ctypes.CDLL(None).fflush(None)  # what C libraries have not written yet
             with contextlib.suppress(OSError, ValueError):
                 stream.close()
-            os.dup2(kept, 1)
+            if not _Process.is_ours:
+                os.dup2(kept, 1)
             _private.discard(kept)
             os.close(kept)
+    if _Process.is_ours:
+        sys.stdout = inner
 
 
 def _is_the_process_own(stream: TextIO) -> bool:

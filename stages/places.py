@@ -14,16 +14,16 @@ def absolute(name: str | Path, where: str) -> Path:
     Raises ConfigError, with the knob or flag `where`, for the home of an unknown user, and where the working directory
     is gone.
     """
-    path = Path(os.path.expanduser(name))
-    if path.parts and path.parts[0].startswith("~"):
-        user = path.parts[0]
+    text = os.path.expanduser(os.fspath(name))
+    if text.startswith("~"):
+        user = text.partition(os.sep)[0]
         raise ConfigError(
             f"{name}: there is no user whose home is {user}",
             where=where,
             fix=f"write the whole path, or ./{user} for a folder of that name",
         )
     try:
-        return path.absolute()
+        return Path(text).absolute()
     except FileNotFoundError:
         raise working_directory_is_gone() from None
 
