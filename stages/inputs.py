@@ -94,7 +94,7 @@ def already_done(stage: str, config: Any, inputs: Inputs) -> Result:
     manifest = inputs.run.manifest
     data = {"metrics": manifest.metrics, "steps": manifest.steps, "seconds": manifest.seconds}
     tables = (metrics_table(stage, manifest.metrics),)
-    return Result(stage, "already done", str(inputs.run.folder), data, tables, next_commands(stage, config))
+    return Result(stage, "already done", config.output, data, tables, next_commands(stage, config))
 
 
 def sft_inputs(config: SftConfig, overwrite: bool) -> Inputs:
