@@ -32,7 +32,9 @@ def place(tmp_path, model_folder, monkeypatch):
 
 
 WANDERS = {
-    "in its calls": "import os\ndef score(prompts, responses):\n    os.chdir('elsewhere')\n    return plain(responses)\n",
+    "in its calls": (
+        "import os\ndef score(prompts, responses):\n    os.chdir('elsewhere')\n    return plain(responses)\n"
+    ),
     "when imported": "import os\nos.chdir('elsewhere')\ndef score(prompts, responses): return plain(responses)\n",
     "to nowhere": (
         "import os\ndef score(prompts, responses):\n"
@@ -144,7 +146,12 @@ def processes_of(session):
     return found
 
 
-SECOND_UPDATE = "import glob\ndef later(): return bool(glob.glob('out/metrics.jsonl') and len(open('out/metrics.jsonl').readlines()) > 1)\n"
+SECOND_UPDATE = (  # and as long as nobody says otherwise
+    "import os\n"
+    "def later():\n"
+    "    if os.path.exists('calm') or not os.path.exists('out/metrics.jsonl'): return False\n"
+    "    return len(open('out/metrics.jsonl').readlines()) > 1\n"
+)
 HANGS = {
     "a pool": (
         "import time, multiprocessing\n"
@@ -182,7 +189,7 @@ def test_a_signal_ends_the_command_and_all_that_it_started_with_the_state_saved(
     assert process.returncode == 128 + number and "Traceback" not in said
     assert processes_of(process.pid) == []
     assert (place / "out" / "state" / "step-000001").is_dir()
-    (place / "waits.py").write_text(PLAIN)
+    (place / "calm").touch()
     command = ("ppo", "--model", "base", *PPO)
     assert "resuming after step 1 of 2" in done(*command, "--reward", "waits.py", "--output", "out").stderr
     done(*command, "--reward", "plain.py", "--output", "straight")
@@ -206,7 +213,7 @@ def test_a_killed_run_goes_on_though_its_workers_live(place):
         wait_for(place / "waits", process)
         process.kill()
         process.wait()
-        (place / "waits.py").write_text(PLAIN)
+        (place / "calm").touch()
         try:
             done("ppo", "--model", "base", *PPO, "--reward", "waits.py", "--output", "out")
         finally:
