@@ -25,6 +25,7 @@ import torch
 from stages.errors import RewardError, StopRequested
 from stages.models.tokens import PromptRow
 from stages.rollout import user_code
+from stages.rollout.settings import read_umask
 from stages.rollout.sources import call_function
 from stages.rollout.specs import load_function
 from stages.training import signals
@@ -261,7 +262,7 @@ def settings():
         "streams": (sys.stdin, sys.stdout, sys.stderr),
         "handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "collecting": gc.isenabled(),
-        "mask": user_code._umask(),
+        "mask": read_umask(),
         "gradients": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "dtype": torch.get_default_dtype(),

@@ -19,7 +19,8 @@ from stages.errors import ConfigError, RewardError, StopRequested, words_of
 from stages.files.identity import file_digest
 from stages.models.source import Source, open_source, same_base
 from stages.places import absolute
-from stages.rollout.user_code import World, noting_changes, user_code
+from stages.rollout.settings import World, noting_changes
+from stages.rollout.user_code import user_code
 
 
 @dataclass(frozen=True)
