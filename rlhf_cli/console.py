@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from stages.errors import ConfigError
+from stages.launch import read_launch
 from stages.results import Report, Silent
 
 LIVE_PPO = ("reward_score", "reward_kl", "entropy", "response_length", "tokens_per_second")
@@ -32,9 +34,11 @@ def plain(text: object) -> str:
 
 
 def rank() -> int:
-    """This process's rank, as torchrun tells it; 0 when alone."""
-    text = os.environ.get("RANK", "")
-    return int(text) if text.isdigit() else 0
+    """This process's rank, as torchrun tells it; 0 when alone, and where the environment contradicts itself."""
+    try:
+        return read_launch().rank
+    except ConfigError:
+        return 0
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -10,17 +10,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
 from rlhf_cli.console import plain, rank, reporting, say
 from rlhf_cli.options import PanelCommand, given, knob_options, nearest, option, write_panels
-from rlhf_cli.program import App, load
+from rlhf_cli.program import App, load, stdout_for_results, unprintable
 from stages import __version__
 from stages.config import REQUIRED, STAGES, TrainingKnobs, default_of, knobs, read_recipe, resolve
-from stages.errors import ConfigError, Interrupted, TrainingStopped, UserError
+from stages.errors import ConfigError, Interrupted, StopRequested, TrainingStopped, UserError, escape_lines, words_of
+from stages.launch import check_docstrings, check_launch
 from stages.results import Report, Result
 
 # A command worth copying for each stage; one without an entry is shown with its required knobs.
@@ -68,6 +69,10 @@ class Group(TyperGroup):
         """Run a command line and exit with its code, or return the code where `standalone_mode` is off."""
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
+        except SystemExit as end:
+            if not isinstance(end.__context__, BrokenPipeError):
+                raise
+            code = 0  # nobody reads the help page: no failure
         except Exception as error:
             if not hasattr(error, "format_message"):  # what Typer's mistakes have in common in all its versions
                 raise
@@ -86,7 +91,7 @@ def usage_error(error: Exception) -> int:
         near = nearest(wrong, [flag for p in ctx.command.params for flag in (*p.opts, *p.secondary_opts)])
         what, fix = f"no such option: {wrong}", f"did you mean {near}?" if near else fix
     if rank() == 0:
-        say(f"error: {what}\n  -> {fix}")
+        say(f"error: {escape_lines(what)}\n  -> {fix}")
     return 2
 
 
@@ -165,6 +170,7 @@ def run_stage(name: str, cls: type, values: dict[str, object]) -> int:
     def work() -> Result:
         recipe = read_recipe(str(values["config"]), cls) if values["config"] is not None else {}
         config = resolve(cls, recipe, given(cls, values))
+        check_docstrings()
         with speaking() as said:
             # Whatever can be wrong with the inputs is found before torch is imported.
             inputs = load("inputs").open_inputs(name, config, overwrite=bool(values.get("overwrite")))
@@ -185,58 +191,58 @@ def run_stage(name: str, cls: type, values: dict[str, object]) -> int:
 
 @contextlib.contextmanager
 def speaking() -> Iterator[Report]:
-    """A stage's way to speak; whatever else is printed meanwhile, by libraries or reward functions, goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr), reporting() as said:
+    """A stage's way to speak."""
+    with reporting() as said:
         yield said
 
 
 def guarded(work: Callable[[], Result], as_json: bool, debug: bool) -> int:
     """Do a command's work and show its result; every way to end becomes a message and an exit code."""
     mine = "" if rank() == 0 else f"[rank {rank()}] "
-    try:
-        result = work()
-        return 0 if mine else deliver(result, as_json)
-    except ConfigError as error:
-        if not mine:  # every rank reads the same flags: one of them saying so is enough
-            say(f"error: {UserError.__str__(error)}")
-        return error.exit_code
-    except UserError as error:
-        if not error.told_by_first:
-            say(f"{mine}error: {UserError.__str__(error)}")
-        return error.exit_code
-    except (TrainingStopped, Interrupted) as error:
-        if not mine:
-            say(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        if not mine:
-            say("interrupted")
-        return 130
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in NO_DEFECTS and error.filename is not None:
-            say(f"{mine}error: {error.filename}: {error.strerror}\n  -> check the path, and that you may use it")
-            return 2
-        say(mine + defect(error, debug or os.environ.get("RLHF_DEBUG") == "1"))
-        return 1
+    with stdout_for_results() as stdout:
+        try:
+            check_launch()
+            result = work()
+            return 0 if mine else deliver(result, as_json, stdout)
+        except ConfigError as error:
+            if not mine:  # every rank reads the same flags: one of them saying so is enough
+                say(f"error: {UserError.__str__(error)}")
+            return error.exit_code
+        except UserError as error:
+            if not error.told_by_first:
+                say(f"{mine}error: {UserError.__str__(error)}")
+            return error.exit_code
+        except (TrainingStopped, Interrupted) as error:
+            if not mine:
+                say(str(error))
+            return error.exit_code
+        except (KeyboardInterrupt, StopRequested) as error:
+            if not mine:
+                say("interrupted")
+            return getattr(error, "exit_code", 130)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_DEFECTS and error.filename is not None:
+                what = escape_lines(f"{error.filename}: {error.strerror}")
+                say(f"{mine}error: {what}\n  -> check the path, and that you may use it")
+                return 2
+            say(mine + defect(error, debug or os.environ.get("RLHF_DEBUG") == "1"))
+            return 1
 
 
-def deliver(result: Result, as_json: bool) -> int:
+def deliver(result: Result, as_json: bool, stdout: TextIO) -> int:
     """Print a result; a reader of stdout that has gone away (`| head`) is not a failure, a full disk is."""
     from rlhf_cli.output import show
 
     try:
-        show(result, as_json)
-    except BrokenPipeError:
-        return 0
+        show(result, as_json, stdout)
     except OSError as error:
-        say(f"error: the work is done, but its result cannot be printed: {error.strerror or error}")
-        return 2
+        return unprintable(error, "the work is done, but its result")
     return 0
 
 
 def defect(error: Exception, debug: bool) -> str:
     """An unforeseen exception in words: where it arose, or with `debug` the whole traceback."""
-    what = f"this is a defect of rlhf: {type(error).__name__}: {plain(error)}"
+    what = f"this is a defect of rlhf: {type(error).__name__}: {plain(words_of(error))}"
     if debug:
         return "".join(traceback.format_exception(error)) + what
     stack = traceback.extract_tb(error.__traceback__)

@@ -2,7 +2,7 @@
 
 A knob has one name everywhere: dataclass field `batch_size`, flag `--batch-size`, recipe key `batch_size`,
 key in the manifest. Precedence is default < recipe < flag. Configs hold choices; what follows from them is
-computed where it is used.
+computed where it is used. A config's `__doc__` is its command's sentence in --help, assigned as -OO drops docstrings.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from stages.errors import ConfigError
+from stages.places import absolute
 
 AUTO = "auto"
 CRITIC_FREE = ("rloo", "grpo", "reinforce++", "reinforce++-baseline")
@@ -180,7 +181,7 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(TrainingKnobs):
-    """Supervised fine-tuning: the base learns to answer like the demonstrations."""
+    __doc__ = "Supervised fine-tuning: the base learns to answer like the demonstrations."
 
     max_tokens: int = knob(1024, "longest row in tokens; longer ones are cut, without a false EOS", DATA, low=2)
     mask: str = knob(
@@ -193,7 +194,7 @@ class SftConfig(TrainingKnobs):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(TrainingKnobs):
-    """Reward model: learns from comparisons to score a response with one number."""
+    __doc__ = "Reward model: learns from comparisons to score a response with one number."
 
     max_tokens: int = knob(
         1024, "longest prompt+response in tokens; longer prompts lose their beginning, longer responses their end",
@@ -220,7 +221,7 @@ class RewardConfig(TrainingKnobs):
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig(TrainingKnobs):
-    """DPO: the policy learns from comparisons directly, without a reward model."""
+    __doc__ = "DPO: the policy learns from comparisons directly, without a reward model."
 
     max_tokens: int = knob(
         1024, "longest prompt+response in tokens; longer prompts lose their beginning, longer responses their end",
@@ -286,7 +287,7 @@ class RolloutKnobs:
 
 @dataclass(frozen=True, kw_only=True)
 class PpoConfig(RolloutKnobs, TrainingKnobs):
-    """PPO: the policy learns to write responses that the reward likes, staying close to the reference."""
+    __doc__ = "PPO: the policy learns to write responses that the reward likes, staying close to the reference."
 
     reward: list[str] = knob(
         REQUIRED,
@@ -516,7 +517,7 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
-    """Measure checkpoints: policies on prompts or demonstrations, reward models and DPO on comparisons."""
+    __doc__ = "Measure checkpoints: policies on prompts or demonstrations, reward models and DPO on comparisons."
 
     output: str | None = knob(None, "also write the report to this .json file", OUTPUT, inert=True)
     reward: list[str] = knob([], "reward source that scores responses", REWARD, paths=True)
@@ -590,7 +591,7 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
-    """Write responses to prompts into a .jsonl file."""
+    __doc__ = "Write responses to prompts into a .jsonl file."
 
     output: str = knob(REQUIRED, "file to write, one JSON object per response", OUTPUT)
     responses_per_prompt: int = knob(1, "responses per prompt", ROLLOUT, low=1, high=10**6)
@@ -608,7 +609,7 @@ class SampleConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(ModelKnobs):
-    """Merge a checkpoint's adapter into plain weights that transformers loads by itself."""
+    __doc__ = "Merge a checkpoint's adapter into plain weights that transformers loads by itself."
 
     output: str = knob(REQUIRED, "folder to write", OUTPUT)
     dtype: str = knob(
@@ -655,7 +656,7 @@ def read_recipe(path: str | Path, cls: type) -> dict[str, tuple[object, str]]:
     if special:
         raise ConfigError(f"the recipe is {special}", where=str(path), fix="give --config an existing .yaml file")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = absolute(path, "--config").read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
             f"cannot read the recipe: {error.strerror or error}",

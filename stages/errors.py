@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
+WORDS = 500  # characters of an exception's own text in a message
+
+
+def escape_lines(text: str) -> str:
+    """A message whose names cannot begin lines of their own; lines of ours are indented by four spaces, and stay."""
+    return re.sub(r"\r|\n(?!    )", lambda end: repr(end[0])[1:-1], text)
+
+
+def words_of(error: BaseException) -> str:
+    """What an exception says, in one line; nothing that it does when it is printed gets out."""
+    try:
+        text = " ".join(str(error).split())
+    except BaseException as broken:  # noqa: BLE001  its __str__ is not ours
+        return f"(its text cannot be printed: {type(broken).__name__})"
+    return text if len(text) <= WORDS else text[: WORDS - 3] + "..."
+
 
 class UserError(Exception):
     """A mistake of the user's: `what` is wrong, `where` (file:line, field, flag), what to do (`fix`)."""
@@ -10,8 +28,8 @@ class UserError(Exception):
     told_by_first = False  # True where rank 0 says the same
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
-        self.what, self.fix = what, fix
-        self.where = where.replace("\n", "\\n") if where else where  # a file's name may hold a line's end
+        self.what, self.fix = escape_lines(what), escape_lines(fix) if fix else fix
+        self.where = escape_lines(where) if where else where
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -78,3 +96,13 @@ class Interrupted(Exception):
         self.step, self.output = step, output
         saved = f"state of step {step} saved in {output}" if step is not None else f"nothing saved yet in {output}"
         super().__init__(f"interrupted; {saved}; run the same command again to go on")
+
+
+class StopRequested(BaseException):
+    """Raised between forward passes after a signal; not an Exception, so that no user code swallows it."""
+
+    def __init__(self, number: int, *, at_once: bool = False):
+        self.number = number
+        self.at_once = at_once  # raised anywhere, perhaps in the middle of an optimiser step
+        self.exit_code = 128 + number
+        super().__init__(f"signal {number}")

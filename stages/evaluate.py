@@ -18,6 +18,7 @@ from stages.maths.statistics import clustered_interval, mean_with_error
 from stages.models.candidates import Candidate, candidate_of, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
+from stages.places import absolute
 from stages.results import Report, Result, Table, facts_table, metrics_table
 from stages.rollout.contest import SIDE_BY_SIDE, contest, contest_tables
 from stages.rollout.frontier import curve_tables, describe_turn, frontier_plot, turning_point
@@ -35,6 +36,7 @@ MOST_RESPONSES = 10**7  # held in memory until they are measured
 def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Measure whatever the model and the dataset allow; writes the report where --output says."""
     source = inputs.source
+    output, plot = (absolute(n, f) if n else None for n, f in ((config.output, "--output"), (config.plot, "--plot")))
     text = open_text(source, config, report)
     rows = tokenise(config, inputs, text, report)
     cause = check_coverage(text, inputs.data.rows, report, what="rows")
@@ -61,11 +63,11 @@ def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool
             report.note(line)
         found |= measure_policies(config, inputs, roles, text, rows["prompts"], report)
         tables += policy_tables(found)
-    if config.output:
-        write_json(Path(config.output).expanduser(), found)
-    if config.plot:
+    if output:
+        write_json(output, found)
+    if plot:
         picture = frontier_plot(curve_of(found), found.get("best_of", []), f"{found['prompts']} prompts")
-        write_text(Path(config.plot).expanduser(), picture)
+        write_text(plot, picture)
         report.note(f"drew {config.plot}")
     is_policy = source.manifest is not None and source.manifest.stage != "reward"
     further = (f"rlhf export --model {shlex.quote(config.model)} --output DIR",) if is_policy else ()

@@ -18,6 +18,7 @@ from stages.models.lora import merge_and_unwrap
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import scored_template
 from stages.models.tokens import PROBE, Text
+from stages.places import absolute
 from stages.results import Report, Result, Table, facts_table
 from stages.training.devices import DTYPES, pick_device
 from stages.training.reload import probe_sequences
@@ -32,7 +33,7 @@ TOLERANCE = {
 
 def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Write the merged model in the wanted precision, load it back with transformers, and compare."""
-    source = inputs.source
+    source, output = inputs.source, absolute(config.output, "--output")
     text = open_text(source, config, report)
     own = DTYPES.get(str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32)
     wanted = DTYPES.get(config.dtype, own)
@@ -59,7 +60,6 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     set_special_tokens(model, text)
     if head is not None and text.has_template:
         end_where_scored(text, report)
-    output = Path(config.output).expanduser().absolute()
     atomic.clear_leftovers(output.parent, of=output.name)
     with atomic.folder(output) as folder:
         model.save_pretrained(folder, safe_serialization=True)
@@ -150,5 +150,6 @@ def compare(
         found = model(input_ids=sequence[None].to(device)).logits[0].float()
         largest = max(largest, float((found - wanted).abs().max()))
         scale = max(scale, float(wanted.abs().max()))
-    assert largest <= TOLERANCE[dtype] * scale, f"the exported model differs by {largest} from the checkpoint"
+    if not largest <= TOLERANCE[dtype] * scale:
+        raise AssertionError(f"the exported model differs by {largest} from the checkpoint")
     return largest

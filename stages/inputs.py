@@ -34,8 +34,10 @@ from stages.files.plot import MARK
 from stages.files.rows import Rows
 from stages.files.run import Run, open_run
 from stages.files.splits import SPLIT, is_held_out, shared_prompts, split_held_out
+from stages.launch import read_launch
 from stages.models.candidates import Candidate, candidate_of, open_candidates
 from stages.models.source import Source, open_source, read_adapter_shape, same_base
+from stages.places import absolute
 from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import Spec, open_rewards
 
@@ -98,7 +100,7 @@ def already_done(stage: str, config: Any, inputs: Inputs) -> Result:
     manifest = inputs.run.manifest
     data = {"metrics": manifest.metrics, "steps": manifest.steps, "seconds": manifest.seconds}
     tables = (metrics_table(stage, manifest.metrics),)
-    return Result(stage, "already done", str(inputs.run.folder), data, tables, next_commands(stage, config))
+    return Result(stage, "already done", config.output, data, tables, next_commands(stage, config))
 
 
 def sft_inputs(config: SftConfig, overwrite: bool) -> Inputs:
@@ -301,7 +303,7 @@ def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
             where="--model",
             fix="give a checkpoint of this tool",
         )
-    output = Path(config.output).expanduser()
+    output = absolute(config.output, "--output")
     special = describe_special(output)
     if special:
         raise OutputError(f"{output} is {special}", where="--output", fix="give a new folder")
@@ -413,7 +415,7 @@ def _training(
         warnings += _parents_split(config, [source, *(spec.checkpoint for spec in more.get("rewards", []))])
     if unmeasured:
         notes += (f"{unmeasured} more rows have held-out prompts: not trained on, nor measured (--eval-limit)",)
-    writer = os.environ.get("RANK", "0") == "0"
+    writer = read_launch().rank == 0
     run = open_run(config.output, stage, config, inputs, overwrite=overwrite, writer=writer)
     return Inputs(source, data, train, held_out, run, warnings=warnings, notes=notes, unmeasured=unmeasured, **more)
 
@@ -496,7 +498,7 @@ def _check_outputs(config: EvaluateConfig) -> None:
 def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: str = "output") -> None:
     """Raise OutputError unless a knob names a new file, or one that this command wrote before and does not read now."""
     name, flag = getattr(config, knob), f"--{knob}"
-    path, another = Path(name).expanduser(), f"give another file name ending in {suffix}"
+    path, another = absolute(name, flag), f"give another file name ending in {suffix}"
     if path.is_dir():
         raise OutputError(f"{name} is a folder", where=flag, fix=another)
     if path.suffix != suffix:
@@ -506,7 +508,7 @@ def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: 
         raise OutputError(f"{name} is {special}", where=flag, fix=another)
     if path.exists() and not _wrote(path, ours):
         raise OutputError(f"{name} belongs to something else, and stays as it is", where=flag, fix=another)
-    read = Path(config.dataset).expanduser()
+    read = Path(os.path.expanduser(config.dataset))
     if path.exists() and read.exists() and os.path.samefile(path, read):
         raise OutputError(f"{name} is the dataset that is read", where=flag, fix=another)
     inside = Path(os.path.realpath(path)).parent

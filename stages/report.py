@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stages.errors import CheckpointError
 from stages.files.atomic import read_text
+from stages.places import absolute
 from stages.results import Report, Result, Table
 from stages.rollout.frontier import curve_tables
 
@@ -63,7 +64,7 @@ def read_run(path: str) -> dict[str, object]:
 
     Raises CheckpointError where there is nothing to read.
     """
-    folder = Path(path)
+    folder = absolute(path, "RUN")
     if not folder.is_dir():
         raise CheckpointError(
             "no such folder", where=path, fix="give the folder that holds sft/, reward/, ppo/ or dpo/"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from stages.config import SampleConfig
 from stages.errors import ConfigError
 from stages.files.atomic import to_json, write_text
 from stages.inputs import RESPONSE_KEYS, Inputs
 from stages.models.roles import Roles, adapter_of
+from stages.places import absolute
 from stages.results import Report, Result, Table, facts_table
 from stages.rollout.generate import Sampling, check_engine, generate
 from stages.rollout.samples import readable
@@ -21,7 +21,7 @@ MOST_RESPONSES = 10**7  # held in memory until the file is written
 
 def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Sample `responses_per_prompt` responses to every prompt and write them."""
-    source = inputs.source
+    source, output = inputs.source, absolute(config.output, "--output")
     text = open_text(source, config, report)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
@@ -57,7 +57,7 @@ def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool =
         }
         for (i, k), response in zip(repeated, responses, strict=True)
     ]
-    write_text(Path(config.output).expanduser(), "".join(to_json(row) + "\n" for row in rows))
+    write_text(output, "".join(to_json(row) + "\n" for row in rows))
     ended = sum(row["ended"] for row in rows) / len(rows)
     data = {**counts, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
     shown = tuple((readable(row["prompt"]), row["response"]) for row in rows[:SHOWN])

@@ -283,13 +283,15 @@ def test_a_terminal_that_cannot_redraw_is_none(monkeypatch, term, terminal):
 # --- ranks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "expected"), [("0", 0), ("3", 3), ("", 0), ("many", 0)])
+@pytest.mark.parametrize(("text", "expected"), [("0", 0), ("3", 3), ("", 0), ("many", 0), ("4", 0)])
 def test_rank(monkeypatch, text, expected):
+    monkeypatch.setenv("WORLD_SIZE", "4" if text else "")
     monkeypatch.setenv("RANK", text)
     assert rank() == expected
 
 
 def test_only_rank_0_reports(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with reporting() as said:
         assert isinstance(said, Silent)

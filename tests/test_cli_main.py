@@ -28,6 +28,7 @@ from stages.errors import (
     TrainingStopped,
     UserError,
 )
+from stages.launch import MASTER, NUMBERS
 from stages.results import Result, Table
 
 SFT = ["sft", "--model", "m", "--dataset", "d", "--output", "o"]
@@ -37,9 +38,15 @@ PPO = ["ppo", "--model", "m", "--dataset", "d", "--output", "o", "--reward", "r"
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
     """Libraries' quiet settings and ranks must not leak between tests."""
-    for name in [*SETTINGS, *QUIET_PIPED, "RANK", "RLHF_DEBUG"]:
+    for name in [*SETTINGS, *QUIET_PIPED, *NUMBERS, *MASTER, "RLHF_DEBUG"]:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+
+
+def launch(monkeypatch, rank, size):
+    """The environment that torchrun gives to a rank."""
+    for name, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
 
 
 def done(command="sft", **more):
@@ -262,7 +269,7 @@ def test_a_broken_pipe_inside_a_stage_is_a_defect_not_a_success(monkeypatch):
 
 def test_messages_cannot_steer_the_terminal(monkeypatch):
     ended, _ = invoke(monkeypatch, SFT, DatasetError("\x1b[2Jgone [bold]\x07\r\nnext", where="a\x9bb"))
-    assert ended.stderr == "error: a\ufffdb: \ufffd[2Jgone [bold]\ufffd\nnext\n"
+    assert ended.stderr == "error: a\ufffdb: \ufffd[2Jgone [bold]\ufffd\\r\\nnext\n"
     ended, _ = invoke(monkeypatch, SFT, ValueError("\x1b]0;title\x07"))
     assert "\x1b" not in ended.stderr and "\x07" not in ended.stderr
     ended, _ = invoke(monkeypatch, [*SFT, "--\x1b[31m"])
@@ -326,7 +333,7 @@ def test_a_reader_of_stdout_that_has_gone_away_is_no_failure(monkeypatch):
 
 
 def test_only_rank_0_speaks(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    launch(monkeypatch, 1, 2)
 
     def speaking(report):
         report.note("a note")
@@ -345,7 +352,7 @@ def test_only_rank_0_speaks(monkeypatch):
 
 
 def test_another_rank_tells_what_only_it_can_know(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
+    launch(monkeypatch, 3, 4)
     ended, _ = invoke(monkeypatch, SFT, DeviceError("there is no cuda:3"))
     assert (ended.exit_code, ended.stderr) == (2, "[rank 3] error: there is no cuda:3\n")
     ended, _ = invoke(monkeypatch, SFT, broken)

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "stages": 0,  # the package's own __init__: its version
     "stages.errors": 1,
+    "stages.places": 1,
+    "stages.launch": 1,
     "stages.config": 1,
     "stages.results": 1,
     "stages.maths": 2,
@@ -27,7 +29,7 @@ FLOORS = {
     "stages.*": 8,  # a stage file
     "rlhf_cli": 9,
 }
-GROUND = ("stages.errors", "stages.config", "stages.results")
+GROUND = ("stages.errors", "stages.places", "stages.launch", "stages.config", "stages.results")
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow"}
 TERMINAL = {"typer", "click", "rich", "rlhf_cli"}
 
@@ -36,6 +38,8 @@ LIGHT = {
     "rlhf_cli": HEAVY | {"yaml"},
     "stages.config": HEAVY | {"yaml"},
     "stages.errors": HEAVY,
+    "stages.places": HEAVY,
+    "stages.launch": HEAVY,
     "stages.results": HEAVY,
     "stages.report": HEAVY,
     "stages.files": HEAVY,
@@ -46,6 +50,8 @@ NEVER = {
     "stages": TERMINAL,
     "stages.config": HEAVY,
     "stages.errors": HEAVY,
+    "stages.places": HEAVY,
+    "stages.launch": HEAVY,
     "stages.results": HEAVY,
     "stages.report": HEAVY,
     "rlhf_cli": HEAVY,

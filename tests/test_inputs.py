@@ -154,6 +154,7 @@ def test_demonstrations_of_the_reward_model_are_an_input(chain, tmp_path):
 def test_only_the_first_rank_is_a_writer(chain, tmp_path, monkeypatch):
     assert open_inputs("sft", sft(chain(), tmp_path)).run.writer
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert not open_inputs("sft", sft(chain(), tmp_path)).run.writer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -264,11 +265,11 @@ def test_a_function_that_hangs_is_stopped_and_the_response_named(monkeypatch):
         call_function(score, "f.py:score", ROWS, TEXTS, flag="--gold", timeout=0.1)
     assert caught.value.where == "--gold f.py:score" and "--reward-timeout" in caught.value.fix
     assert caught.value.what.startswith("it took longer than 0.1 seconds for 2 responses for the response ' three' to")
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_function_that_is_quick_enough_is_left_alone():
-    before = signal.getsignal(signal.SIGALRM)
+    before, threads = {number: signal.getsignal(number) for number in signal.valid_signals()}, threading.active_count()
     found = call_function(lambda prompts, responses: [1.0, 2.0], "f.py:score", ROWS, TEXTS, timeout=5)
     assert found.tolist() == [1.0, 2.0]
-    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert before == {number: signal.getsignal(number) for number in signal.valid_signals()}
+    assert threading.active_count() == threads

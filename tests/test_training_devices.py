@@ -38,7 +38,8 @@ def test_auto_takes_cuda_where_there_is_one(cuda, monkeypatch):
     assert pick_device("auto") == CPU
     cuda(2)
     assert pick_device("auto") == torch.device("cuda", 0)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, number in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, number)
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
     assert pick_device("cuda:0") == torch.device("cuda", 0)
     assert pick_device("cpu") == CPU

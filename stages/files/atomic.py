@@ -408,6 +408,7 @@ def lock(path: str | Path) -> int | None:
                     holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
                     os.ftruncate(handle, 0)
                     _write_all(handle, json.dumps(holder).encode())
+                    _held.add(handle)
                     return handle
             except BaseException as error:
                 os.close(handle)
@@ -452,7 +453,21 @@ def unlock(handle: int, path: str | Path) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
     finally:
+        _held.discard(handle)
         os.close(handle)
+
+
+_held: set[int] = set()  # handles of locks; a forked child that had one would hold the lock beyond our end
+
+
+def _close_held() -> None:
+    while _held:
+        with contextlib.suppress(OSError):
+            os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held)
 
 
 def _flock(handle: int, kind: int) -> bool:

@@ -31,6 +31,7 @@ from stages.files import atomic
 from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, publish, read_manifest
 from stages.files.splits import SPLIT
 from stages.files.states import STATE, State, owner_of, read_about, read_state, states_in, step_of, write_state
+from stages.places import absolute
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
@@ -279,7 +280,7 @@ def open_run(
     Raises OutputError where the folder belongs to something else, to another stage or to a run with other choices, is
     in use, or cannot be written; CheckpointError where it is finished but damaged.
     """
-    place = Path(output).expanduser()
+    place = absolute(output, "--output")
     # One folder has one name, however it is spelled; `a/../x` stands before `a` does.
     folder = place if describe_special(place) else Path(os.path.realpath(place))
     run = Run(folder, stage, config, dict(inputs), overwrite=overwrite, writer=writer)
@@ -514,7 +515,7 @@ def _spare_inputs(run: Run) -> None:
     for name, value in as_dict(run.config).items():
         texts = value if isinstance(value, list) else [value]
         for text in (text for text in texts if isinstance(text, str) and name != "output"):
-            for place in (text, text.rpartition("=")[0], text.rpartition(":")[0]):
+            for place in map(os.path.expanduser, (text, text.rpartition("=")[0], text.rpartition(":")[0])):
                 if place and os.path.lexists(place) and Path(os.path.realpath(place)).is_relative_to(folder):
                     raise OutputError(
                         f"`{name}` lies in the folder that --overwrite would clear",

@@ -15,6 +15,7 @@ from stages.files.atomic import read_json
 from stages.files.manifest import is_checkpoint
 from stages.files.states import ABOUT, AHEAD, STATE, read_about, states_in
 from stages.models.source import Source, open_source
+from stages.places import absolute
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def open_candidates(
 
     Raises ModelError or CheckpointError naming the flag `what`.
     """
-    path = Path(name).expanduser()
+    path = absolute(name, what)
     if (path / ABOUT).is_file():
         return [_open_state(name, path, stages, what, trust_remote_code)]
     if path.name == STATE and path.parent.is_dir() and not is_checkpoint(path):

@@ -14,6 +14,7 @@ from stages.errors import CheckpointError, ModelError
 from stages.files.atomic import read_json, read_text
 from stages.files.identity import base_digest, tokenizer_digest
 from stages.files.manifest import BaseRef, Manifest, checkpoint_digest, is_checkpoint, locate, read_manifest
+from stages.places import absolute
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -64,7 +65,7 @@ def open_source(name: str, *, stages: tuple[str, ...], what: str, trust_remote_c
 
     Raises ModelError or CheckpointError naming the flag `what`.
     """
-    path = Path(name).expanduser()
+    path = absolute(name, what)
     if path.is_dir() and is_checkpoint(path):
         return _open_checkpoint(name, path, stages, what, trust_remote_code)
     special = describe_special(path)
@@ -74,7 +75,7 @@ def open_source(name: str, *, stages: tuple[str, ...], what: str, trust_remote_c
         raise ModelError(f"{name} is a file", where=what, fix="give the model's folder")
     if path.is_dir():
         _refuse_lookalikes(path, name, what)
-        return _open_base(name, path, name, None, what, trust_remote_code)
+        return _open_base(name, path, str(path), None, what, trust_remote_code)
     if name.startswith((".", "/", "~")) or not HUB_ID.match(name):
         raise ModelError(
             f"{name} does not exist", where=what, fix="give a model folder, a checkpoint folder, or a hub id org/name"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stages.errors import ModelError
 from stages.files.atomic import read_text
+from stages.places import absolute
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -72,7 +73,7 @@ def stored_template(folder: Path) -> str | None:
 
 def _read_template(name: str) -> str:
     try:
-        return read_text(Path(name).expanduser())
+        return read_text(absolute(name, "--chat-template"))
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
             f"cannot read the chat template: {error}",

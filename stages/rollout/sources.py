@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from decimal import Decimal
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from stages.errors import RewardError
+from stages.errors import RewardError, StopRequested, words_of
 from stages.models.forward import sequence_scores
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import stored_template
 from stages.models.tokens import PromptRow, Text
 from stages.results import Report
-from stages.rollout.specs import Spec, python_file, reason_of
+from stages.rollout.specs import Spec, UserFunction, python_file, reason_of
+from stages.rollout.user_code import TookTooLong, too_slow, user_code
 from stages.training.passes import collect
 
+SHOWN = 500  # characters of a value in a message
 LARGEST = torch.finfo(torch.float32).max
 CULPRIT_SECONDS = 30.0  # spent at most on finding the response at which a function fails
 
@@ -112,81 +113,105 @@ def call_function(
     """
     where = f"{flag} {name}"
     try:
-        with time_limit(timeout):
-            result = _called(function, prompts, texts)
+        numbers = _call(function, where, prompts, texts, timeout)
+    except StopRequested:
+        raise
     except TookTooLong:
-        slow = _culprit(function, prompts, texts, timeout)
-        raise RewardError(
-            f"it took longer than {timeout:g} seconds for {len(prompts)} responses{slow}",
-            where=where,
-            fix="mend the function, or give it longer with --reward-timeout",
-        ) from None
-    except (Exception, SystemExit) as error:  # user code that calls sys.exit() must not end the run unsaid
-        guilty = _culprit(function, prompts, texts, timeout)
+        slow = _culprit(function, where, prompts, texts, timeout)
+        raise too_slow(where, timeout, f"for {len(prompts)} responses{slow}") from None
+    except _NotNumbers as error:
+        told = error.what if error.place is None else f"{error.what}{_for(prompts[error.place], texts[error.place])}"
+        raise RewardError(told, where=where, fix=error.fix) from None
+    except BaseException as error:  # whatever user code raises, to end the process too, must not end the run unsaid
+        guilty = _culprit(function, where, prompts, texts, timeout)
         reason = reason_of(error, python_file(name))
         raise RewardError(f"it raised {reason}{guilty}", where=where, fix="mend the function") from None
-    result = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(result, (list, tuple)) or len(result) != len(prompts):
-        got = f"{len(result)} numbers" if isinstance(result, (list, tuple)) else type(result).__name__
-        raise RewardError(
-            f"it returned {got} for {len(prompts)} responses", where=where, fix="return a list with one number each"
-        )
-    for prompt, text, number in zip(prompts, texts, result, strict=True):
-        if isinstance(number, bool) or not isinstance(number, Real) or not abs(number) <= LARGEST:
-            raise RewardError(
-                f"it returned {number!r}{_for(prompt, text)}",
-                where=where,
-                fix="return a finite number for every response",
-            )
-    return torch.tensor(result, dtype=torch.float32)
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
-def _called(function: Callable[..., object], prompts: list[PromptRow], texts: list[str]) -> object:
+def _call(
+    function: Callable[..., object], where: str, prompts: list[PromptRow], texts: list[str], timeout: float
+) -> list[float]:
+    """What the function returns, as plain numbers; it gets copies, so whatever it does to them is its own affair."""
     columns = {key: [p.columns.get(key) for p in prompts] for key in sorted({k for p in prompts for k in p.columns})}
-    return function([p.text for p in prompts], list(texts), **_accepted(function, columns))
+    asked, columns = copy.deepcopy(([p.text for p in prompts], columns))
+    world = function.world if isinstance(function, UserFunction) else None
+    with user_code(where, world, timeout=timeout):
+        result = function(asked, list(texts), **_accepted(function, columns))
+        return _numbers(result, len(prompts))
+
+
+class _NotNumbers(Exception):
+    """What a function returned cannot be used; `place` is the response's, where it is about one."""
+
+    def __init__(self, what: str, fix: str, place: int | None = None):
+        self.what, self.fix, self.place = what, fix, place
+
+
+def _numbers(result: object, count: int) -> list[float]:
+    """A finite number for each of `count` responses; raises _NotNumbers for anything else. Runs code of the values."""
+    fix = "return a list with one number each"
+    try:
+        values = result.tolist() if hasattr(result, "tolist") else result
+        values = list(values) if isinstance(values, (list, tuple)) else values
+    except (Exception, SystemExit) as error:
+        what = f"it returned a {type(result).__name__} that cannot be read: {type(error).__name__}: {words_of(error)}"
+        raise _NotNumbers(what, fix) from None
+    if not isinstance(values, list) or len(values) != count:
+        got = f"{len(values)} numbers" if isinstance(values, list) else type(values).__name__
+        raise _NotNumbers(f"it returned {got} for {count} responses", fix)
+    numbers = [_number(value) for value in values]
+    for place, number in enumerate(numbers):
+        if number is None:
+            what = f"it returned {_shown(values[place])}"
+            raise _NotNumbers(what, "return a finite number for every response", place)
+    return numbers  # type: ignore[return-value]
+
+
+def _number(value: object) -> float | None:
+    """A value as a finite number that float32 holds; None where it is none."""
+    try:
+        if not isinstance(value, (Real, Decimal)):
+            value = value.item()  # type: ignore[attr-defined]  a tensor or an array of one number
+        if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+            return None
+        number = float(value)
+        return number if abs(number) <= LARGEST else None
+    except (Exception, SystemExit):
+        return None
+
+
+def _shown(value: object) -> str:
+    try:
+        text = " ".join(repr(value).split())
+    except (Exception, SystemExit):
+        return f"a {type(value).__name__} that cannot be printed"
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def _for(prompt: PromptRow, text: str) -> str:
     return f" for the response {text[:80]!r} to {str(prompt.text)[:80]!r} ({prompt.where})"
 
 
-def _culprit(function: Callable[..., object], prompts: list[PromptRow], texts: list[str], timeout: float) -> str:
+def _culprit(
+    function: Callable[..., object], where: str, prompts: list[PromptRow], texts: list[str], timeout: float
+) -> str:
     """The first response at which a function fails by itself, in words; nothing where each by itself is well."""
     limit = min(timeout or CULPRIT_SECONDS, CULPRIT_SECONDS)
     began = now = time.monotonic()
     for prompt, text in zip(prompts, texts, strict=True):
         now = time.monotonic()
         try:
-            with time_limit(max(0.001, limit - (now - began))):
-                _called(function, [prompt], [text])
+            _call(function, where, [prompt], [text], max(0.001, limit - (now - began)))
+        except StopRequested:
+            raise
         except TookTooLong:  # the one that hangs, unless it only came last
             return _for(prompt, text) if time.monotonic() - now > 0.5 * limit else ""
-        except (Exception, SystemExit):
+        except _NotNumbers:
+            continue
+        except BaseException:
             return _for(prompt, text)
     return ""
-
-
-class TookTooLong(BaseException):
-    """A time limit was reached; not an Exception, so that no user code swallows it."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TookTooLong within the block after so many seconds (0: never; nor where the system has no such clock)."""
-    if not seconds or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(number: int, frame: object) -> None:
-        raise TookTooLong
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _accepted(function: Callable[..., object], columns: dict[str, list]) -> dict[str, list]:

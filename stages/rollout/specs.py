@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
+import itertools
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from stages.config import describe_special, is_function
-from stages.errors import ConfigError, RewardError
+from stages.errors import ConfigError, RewardError, StopRequested, words_of
 from stages.files.identity import file_digest
 from stages.models.source import Source, open_source, same_base
+from stages.places import absolute
+from stages.rollout.settings import World, noting_changes
+from stages.rollout.user_code import user_code
 
 
 @dataclass(frozen=True)
@@ -72,35 +79,67 @@ def open_rewards(
 
 def python_file(name: str) -> Path:
     """The file of a function source."""
-    return Path(name if name.endswith(".py") else name[: name.rindex(".py:") + 3]).expanduser()
+    return Path(os.path.expanduser(name if name.endswith(".py") else name[: name.rindex(".py:") + 3]))
 
 
-def load_function(name: str, what: str) -> Callable[..., object]:
+class UserFunction:
+    """A function from a file of the user's, which sees the process as importing that file left it."""
+
+    def __init__(self, function: Callable[..., object], world: World):
+        functools.update_wrapper(self, function)  # so that its signature is the function's
+        self.world = world
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Call the function itself."""
+        return self.__wrapped__(*args, **kwargs)
+
+
+def load_function(name: str, what: str) -> UserFunction:
     """Import `path/to/file.py:function` (function `score` where none is named); raises RewardError where that fails."""
     path, function_name = python_file(name), "score" if name.endswith(".py") else name.rpartition(".py:")[2] or "score"
-    if not path.is_file():
-        why = f"is {describe_special(path)}" if describe_special(path) else "does not exist"
-        why = "is a folder" if path.is_dir() else why
+    place = absolute(path, what)
+    if not place.is_file():
+        why = f"is {describe_special(place)}" if describe_special(place) else "does not exist"
+        why = "is a folder" if place.is_dir() else why
         raise RewardError(f"{path} {why}", where=what, fix="give path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(f"rlhf_reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
-    sys.path.insert(0, str(path.resolve().parent))
+    where = f"{what} {name}"
+    world = World()
+    module = None
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise RewardError(
-            f"importing it failed: {reason_of(error, path)}", where=f"{what} {name}", fix="mend the file"
-        ) from None
-    finally:
-        sys.path.pop(0)
-    function = getattr(module, function_name, None)
+        with user_code(where), noting_changes(world):
+            module = _import(path)
+            function = getattr(module, function_name, None)
+    except StopRequested:
+        raise
+    except BaseException as error:
+        raise RewardError(f"importing it failed: {reason_of(error, path)}", where=where, fix="mend the file") from None
     if not callable(function):
         found = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
         raise RewardError(
             f"{path} has no function `{function_name}`", where=what, fix=f"it has {', '.join(found) or 'no functions'}"
         )
-    return function
+    return UserFunction(function, world)
+
+
+def _import(path: Path) -> ModuleType:
+    """The module of a file, with the file's folder first on the path."""
+    spec = importlib.util.spec_from_file_location(_module_name(path), absolute(path, "--reward"))
+    sys.path.insert(0, str(path.resolve().parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _module_name(path: Path) -> str:
+    """The file's own name, under which processes that it starts can import it too, unless another module has it."""
+    name = path.stem
+    if name.isidentifier() and name not in sys.modules:
+        other = importlib.util.find_spec(name)
+        if other is None or (other.origin and Path(other.origin).resolve() == path.resolve()):
+            return name
+    names = (f"rlhf_reward_{name}{number or ''}" for number in itertools.count())
+    return next(name for name in names if name not in sys.modules)
 
 
 def reason_of(error: BaseException, path: Path) -> str:
@@ -108,5 +147,6 @@ def reason_of(error: BaseException, path: Path) -> str:
     lines = [
         f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename and Path(f.filename).name == path.name
     ]
-    place = f" ({path}:{lines[-1]})" if lines else ""
-    return f"{type(error).__name__}: {error}{place}"
+    line = f" ({path}:{lines[-1]})" if lines else ""
+    words = words_of(error)
+    return f"{type(error).__name__}{': ' if words else ''}{words}{line}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stages import errors
-from stages.errors import ConfigError, DeviceError, OutOfMemory, RankError, UserError
+from stages.errors import ConfigError, DeviceError, OutOfMemory, RankError, StopRequested, UserError
+from stages.launch import read_launch
 
 TENSORS_WAIT = datetime.timedelta(minutes=30)  # for a rank that computes as much as the others do
 WORDS_WAIT = datetime.timedelta(days=1)  # for one whose reward function, or disk, is slow
@@ -23,9 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def pick_device(name: str) -> torch.device:
     """The device a knob names; `auto` is CUDA where there is one. Raises DeviceError where it is absent."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
-        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        return _own_cuda_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -44,7 +43,19 @@ def pick_device(name: str) -> torch.device:
             where="device",
             fix="choose a smaller index",
         )
-    return torch.device("cuda", local) if device.type == "cuda" and device.index is None else device
+    return _own_cuda_device() if device.type == "cuda" and device.index is None else device
+
+
+def _own_cuda_device() -> torch.device:
+    """The CUDA device of this process's rank on its machine. Raises DeviceError where there are fewer."""
+    local, count = read_launch().local, torch.cuda.device_count()
+    if local >= count:
+        raise DeviceError(
+            f"LOCAL_RANK={local} in the environment, but there are {count} CUDA devices",
+            where="device",
+            fix=f"start at most {count} ranks on a machine (torchrun --nproc-per-node {count}), or use --device cpu",
+        )
+    return torch.device("cuda", local)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -80,9 +91,10 @@ class Ranks:
     """
 
     def __init__(self, device: torch.device):
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        launch = read_launch()
+        self.rank, self.size = launch.rank, launch.size
         self.words = None  # the group for everything that is no tensor
+        self.exchanging = False  # a stop of this rank would reach the others
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.size == 1:
@@ -162,22 +174,25 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in the block on one rank ends it on all of them, with that rank's message.
+        """What fails in the block on one rank, or is stopped by a signal there, ends it on all of them.
 
         Nothing in the block may exchange anything between ranks: one that failed would be waited for.
         """
-        failure: Exception | None = None
+        failure: Exception | StopRequested | None = None
+        outer, self.exchanging = self.exchanging, True
         try:
             yield
-        except Exception as error:
-            if self.size == 1:
+        except (Exception, StopRequested) as error:
+            if self.size == 1 or getattr(error, "at_once", False):
                 raise
             failure = error
+        finally:
+            self.exchanging = outer
         if not self.largest(int(failure is not None)):
             return
         told = self._texts(None if failure is None else _words_of(failure))
         culprit = next(rank for rank, words in enumerate(told) if words is not None)
-        if failure is None or (culprit != self.rank and isinstance(failure, UserError)):
+        if failure is None or (culprit != self.rank and isinstance(failure, (UserError, StopRequested))):
             failure = _failure_of(told[culprit], culprit)
         failure.told_by_first = isinstance(failure, UserError) and not self.first
         raise failure
@@ -209,15 +224,17 @@ def _reaching_all() -> Iterator[None]:
         ) from None
 
 
-def _words_of(failure: Exception) -> dict[str, object]:
+def _words_of(failure: Exception | StopRequested) -> dict[str, object]:
     """A failure as JSON."""
-    named = {name: getattr(failure, name, None) for name in ("what", "where", "fix", "tokens")}
+    named = {name: getattr(failure, name, None) for name in ("what", "where", "fix", "tokens", "number")}
     return {"kind": type(failure).__name__, "text": str(failure), **named}
 
 
-def _failure_of(words: dict[str, str], rank: int) -> Exception:
+def _failure_of(words: dict[str, str], rank: int) -> Exception | StopRequested:
     """The failure of another rank, said to be so."""
     kind = getattr(errors, words["kind"], None)
+    if kind is StopRequested:
+        return StopRequested(words["number"])
     if not (isinstance(kind, type) and issubclass(kind, UserError)):
         return RuntimeError(f"rank {rank} failed: {words['kind']}: {words['text']}")
     where = f"rank {rank}: {words['where']}" if words["where"] else f"rank {rank}"

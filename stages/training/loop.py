@@ -103,9 +103,21 @@ def train(
     done, ahead = _resume(run, report, ranks, progress, config, total)
     saved = done if done >= 0 else None
     whole = 1
+
+    def save_now() -> bool:
+        """Save the state of the last mark, if the weights are still those."""
+        if done < 0 or not progress.intact:
+            return False
+        progress.go_back()
+        _save(run, progress, done, ahead)
+        return True
+
+    def may_stop() -> bool:
+        return progress.intact and (ranks.size == 1 or ranks.exchanging)
+
     report.begin(title, total, max(done, 0))
     try:
-        with signals.listening(lambda: ranks.size == 1 and progress.intact, report.note, echo=ranks.size > 1):
+        with signals.listening(may_stop, report.note, save=save_now, echo=ranks.size > 1):
             try:
                 for step in range(done, total):
                     progress.mark()
@@ -127,15 +139,13 @@ def train(
                             _save(run, progress, done)
                             saved = done
             except signals.StopRequested as stop:
-                if done >= 0 and not stop.at_once:  # at once may be in the middle of an optimiser step
+                if not stop.at_once:  # at once may be in the middle of an optimiser step
                     with ranks.together():
-                        _save(run, progress, done, ahead)
-                    saved = done
+                        saved = done if save_now() else saved
                 raise Interrupted(stop.number, step=saved, output=str(run.folder)) from None
             except UserError as error:  # a reward function that failed, perhaps only this once, or memory that ran out
                 # Where a log could not be written, only a state from before fits it.
-                if done >= 0 and progress.intact and not isinstance(error, OutputError):
-                    _save(run, progress, done, ahead)
+                if not isinstance(error, OutputError) and save_now():
                     report.note(f"state of step {done} saved in {run.folder}")
                 if isinstance(error, OutOfMemory):
                     raise _with_plan(error, run.stage, config) from None
