@@ -56,6 +56,21 @@ def distinct_ngrams(sequences: Iterable[Sequence[int]], n: int) -> float:
     return len(set(runs)) / len(runs) if runs else math.nan
 
 
+def repeated_ngrams(sequence: Sequence[int], n: int, window: int) -> tuple[int, int]:
+    """How many runs of n tokens end at most `window` tokens after an equal run of the same sequence, and of how many.
+
+    The window keeps their share independent of the sequence's length. Source: rep-n of Welleck et al. 2020, "Neural
+    Text Generation with Unlikelihood Training", here of runs rather than single tokens.
+    """
+    runs = [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
+    last: dict[tuple[int, ...], int] = {}
+    repeated = 0
+    for place, run in enumerate(runs):
+        repeated += place - last.get(run, -window - 1) <= window
+        last[run] = place
+    return repeated, len(runs)
+
+
 def log_loss_of_pairs(delta: Tensor) -> float:
     """Mean of -log sigmoid(delta), in nats; ln 2 is what knowing nothing costs."""
     return -logsigmoid(_numbers(delta)).mean().item()

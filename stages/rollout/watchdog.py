@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 Metrics = dict[str, float | None]
 
 IN_A_ROW = 3  # updates that a drifting condition must hold before it is named
 LONGER = 5  # the same for what is noisier
 WARM_UP = 10  # updates that a critic is given to learn
+REPEATED = 0.1  # repetition_rate above that of the first update
 BAD_STEPS = 5  # gradients in a row that are not finite before that is a reason to stop
 OF_EVERY_UPDATE = ("loss", "policy_loss", "value_loss", "reward_score", "reward_kl", "entropy")
 
@@ -95,19 +97,30 @@ def kl_limit(length: float) -> float:
 
 def kl_warning(length: float) -> float:
     """Sequence KL that is worth a word: of responses shorter than 25 tokens 2 nats per token, 20 at least."""
-    return min(kl_limit(length), max(20.0, 2 * length))
+    return min(kl_limit(length), max(20.0, 0.5 * length))
 
 
 def _kl(course: Course) -> str | None:
     kl, length = course.now("reward_kl"), course.now("response_length")
-    if kl is None or length is None or kl <= kl_warning(length):
+    if kl is None or length is None or not _kl_exceeds(course, kl_warning):
         return None
     return f"the sequence KL to the reference is {kl:.1f} nats, {kl / max(length, 1):.2f} per token"
 
 
 def _kl_too_far(course: Course) -> bool:
-    """Short responses are warned of early; what stops a run is the limit."""
-    return (course.now("reward_kl") or 0) > kl_limit(course.now("response_length") or 0)
+    return _kl_exceeds(course, kl_limit)
+
+
+def _kl_exceeds(course: Course, limit: Callable[[float], float]) -> bool:
+    """Whether the KL is beyond a limit by two of its standard errors, or was beyond it three times in a row.
+
+    The mean of a few responses can be beyond it once by chance, or because of a single response.
+    """
+    kl, std, count = course.now("reward_kl"), course.now("reward_kl_std"), course.now("samples")
+    allowed = limit(course.now("response_length") or 0)
+    error = std / math.sqrt(count) if std and count else 0.0
+    lately = course.lately("reward_kl")
+    return kl is not None and (kl - 2 * error > allowed or (bool(lately) and min(lately) > allowed))
 
 
 def _negative_kl(course: Course) -> str | None:
@@ -142,11 +155,21 @@ def _entropy(course: Course) -> str | None:
 
 
 def _length(course: Course) -> str | None:
-    """That scores follow length is alarming where length then grows (Singhal et al. 2023)."""
-    lately = course.lately("score_length_corr")
+    """That scores follow length is alarming if length then moves the same way (Singhal et al. 2023, for growth).
+
+    Responses that all have one length, the limit or a single token, have a correlation of exactly 0, which says
+    nothing: the last three others count.
+    """
+    known = [c for line in course.lines if (c := _finite(line.get("score_length_corr")))][-IN_A_ROW:]
     first, now = course.first("response_length"), course.now("response_length")
-    if lately and first and now is not None and min(lately) > 0.5 and now > 1.3 * first:
-        return f"scores follow length (correlation {lately[-1]:.2f}), which grew from {first:.0f} to {now:.0f} tokens"
+    if len(known) < IN_A_ROW or not first or now is None:
+        return None
+    if min(known) > 0.5 and now > 1.3 * first:
+        return f"scores follow length (correlation {known[-1]:.2f}), which grew from {first:.0f} to {now:.0f} tokens"
+    if max(known) < -0.5 and now < first / 1.3:
+        return (
+            f"scores fall with length (correlation {known[-1]:.2f}), which shrank from {first:.0f} to {now:.0f} tokens"
+        )
     return None
 
 
@@ -186,12 +209,32 @@ def _many_not_finite(course: Course) -> bool:
 
 
 def _reward_range(course: Course) -> str | None:
-    """Against the widest spread so far: a reward of 0 or 1 has little at first, and never moves far beyond its own."""
-    first, now = course.first("reward_score"), course.now("reward_score")
-    spread = max((_finite(line.get("reward_score_std")) or 0.0 for line in course.lines), default=0.0)
-    if first is None or now is None or not spread or abs(now - first) <= 4 * spread:
+    """Against the widest standard deviation so far: a reward of 0 or 1 has little at first, and never moves far
+    beyond its own.
+
+    One update with an outlier decides nothing: the start is the median of the first three updates, the distance must
+    hold three times in a row, and a deviation beyond ten times the usual one counts as ten times.
+    """
+    lately = course.lately("reward_score")
+    early = [score for line in course.lines[:IN_A_ROW] if (score := _finite(line.get("reward_score"))) is not None]
+    deviations = [std for line in course.lines if (std := _finite(line.get("reward_score_std")))]
+    if not lately or not deviations:
         return None
-    return f"the mean score moved from {first:.3g} to {now:.3g}, {abs(now - first) / spread:.1f} standard deviations"
+    start, deviation = median(early or lately), min(max(deviations), 10 * median(deviations))
+    if min(abs(score - start) for score in lately) <= 4 * deviation:
+        return None
+    distance = abs(lately[-1] - start) / deviation
+    return f"the mean score moved from {start:.3g} to {lately[-1]:.3g}, {distance:.1f} standard deviations"
+
+
+def _repetition(course: Course) -> str | None:
+    first, lately = course.first("repetition_rate"), course.lately("repetition_rate")
+    if not lately or min(lately) <= (first or 0.0) + REPEATED:
+        return None
+    return (
+        "repetition_rate, the share of 3-token sequences that a response repeats within 64 tokens, "
+        f"rose from {first or 0.0:.2f} to {lately[-1]:.2f}"
+    )
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -217,7 +260,9 @@ CONDITIONS: dict[str, Condition] = {
         "raise --kl-coef or --entropy-coef, or lower --learning-rate",
     ),
     "length": Condition(
-        _length, "the reward pays for length", "balance the comparisons by length, or give a --length-penalty"
+        _length,
+        "the reward pays for length, or for the lack of it",
+        "balance the comparisons by length, or give a --length-penalty",
     ),
     "no-eos": Condition(
         _no_eos,
@@ -242,5 +287,10 @@ CONDITIONS: dict[str, Condition] = {
         _reward_range,
         "scores are far from those at the start, and a reward model may be wrong there",
         "raise --kl-coef, stop earlier, or train a fresh reward model on the policy's responses",
+    ),
+    "repetition": Condition(
+        _repetition,
+        "the policy repeats what the reward pays for",
+        "read samples.jsonl; raise --kl-coef, or change what the reward pays for",
     ),
 }
