@@ -104,41 +104,34 @@ FAST = {"learning_rate": "3e-3"}
 SLOW, GENTLY = {"learning_rate": "1e-3"}, {"learning_rate": "5e-4"}
 SLOWLY = {"learning_rate": "1e-3", "critic_learning_rate": "1e-3"}
 RUNS = (
-    Run("words", False, "stories", "words", QUICKLY | {"kl_coef": 0.02}),
     Run("cheerful, ppo", True, "stories", "reward", {"kl_coef": 0.3}),
-    Run("cheerful, rloo", True, "stories", "reward", RLOO | {"kl_coef": 0.3}, seed=2),
     Run("cheerful, ppo, slower", True, "stories", "reward", SLOWLY | {"kl_coef": 0.3}, seed=1),
-    Run("cheerful, rloo, slower", True, "stories", "reward", RLOO | GENTLY | {"kl_coef": 0.3}, seed=3),
+    Run("cheerful, rloo", True, "stories", "reward", RLOO | {"kl_coef": 0.3}, seed=2),
+    Run("words", False, "stories", "words", QUICKLY | {"kl_coef": 0.02}),
+    Run("words, slower", False, "stories", "words", {"kl_coef": 0.1}, seed=1),
     Run("reward model, little kl", False, "stories", "reward", RLOO | FAST | {"kl_coef": 0.03}, seed=1),
     Run("share of words", False, "stories", "share", RLOO | FAST | {"kl_coef": 0.05}, seed=2),
-    Run("says the name, 8 tokens", True, "stories", "name", RLOO | SLOW | {"kl_coef": 0.05, "max_response_tokens": 8}),
-    Run("words, slower", False, "stories", "words", {"kl_coef": 0.1}, seed=1),
     Run("optimum, 1 token", True, "16 tokens, length 1, gpt2", "table", {"kl_coef": 0.1}),
     Run("optimum, 2 tokens", True, "6 tokens, length 2, llama", "table", {"kl_coef": 0.1}),
     Run("optimum, 3 tokens", True, "6 tokens, length 3, llama", "table", {"kl_coef": 1}),
+    Run("says the name, 8 tokens", True, "stories", "name", RLOO | SLOW | {"kl_coef": 0.05, "max_response_tokens": 8}),
     Run("words, 6 tokens", False, "stories", "words", RLOO | {"kl_coef": 0.02, "max_response_tokens": 6}, seed=3),
-    Run("cheerful, grpo", True, "stories", "reward", GROUPS | GENTLY | {"kl_coef": 0.1, "advantage": "grpo"}, seed=1),
-    Run("characters", False, "stories", "characters", RLOO | FAST | {"kl_coef": 0.02}),
+    Run("cheerful, rloo, slower", True, "stories", "reward", RLOO | GENTLY | {"kl_coef": 0.3}, seed=3),
     Run("phrase", False, "stories", "mother", RLOO | FAST | {"kl_coef": 0.02}, seed=1),
-    Run("reward model of 64 pairs", False, "stories", "reward-few", QUICKLY | {"kl_coef": 0.02}),
-    Run("says the name, no kl", True, "stories", "name", RLOO | SLOW | {"kl_coef": 0}, seed=1),
-    Run(
-        "cheerful, 64 tokens",
-        True,
-        "stories",
-        "reward",
-        RLOO | GENTLY | {"kl_coef": 0.3, "max_response_tokens": 64},
-        seed=3,
-    ),
     Run("words, 64 tokens", False, "stories", "words", RLOO | FAST | {"kl_coef": 0.05, "max_response_tokens": 64}),
-    Run("reward model, no kl", False, "stories", "reward", QUICKLY | {"kl_coef": 0}),
-    Run("service, ppo", True, "tiny", "tiny-reward", {"kl_coef": 0.15}),
-    Run("service, longer", False, "tiny", "longer", TINY_RLOO | {"kl_coef": 0.03}),
+    Run("cheerful, 64 tokens", True, "stories", "reward", RLOO | GENTLY | {"kl_coef": 0.3, "max_response_tokens": 64}),
     Run("service, shorter", False, "tiny", "shorter", TINY_RLOO | {"kl_coef": 0.03}),
     Run("service, rloo", True, "tiny", "tiny-reward", TINY_RLOO | {"kl_coef": 0.15}, seed=1),
-    Run("service, 64 pairs", False, "tiny", "tiny-reward-few", TINY_RLOO | {"kl_coef": 0.02}),
+    Run("service, longer", False, "tiny", "longer", TINY_RLOO | {"kl_coef": 0.03}),
+    Run("service, ppo", True, "tiny", "tiny-reward", {"kl_coef": 0.15}),
+    Run("cheerful, grpo", True, "stories", "reward", GROUPS | GENTLY | {"kl_coef": 0.1, "advantage": "grpo"}, seed=1),
+    Run("characters", False, "stories", "characters", RLOO | FAST | {"kl_coef": 0.02}),
+    Run("says the name, no kl", True, "stories", "name", RLOO | SLOW | {"kl_coef": 0}, seed=1),
     Run("service, rloo, seed 2", True, "tiny", "tiny-reward", TINY_RLOO | {"kl_coef": 0.15}, seed=2),
-)
+    Run("service, 64 pairs", False, "tiny", "tiny-reward-few", TINY_RLOO | {"kl_coef": 0.02}),
+    Run("reward model, no kl", False, "stories", "reward", QUICKLY | {"kl_coef": 0}),
+    Run("reward model of 64 pairs", False, "stories", "reward-few", QUICKLY | {"kl_coef": 0.02}),
+)  # fmt: skip
 
 
 # --- what they start from
@@ -261,12 +254,15 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.base, "", args.prompts, args.output.resolve(), [0], HELD_OUT, args.quick)
+    prepare_stories(bench)
     outcomes: list[Outcome] = []
-    for prepare, here in ((prepare_stories, False), (prepare_tiny, True)):
-        prepare(bench)
-        for run in (run for run in RUNS if (run.task == "tiny") is here):
-            outcomes.append(outcome_of(run, train(bench, run)))
-            write_results(bench, outcomes)  # after every run: what is there is shown
+    tiny = False  # whether its base is there
+    for run in RUNS:
+        if run.task == "tiny" and not tiny:
+            prepare_tiny(bench)
+            tiny = True
+        outcomes.append(outcome_of(run, train(bench, run)))
+        write_results(bench, outcomes)  # after every run: what is there is shown
     print((bench.folder / "alarms.md").read_text(encoding="utf-8"))
 
 

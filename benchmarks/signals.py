@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from outcomes import line_of, of_texts
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stages.rollout.watchdog import kl_limit, kl_warning  # noqa: E402
 
 Metrics = dict[str, float | None]
 
@@ -48,18 +54,24 @@ def kl_per_token(lines: list[Metrics]) -> list[float]:
     return [kl / max(length, 1.0) for kl, length in pairs]
 
 
-def kl_of_warning(lines: list[Metrics]) -> list[float]:
-    """Sequence KL as a share of the KL that is warned of."""
-    from stages.rollout.watchdog import kl_warning
+def kl_over(limit: Callable[[float], float]) -> Callable[[list[Metrics]], list[float]]:
+    """Sequence KL divided by a limit for responses of that length."""
 
-    pairs = zip(column(lines, "reward_kl"), column(lines, "response_length"), strict=True)
-    return [kl / kl_warning(length) for kl, length in pairs]
+    def values(lines: list[Metrics]) -> list[float]:
+        pairs = zip(column(lines, "reward_kl"), column(lines, "response_length"), strict=True)
+        return [kl / limit(length) for kl, length in pairs]
+
+    return values
 
 
-def kl_of_earlier_warning(lines: list[Metrics]) -> list[float]:
-    """The same for the limits that were replaced: 2 nats per token, between 20 and 50."""
-    pairs = zip(column(lines, "reward_kl"), column(lines, "response_length"), strict=True)
-    return [kl / min(max(50.0, 0.5 * length), max(20.0, 2 * length)) for kl, length in pairs]
+def two_per_token(length: float) -> float:
+    """Nats that were warned of before this calibration."""
+    return min(kl_limit(length), max(20.0, 2 * length))
+
+
+def one_per_token(length: float) -> float:
+    """Nats at which a run might be stopped earlier."""
+    return max(30.0, min(50.0, length), 0.5 * length)
 
 
 def rise(name: str) -> Callable[[list[Metrics]], list[float]]:
@@ -82,8 +94,10 @@ def score_distance(lines: list[Metrics]) -> list[float]:
 SIGNALS = (
     Signal("KL, nats", lambda lines: column(lines, "reward_kl"), (10, 15, 20, 30, 50), in_a_row=1),
     Signal("KL per token, nats", kl_per_token, (0.25, 0.35, 0.5, 0.75, 1, 2), in_a_row=1),
-    Signal("KL / kl_warning", kl_of_warning, (1,), in_a_row=1),
-    Signal("KL / (2 per token, within 20 and 50), as before", kl_of_earlier_warning, (1,), in_a_row=1),
+    Signal("KL / kl_warning", kl_over(kl_warning), (1,), in_a_row=1),
+    Signal("KL / kl_warning of 2 nats per token", kl_over(two_per_token), (1,), in_a_row=1),
+    Signal("KL / kl_limit", kl_over(kl_limit), (1,), in_a_row=1),
+    Signal("KL / kl_limit of 1 nat per token, 30 at least", kl_over(one_per_token), (1,), in_a_row=1),
     Signal("rise of repetition_rate", rise("repetition_rate"), (0.05, 0.1, 0.2)),
     Signal("first entropy / entropy", entropy_fall, (1.5, 2, 4, 10)),
     Signal("rise of duplicate_rate", rise("duplicate_rate"), (0.1, 0.25, 0.5)),

@@ -90,14 +90,14 @@ def kl_limit(length: float) -> float:
 
     50 for the summaries of some 50 tokens that the number comes from (Huang et al. 2024), where 2 to 19 are seen in
     good runs. Beyond 100 tokens half a nat per token, since a KL adds up over tokens: reasoning in 2000 tokens, learned
-    with kl_coef 0, may go 1000 nats without a word.
+    with kl_coef 0, may go 1000 nats without a stop.
     """
     return max(50.0, 0.5 * length)
 
 
 def kl_warning(length: float) -> float:
-    """Sequence KL that is worth a word: of responses shorter than 25 tokens 2 nats per token, 20 at least."""
-    return min(kl_limit(length), max(20.0, 0.5 * length))
+    """Sequence KL that is worth a warning: 20 nats, and beyond 80 tokens a quarter of a nat per token."""
+    return max(20.0, 0.25 * length)
 
 
 def _kl(course: Course) -> str | None:
