@@ -101,6 +101,7 @@ SIGNALS = (
     Signal("rise of repetition_rate", rise("repetition_rate"), (0.05, 0.1, 0.2)),
     Signal("first entropy / entropy", entropy_fall, (1.5, 2, 4, 10)),
     Signal("rise of duplicate_rate", rise("duplicate_rate"), (0.1, 0.25, 0.5)),
+    Signal("rise of shared_response_rate", rise("shared_response_rate"), (0.1, 0.25, 0.5)),
     Signal("score, first update's standard deviations", score_distance, (2, 4, 8)),
 )
 
@@ -157,12 +158,12 @@ def row_of(outcome: Outcome) -> tuple[object, ...]:
     return (
         outcome.name, outcome.kind, len(lines), f"{last['response_length']:.0f}", f"{last['reward_kl']:.1f}",
         f"{kl_per_token(lines)[-1]:.2f}", start_and_end("entropy"), start_and_end("repetition_rate"),
-        start_and_end("duplicate_rate"), distinct, f"{score_distance(lines)[-1]:.1f}", gold, alarms or "none",
+        start_and_end("shared_response_rate"), distinct, f"{score_distance(lines)[-1]:.1f}", gold, alarms or "none",
     )  # fmt: skip
 
 
 HEAD = (
-    "run", "kind", "updates", "tokens", "KL", "per token", "entropy", "repetition", "duplicates", "distinct-2",
+    "run", "kind", "updates", "tokens", "KL", "per token", "entropy", "repetition", "shared", "distinct-2",
     "score, std", "gold", "conditions",
 )  # fmt: skip
 SWEEP_HEAD = ("signal", "above", "good runs alarmed", "hacked runs found", "when (median)", "hacked runs missed")

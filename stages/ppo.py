@@ -20,7 +20,7 @@ from stages.inputs import Inputs
 from stages.maths.advantages import dead_groups
 from stages.maths.kl import k3, next_kl_coef, sequence_kl
 from stages.maths.rewards import RunningMoments, charge_missing_eos, clip_score, length_penalty
-from stages.maths.statistics import correlation, explained_variance, repeated_ngrams
+from stages.maths.statistics import correlation, explained_variance, repeated_ngrams, shared_response_rate
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
@@ -375,6 +375,7 @@ def summarise(
     }
     all_ranks = {name: torch.tensor(bench.ranks.gather(values), dtype=torch.float64) for name, values in each.items()}
     texts = bench.ranks.gather(rollout.texts)
+    asked = bench.ranks.gather([hash(tuple(p.ids.tolist())) for p in rollout.prompts])  # integers hash alike everywhere
     mean = {name: float(values.mean()) for name, values in all_ranks.items()}
     return {
         "reward_score": mean["score"],
@@ -389,6 +390,7 @@ def summarise(
         "eos_rate": mean["ended"],
         "truncated_rate": 1 - mean["ended"],
         "duplicate_rate": 1 - len(set(texts)) / len(texts),
+        "shared_response_rate": shared_response_rate(texts, asked),
         "repetition_rate": float(all_ranks["repeated"].sum() / all_ranks["runs"].sum().clamp(min=1)),
         "score_length_corr": correlation(all_ranks["score"], all_ranks["length"]),
         **({"explained_variance": explained(bench, experience, returns)} if critic else {}),

@@ -17,6 +17,7 @@ from stages.maths.statistics import (
     log_loss_of_pairs,
     mean_with_error,
     repeated_ngrams,
+    shared_response_rate,
     wilson_interval,
 )
 
@@ -172,3 +173,8 @@ def test_a_run_is_repeated_if_it_ended_shortly_before():
     assert repeated_ngrams([1, 2, 3, 9, 9, 1, 2, 3], 3, 5) == (1, 6) and repeated_ngrams([1, 2], 3, 64) == (0, 0)
     far = [1, 2, 3, *range(10, 20), 1, 2, 3, 1, 2, 3]  # 123 13 tokens later, and then 3 later
     assert repeated_ngrams(far, 3, 10) == (1, 17) and repeated_ngrams(far, 3, 13) == (2, 17)
+
+
+def test_a_response_is_shared_if_a_different_prompt_has_it():
+    assert shared_response_rate(["a", "a", "b", "b", "c"], [1, 2, 3, 3, 4]) == 0.4  # "b" answers one prompt twice
+    assert shared_response_rate(["a", "a", "a"], ["x", "y", "x"]) == 1.0 and shared_response_rate(["a"], ["x"]) == 0.0

@@ -199,6 +199,16 @@ def test_repetition_is_compared_with_the_first_update():
     assert names(Course(earlier)) == []  # lines of a version that did not measure it
 
 
+def test_one_response_to_many_prompts_is_repetition():
+    same = {"shared_response_rate": 0.3, "response_length": 6.0}
+    first = HEALTHY | {"shared_response_rate": 0.03, "response_length": 6.0}
+    assert names(Course([first, *[HEALTHY | same] * 3])) == ["repetition"]
+    assert names(Course([first, *[HEALTHY | same | {"shared_response_rate": 0.27}] * 3])) == []
+    assert names(Course([first, *[HEALTHY | same] * 2])) == []
+    label = {"shared_response_rate": 1.0, "response_length": 3.0}  # yes or no
+    assert names(Course([first, *[HEALTHY | label] * 3])) == []
+
+
 def test_the_words_of_a_list_again_and_again_are_warned_of():
     """Seen: "The fun was happy. The fun was very happy", 32 tokens at 32.8 nats, warned of by two conditions."""
     hacked = {"response_length": 32.0, "reward_kl": 32.8, "repetition_rate": 0.2}

@@ -71,6 +71,14 @@ def repeated_ngrams(sequence: Sequence[int], n: int, window: int) -> tuple[int, 
     return repeated, len(runs)
 
 
+def shared_response_rate(responses: Sequence[str], prompts: Sequence[object]) -> float:
+    """Share of responses that equal a response to a different prompt; `prompts[i]` is what response i answers."""
+    answered: dict[str, set[object]] = {}
+    for response, prompt in zip(responses, prompts, strict=True):
+        answered.setdefault(response, set()).add(prompt)
+    return sum(len(answered[response]) > 1 for response in responses) / len(responses)
+
+
 def log_loss_of_pairs(delta: Tensor) -> float:
     """Mean of -log sigmoid(delta), in nats; ln 2 is what knowing nothing costs."""
     return -logsigmoid(_numbers(delta)).mean().item()

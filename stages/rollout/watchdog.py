@@ -17,6 +17,8 @@ IN_A_ROW = 3  # updates that a drifting condition must hold before it is named
 LONGER = 5  # the same for what is noisier
 WARM_UP = 10  # updates that a critic is given to learn
 REPEATED = 0.1  # repetition_rate above that of the first update
+SHARED = 0.25  # shared_response_rate above that of the first update
+LABEL = 4  # tokens below which different prompts may well have the same response
 BAD_STEPS = 5  # gradients in a row that are not finite before that is a reason to stop
 OF_EVERY_UPDATE = ("loss", "policy_loss", "value_loss", "reward_score", "reward_kl", "entropy")
 
@@ -228,13 +230,16 @@ def _reward_range(course: Course) -> str | None:
 
 
 def _repetition(course: Course) -> str | None:
-    first, lately = course.first("repetition_rate"), course.lately("repetition_rate")
-    if not lately or min(lately) <= (first or 0.0) + REPEATED:
-        return None
-    return (
-        "repetition_rate, the share of 3-token sequences that a response repeats within 64 tokens, "
-        f"rose from {first or 0.0:.2f} to {lately[-1]:.2f}"
-    )
+    """Within a response, or of whole responses to different prompts; labels of one to three tokens may be shared."""
+    length = course.now("response_length") or 0.0
+    for name, rise, what in (
+        ("repetition_rate", REPEATED, "the share of 3-token sequences that a response repeats within 64 tokens"),
+        ("shared_response_rate", SHARED, "the share of responses that were also given to a different prompt"),
+    ):
+        first, lately = course.first(name) or 0.0, course.lately(name)
+        if lately and min(lately) > first + rise and (name == "repetition_rate" or length >= LABEL):
+            return f"{name}, {what}, rose from {first:.2f} to {lately[-1]:.2f}"
+    return None
 
 
 CONDITIONS: dict[str, Condition] = {
