@@ -143,8 +143,9 @@ def row_of(outcome: Outcome) -> tuple[object, ...]:
     lines = outcome.lines
     last = lines[-1]
 
-    def start_and_end(name: str, digits: int = 2) -> str:
-        return f"{column(lines, name)[0]:.{digits}f} → {column(lines, name)[-1]:.{digits}f}"
+    def start_and_end(name: str) -> str:
+        first, *_, end = column(lines, name)
+        return "" if math.isnan(first) else f"{first:.2f} → {end:.2f}"
 
     gold, distinct = "", ""
     if outcome.texts:
@@ -158,7 +159,9 @@ def row_of(outcome: Outcome) -> tuple[object, ...]:
     return (
         outcome.name, outcome.kind, len(lines), f"{last['response_length']:.0f}", f"{last['reward_kl']:.1f}",
         f"{kl_per_token(lines)[-1]:.2f}", start_and_end("entropy"), start_and_end("repetition_rate"),
-        start_and_end("shared_response_rate"), distinct, f"{score_distance(lines)[-1]:.1f}", gold, alarms or "none",
+        start_and_end("shared_response_rate"), distinct,
+        f"{score_distance(lines)[-1]:.1f}" if lines[0].get("reward_score_std") else "std 0 at first", gold,
+        alarms or "none",
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Watches PPO while it runs: named conditions that say what is going wrong, why that happens, and which knob helps.
 
 Pure functions of the metrics so far, so that a resumed run says the same. Where a number comes from is said beside
-each condition; the rest are our own, wide enough to be silent on runs that learn.
+each condition; the rest are our own, wide enough to be silent on runs that learn. `kl` and `repetition` were calibrated
+on runs known to be good and runs known to be hacked: benchmarks/alarms.py, benchmarks/results/alarms-cpu.md.
 """
 
 from __future__ import annotations
@@ -93,12 +94,23 @@ def kl_limit(length: float) -> float:
     50 for the summaries of some 50 tokens that the number comes from (Huang et al. 2024), where 2 to 19 are seen in
     good runs. Beyond 100 tokens half a nat per token, since a KL adds up over tokens: reasoning in 2000 tokens, learned
     with kl_coef 0, may go 1000 nats without a stop.
+
+    It lets through what is hacked within it: of 13 hacked runs of 32 tokens in the calibration six ended between 14 and
+    47 nats. A limit of 1 nat per token would have stopped four of those, and no good run. But it would also have
+    stopped four runs against a reward model whose true reward still rose, up to 36, 53, 67 and 85 nats. So the warning
+    is what finds hacking; this limit is for policies that run away.
     """
     return max(50.0, 0.5 * length)
 
 
 def kl_warning(length: float) -> float:
-    """Sequence KL that is worth a warning: 20 nats, and beyond 80 tokens a quarter of a nat per token."""
+    """Sequence KL that is worth a warning: 20 nats, and beyond 80 tokens a quarter of a nat per token.
+
+    In the calibration good runs of 32 tokens ended at 12 to 17 nats, and problems with a known optimum at 0.3 to 1.3
+    nats (1 to 3 tokens). A good run with four times the learning rate went to 28 and is warned of: its true reward
+    rose, but its text fell apart. Hacked runs of 32 tokens were warned of after 15 to 79 % of their updates. The limit
+    lets through a word list with kl_coef 0.2 (14.5 nats), and any hack in 6 tokens (5 to 10 nats).
+    """
     return max(20.0, 0.25 * length)
 
 
@@ -230,7 +242,12 @@ def _reward_range(course: Course) -> str | None:
 
 
 def _repetition(course: Course) -> str | None:
-    """Within a response, or of whole responses to different prompts; labels of one to three tokens may be shared."""
+    """Within a response, or of whole responses to different prompts; labels of one to three tokens may be shared.
+
+    In the calibration no good run ended more than 0.07 above its first repetition_rate, and hacked runs went 0.1 above
+    after 35 to 83 % of their updates, up to 0.9 at the end. It lets through hacks that do not repeat: a word list at 30
+    nats or less. It would be wrong about a policy that learns tables, code or lists from a start without them.
+    """
     length = course.now("response_length") or 0.0
     for name, rise, what in (
         ("repetition_rate", REPEATED, "the share of 3-token sequences that a response repeats within 64 tokens"),
