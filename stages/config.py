@@ -27,6 +27,7 @@ AUTO = "auto"
 CRITIC_FREE = ("rloo", "grpo", "reinforce++", "reinforce++-baseline")
 CONDITIONS = (  # what PPO is watched for; see stages/rollout/watchdog.py
     "kl", "negative-kl", "ratio", "entropy", "length", "no-eos", "critic", "dead-groups", "nan", "reward-range",
+    "repetition",
 )  # fmt: skip
 NONE = "none"
 GROUPED = ("rloo", "grpo", "reinforce++-baseline")

@@ -21,7 +21,7 @@ from stages.inputs import Inputs
 from stages.maths.advantages import dead_groups
 from stages.maths.kl import k3, next_kl_coef, sequence_kl
 from stages.maths.rewards import RunningMoments, charge_missing_eos, clip_score, length_penalty
-from stages.maths.statistics import correlation, explained_variance
+from stages.maths.statistics import correlation, explained_variance, repeated_ngrams, shared_response_rate
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
@@ -52,6 +52,7 @@ from stages.training.session import (
 
 TRY_TOKENS = 8
 PTX_TOKENS = 1024
+REPEATED_RUN, REPEATED_WITHIN = 3, 64  # tokens: runs that a response repeats, and how soon
 
 
 def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
@@ -388,6 +389,7 @@ def summarise(
     rollout, mask = experience.rollout, experience.mask
     critic, grouped = bench.config.advantage == "gae", bench.config.responses_per_prompt > 1
     kl = sequence_kl(experience.logprobs, experience.reference_logprobs, mask)
+    repeats = [repeated_ngrams(r.tolist(), REPEATED_RUN, REPEATED_WITHIN) for r in rollout.responses]
     each = {
         "score": experience.score.tolist(),
         "charged": score.tolist(),
@@ -397,9 +399,12 @@ def summarise(
         "length": [float(n) for n in rollout.lengths],
         "ended": rollout.ended.double().tolist(),
         "tokens": [float(n) for n in rollout.sizes],
+        "repeated": [float(repeated) for repeated, _ in repeats],
+        "runs": [float(runs) for _, runs in repeats],
     }
     all_ranks = {name: torch.tensor(bench.ranks.gather(values), dtype=torch.float64) for name, values in each.items()}
     texts = bench.ranks.gather(rollout.texts)
+    asked = bench.ranks.gather([hash(tuple(p.ids.tolist())) for p in rollout.prompts])  # integers hash alike everywhere
     mean = {name: float(values.mean()) for name, values in all_ranks.items()}
     return {
         "reward_score": mean["score"],
@@ -414,6 +419,8 @@ def summarise(
         "eos_rate": mean["ended"],
         "truncated_rate": 1 - mean["ended"],
         "duplicate_rate": 1 - len(set(texts)) / len(texts),
+        "shared_response_rate": shared_response_rate(texts, asked),
+        "repetition_rate": float(all_ranks["repeated"].sum() / all_ranks["runs"].sum().clamp(min=1)),
         "score_length_corr": correlation(all_ranks["score"], all_ranks["length"]),
         **({"explained_variance": explained(bench, experience, returns)} if critic else {}),
         **({"dead_group_rate": dead_groups(score, groups, bench.ranks.sum)} if grouped else {}),

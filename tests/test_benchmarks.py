@@ -94,6 +94,46 @@ def test_tables_and_pictures_hold_every_method(outcomes):
     assert outcomes.draw(points, best_of, "gold", "x").count("polyline") >= 4
 
 
+# --- the alarms benchmark
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import signals
+
+    return signals
+
+
+def outcome(signals, name, good, kls, length=32.0):
+    lines = [{"reward_kl": float(kl), "response_length": length} for kl in kls]
+    return signals.Outcome(name, good, lines, {}, False, {})
+
+
+def test_a_signal_begins_once_it_was_above_a_threshold_often_enough(signals):
+    values = [0, 3, 3, 1, 3, 3, 3, 0]
+    assert signals.begins(values, 2, 1) == 2 and signals.begins(values, 2, 3) == 7
+    assert signals.begins(values, 3, 1) is None and signals.begins([math.nan, 3], 2, 1) == 2
+
+
+def test_a_threshold_is_judged_by_what_it_finds_and_what_it_alarms_for_nothing(signals):
+    runs = [outcome(signals, "a", True, [0, 12]), outcome(signals, "b", True, [0, 5])]
+    runs += [outcome(signals, "x", False, [0, 11, 60, 70]), outcome(signals, "y", False, [0, 1, 2, 30])]
+    rows = {(row[0], row[1]): row[2:] for row in signals.sweep(runs)}
+    assert rows["KL, nats", "10"] == ("1 of 2: a", "2 of 2", "100%", "")  # at 2 of 4 updates, and at 4 of 4
+    assert rows["KL, nats", "50"] == ("0 of 2", "1 of 2", "75%", "y")
+    assert rows["KL per token, nats", "0.5"] == ("0 of 2", "2 of 2", "100%", "")  # 16 nats
+    assert rows["KL / kl_limit of 1 nat per token, 30 at least", "1"] == ("0 of 2", "1 of 2", "75%", "y")  # 32 nats
+
+
+def test_the_runs_of_the_alarms_benchmark_are_named_apart(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import alarms
+
+    assert len({run.name.replace(",", "") for run in alarms.RUNS}) == len(alarms.RUNS)
+    assert min(sum(run.good for run in alarms.RUNS), sum(not run.good for run in alarms.RUNS)) >= 5
+
+
 # --- the GPU benchmark
 
 

@@ -38,7 +38,8 @@ EVERYWHERE = {"step", "epoch", "tokens", "seconds", "lr", "grad_norm", "loss", "
 EVERYWHERE |= {"tokens_per_second", "samples_per_second"}
 OF_PPO = {"reward_score", "reward_kl", "reward_total", "kl_k3", "kl_coef", "policy_loss", "value_loss", "entropy"}
 OF_PPO |= {"approx_kl", "clip_fraction", "ratio_max", "explained_variance", "response_length", "eos_rate"}
-OF_PPO |= {"truncated_rate", "duplicate_rate", "score_length_corr", "time_rollout", "time_experience", "time_update"}
+OF_PPO |= {"truncated_rate", "duplicate_rate", "repetition_rate", "shared_response_rate", "score_length_corr"}
+OF_PPO |= {"time_rollout", "time_experience", "time_update"}
 METRICS = {
     "sft": EVERYWHERE,
     "reward": EVERYWHERE | {"accuracy", "margin", "score_chosen", "score_rejected"},

@@ -20,6 +20,8 @@ from stages.maths.statistics import (
     lead_of_pairs,
     log_loss_of_pairs,
     mean_with_error,
+    repeated_ngrams,
+    shared_response_rate,
     student_quantile,
     wilson_interval,
 )
@@ -260,3 +262,18 @@ def test_distinct_runs_are_counted_over_all_sequences():
     assert distinct_ngrams(sequences, 1) == 0.5 and distinct_ngrams(sequences, 2) == 1.0
     assert math.isnan(distinct_ngrams(sequences, 4))
     assert distinct_ngrams([[7, 7, 7, 7], [7, 7]], 2) == 0.25
+
+
+def test_a_run_is_repeated_if_it_ended_shortly_before():
+    said = [1, 2, 3, 1, 2, 3, 1, 2]  # 123 231 312 123 231 312: the last three repeat what ended 3 tokens before
+    assert repeated_ngrams(said, 3, 64) == (3, 6) and repeated_ngrams(said, 3, 3) == (3, 6)
+    assert repeated_ngrams(said, 3, 2) == (0, 6)
+    assert repeated_ngrams([7] * 6, 3, 64) == (3, 4)  # overlapping runs count
+    assert repeated_ngrams([1, 2, 3, 9, 9, 1, 2, 3], 3, 5) == (1, 6) and repeated_ngrams([1, 2], 3, 64) == (0, 0)
+    far = [1, 2, 3, *range(10, 20), 1, 2, 3, 1, 2, 3]  # 123 13 tokens later, and then 3 later
+    assert repeated_ngrams(far, 3, 10) == (1, 17) and repeated_ngrams(far, 3, 13) == (2, 17)
+
+
+def test_a_response_is_shared_if_a_different_prompt_has_it():
+    assert shared_response_rate(["a", "a", "b", "b", "c"], [1, 2, 3, 3, 4]) == 0.4  # "b" answers one prompt twice
+    assert shared_response_rate(["a", "a", "a"], ["x", "y", "x"]) == 1.0 and shared_response_rate(["a"], ["x"]) == 0.0

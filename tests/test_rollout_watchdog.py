@@ -16,7 +16,7 @@ HEALTHY = {
     "reward_score": 0.5, "reward_score_std": 1.0, "reward_kl": 3.0, "reward_kl_std": 2.0, "entropy": 1.5, "loss": 0.1,
     "policy_loss": 0.1, "value_loss": 0.2, "response_length": 40.0, "truncated_rate": 0.05, "score_length_corr": 0.3,
     "explained_variance": 0.4, "dead_group_rate": 0.3, "ratio_first_error": 1e-6, "ratio_first_std": 1e-7,
-    "nonfinite_steps": 0.0, "nonfinite_in_a_row": 0.0, "samples": 64.0,
+    "nonfinite_steps": 0.0, "nonfinite_in_a_row": 0.0, "samples": 64.0, "repetition_rate": 0.02,
 }  # fmt: skip
 
 
@@ -45,14 +45,26 @@ def test_one_update_without_any_number_is_quiet():
 
 @pytest.mark.parametrize(
     ("tokens", "warns", "stops"),
-    [(1, 20, 50), (10, 20, 50), (20, 40, 50), (25, 50, 50), (100, 50, 50), (101, 50.5, 50.5), (2000, 1000, 1000)],
+    [(1, 20, 50), (32, 20, 50), (80, 20, 50), (100, 25, 50), (128, 32, 64), (2000, 500, 1000)],
 )
 def test_how_far_is_too_far_grows_with_the_response(tokens, warns, stops):
     def found(nats: float) -> list[tuple[str, bool]]:
-        return [(a.condition, a.grave) for a in watch(course({"reward_kl": nats, "response_length": tokens}))]
+        exact = {"reward_kl": nats, "reward_kl_std": 0.0, "response_length": tokens}
+        return [(a.condition, a.grave) for a in watch(course(exact))]
 
-    assert found(warns) == [] and found(warns + 0.1) == [("kl", warns == stops)]
-    assert found(stops + 0.1) == [("kl", True)]
+    assert found(warns) == [] and found(warns + 0.1) == [("kl", False)]
+    assert found(stops) == [("kl", False)] and found(stops + 0.1) == [("kl", True)]
+
+
+def test_a_kl_that_is_too_far_by_chance_is_waited_for():
+    """Of 64 responses with a deviation of 40 the mean is known to 5: beyond 20 for sure from 30 on."""
+    noisy = {"reward_kl": 29.9, "reward_kl_std": 40.0}
+    assert names(course(noisy)) == [] and names(course(*[noisy] * 2)) == []
+    assert names(course(*[noisy] * 3)) == ["kl"] and names(course(noisy | {"reward_kl": 30.1})) == ["kl"]
+    outlier = {"reward_kl": 60.0, "reward_kl_std": 456.0}  # one response of 64 at 3680 nats, the others at 2.5
+    assert names(course(outlier)) == [] and [a.grave for a in watch(course(*[outlier] * 3))] == [True]
+    unmeasured = {"reward_kl": 20.1, "reward_kl_std": None}
+    assert names(course(unmeasured)) == ["kl"]
 
 
 def test_reasoning_without_a_charge_for_kl_is_no_alarm():
@@ -92,6 +104,25 @@ def test_length_alarms_where_scores_follow_it_and_it_grew():
     assert names(course(*[longer | {"score_length_corr": 0.5}] * 3)) == []
 
 
+def test_length_alarms_where_scores_fall_with_it_and_it_shrank():
+    shrinking = [{"score_length_corr": -0.8, "response_length": length} for length in (38.0, 35.0, 32.0)]
+    assert names(course(*shrinking)) == []
+    assert names(course(*shrinking, {"score_length_corr": -0.8, "response_length": 30.0})) == ["length"]  # 40 / 1.3
+    assert names(course(*shrinking, {"score_length_corr": -0.5, "response_length": 30.0})) == []
+
+
+def test_length_alarms_where_all_responses_have_come_to_one_length():
+    """A correlation of 0 is that of equal lengths: all a single token, or all at the limit."""
+    shrinking = [{"score_length_corr": -0.8, "response_length": length} for length in (38.0, 20.0, 5.0)]
+    nothing = {"score_length_corr": 0.0, "response_length": 1.0}
+    assert names(course(*shrinking, *[nothing] * 5)) == ["length"]
+    assert names(course(*shrinking[:2], *[nothing] * 5)) == []  # it did not hold three times in a row
+    assert names(course(*[nothing] * 5)) == []  # a policy that learned to end, for which scores do not pay
+    growing = [{"score_length_corr": 0.8, "response_length": length} for length in (45.0, 50.0, 60.0)]
+    limit = {"score_length_corr": 0.0, "response_length": 64.0}
+    assert names(course(*growing, *[limit] * 5)) == ["length"]
+
+
 def test_missing_ends_alarm_where_they_matter():
     cut = [{"truncated_rate": 0.11}] * 3
     assert names(course(*cut)) == ["no-eos"] and names(course(*cut, ends_matter=False)) == []
@@ -121,13 +152,68 @@ def test_not_finite_is_said_at_once_and_stops_at_five_in_a_row():
         assert names(course({"reward_kl": value})) == ["nan"]
 
 
+def moved(*scores: float, std: float = 1.0, before: int = 9) -> list[str]:
+    """Conditions after a run at a score of 0.5 whose last updates have these mean scores."""
+    return names(course(*[{"reward_score": s, "reward_score_std": std} for s in scores], count=before + len(scores)))
+
+
 def test_the_reward_has_moved_far_against_its_widest_spread():
-    assert names(course({"reward_score": 4.6})) == ["reward-range"] and names(course({"reward_score": 4.4})) == []
-    assert names(course({"reward_score": -3.6})) == ["reward-range"]
-    assert names(course({"reward_score_std": 2.0}, {"reward_score": 4.6})) == []
+    assert moved(4.6, 4.6, 4.6) == ["reward-range"] and moved(4.4, 4.4, 4.4) == []
+    assert moved(-3.6, -3.6, -3.6) == ["reward-range"]
+    assert moved(4.6, 4.6, 4.6, std=2.0) == []
     rare = [{"reward_score": p, "reward_score_std": math.sqrt(p * (1 - p))} for p in (0.01, 0.2, 0.5, 0.9, 0.99)]
-    assert names(Course(rare)) == []  # answers that are right or wrong: 0.98 is less than 2 x 0.5
+    assert names(Course(rare)) == []  # answers that are right or wrong: 0.98 is less than 4 x 0.5
     assert names(Course([{"reward_score": 1.0, "reward_score_std": 0.0}] * 3)) == []
+
+
+def test_an_answer_learned_within_two_updates_is_no_move():
+    """The deviation is wide in a single update: 0.1, 0.5, then 0.1 again; 0.98 is less than 4 x 0.5."""
+    shares = (0.01, 0.5, *[0.99] * 10)
+    assert names(Course([{"reward_score": p, "reward_score_std": math.sqrt(p * (1 - p))} for p in shares])) == []
+
+
+def test_a_reward_without_spread_at_first_is_measured_once_it_has_some():
+    flat = [{"reward_score": 0.0, "reward_score_std": 0.0}] * 3
+    assert names(Course([*flat, *[{"reward_score": 0.3, "reward_score_std": 0.1}] * 3])) == []
+    assert names(Course([*flat, *[{"reward_score": 0.5, "reward_score_std": 0.1}] * 3])) == ["reward-range"]
+
+
+def test_one_update_with_an_outlier_neither_makes_nor_hides_a_move():
+    """One response of 64 at -1000: mean -15, standard deviation 124."""
+    outlier = {"reward_score": -15.0, "reward_score_std": 124.0}
+    assert names(course(outlier)) == []
+    start = [HEALTHY | outlier, *[HEALTHY] * 11]
+    assert names(Course(start)) == []  # in the first update, against which nothing else may be measured
+    gone = [HEALTHY | {"reward_score": 41.0}] * 3  # 40.5 from the start: beyond 4 x 10 x the usual 1
+    assert names(Course([HEALTHY, HEALTHY, HEALTHY | outlier, *[HEALTHY] * 9, *gone])) == ["reward-range"]
+
+
+def test_repetition_is_compared_with_the_first_update():
+    assert names(course(*[{"repetition_rate": 0.13}] * 3)) == ["repetition"]  # 0.02 + 0.1
+    assert (
+        names(course(*[{"repetition_rate": 0.11}] * 3)) == [] and names(course(*[{"repetition_rate": 0.9}] * 2)) == []
+    )
+    tables = [HEALTHY | {"repetition_rate": 0.4}] + [HEALTHY | {"repetition_rate": 0.48}] * 5
+    assert names(Course(tables)) == []  # text that repeats itself by nature
+    earlier = [{k: v for k, v in HEALTHY.items() if k != "repetition_rate"}] * 5
+    assert names(Course(earlier)) == []  # lines of a version that did not measure it
+
+
+def test_one_response_to_many_prompts_is_repetition():
+    same = {"shared_response_rate": 0.3, "response_length": 6.0}
+    first = HEALTHY | {"shared_response_rate": 0.03, "response_length": 6.0}
+    assert names(Course([first, *[HEALTHY | same] * 3])) == ["repetition"]
+    assert names(Course([first, *[HEALTHY | same | {"shared_response_rate": 0.27}] * 3])) == []
+    assert names(Course([first, *[HEALTHY | same] * 2])) == []
+    label = {"shared_response_rate": 1.0, "response_length": 3.0}  # yes or no
+    assert names(Course([first, *[HEALTHY | label] * 3])) == []
+
+
+def test_the_words_of_a_list_again_and_again_are_warned_of():
+    """Seen: "The fun was happy. The fun was very happy", 32 tokens at 32.8 nats, warned of by two conditions."""
+    hacked = {"response_length": 32.0, "reward_kl": 32.8, "repetition_rate": 0.2}
+    alarms = watch(course(*[hacked] * 3))
+    assert [(alarm.condition, alarm.grave) for alarm in alarms] == [("kl", False), ("repetition", True)]
 
 
 # --- what a run says of them

@@ -123,6 +123,13 @@ def test_entropy_of_a_policy_that_is_paid_to_repeat_itself(run):
     assert lines[-1]["entropy"] < 0.1 * lines[0]["entropy"] and lines[-1]["alarm_entropy"] == 1.0
 
 
+def test_repetition_of_a_policy_that_is_paid_for_it(run):
+    more = ("--max-response-tokens", 12, "--max-steps", 12, "--batch-size", 16, "--stop-on", "none")
+    ended, lines = run("same", *COLLAPSE, *GROUPS, *more)
+    assert "repetition_rate" in warned(ended, "repetition")
+    assert lines[-1]["repetition_rate"] > lines[0]["repetition_rate"] + 0.1 and lines[-1]["alarm_repetition"] == 1.0
+
+
 @pytest.fixture(scope="module")
 def babble(chain, tmp_path_factory):
     """A policy that has learned to say one to five words and to end."""
@@ -198,7 +205,7 @@ def test_gradients_that_are_not_finite_can_be_put_up_with(run, monkeypatch):
 
 
 def test_a_reward_whose_scale_drifts_away(run):
-    ended, _ = run("drift", "--max-steps", 6)
+    ended, _ = run("drift", "--max-steps", 9)
     assert "the mean score moved from" in warned(ended, "reward-range")
 
 

@@ -125,6 +125,29 @@ def distinct_ngrams(sequences: Iterable[Sequence[int]], n: int) -> float:
     return len(set(runs)) / len(runs) if runs else math.nan
 
 
+def repeated_ngrams(sequence: Sequence[int], n: int, window: int) -> tuple[int, int]:
+    """How many runs of n tokens end at most `window` tokens after an equal run of the same sequence, and of how many.
+
+    The window keeps their share independent of the sequence's length. Source: rep-n of Welleck et al. 2020, "Neural
+    Text Generation with Unlikelihood Training", here of runs rather than single tokens.
+    """
+    runs = [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
+    last: dict[tuple[int, ...], int] = {}
+    repeated = 0
+    for place, run in enumerate(runs):
+        repeated += place - last.get(run, -window - 1) <= window
+        last[run] = place
+    return repeated, len(runs)
+
+
+def shared_response_rate(responses: Sequence[str], prompts: Sequence[object]) -> float:
+    """Share of responses that equal a response to a different prompt; `prompts[i]` is what response i answers."""
+    answered: dict[str, set[object]] = {}
+    for response, prompt in zip(responses, prompts, strict=True):
+        answered.setdefault(response, set()).add(prompt)
+    return sum(len(answered[response]) > 1 for response in responses) / len(responses)
+
+
 def log_loss_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
     """Mean of -p log sigmoid(delta) - (1 - p) log sigmoid(-delta), in nats; ln 2 is what knowing nothing costs."""
     delta = _numbers(delta)

@@ -1,7 +1,8 @@
 """Watches PPO while it runs: named conditions that say what is going wrong, why that happens, and which knob helps.
 
 Pure functions of the metrics so far, so that a resumed run says the same. Where a number comes from is said beside
-each condition; the rest are our own, wide enough to be silent on runs that learn.
+each condition; the rest are our own, wide enough to be silent on runs that learn. `kl` and `repetition` were calibrated
+on runs known to be good and runs known to be hacked: benchmarks/alarms.py, benchmarks/results/alarms-cpu.md.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 Metrics = dict[str, float | None]
 
 IN_A_ROW = 3  # updates that a drifting condition must hold before it is named
 LONGER = 5  # the same for what is noisier
 WARM_UP = 10  # updates that a critic is given to learn
+REPEATED = 0.1  # repetition_rate above that of the first update
+SHARED = 0.25  # shared_response_rate above that of the first update
+LABEL = 4  # tokens below which different prompts may well have the same response
 BAD_STEPS = 5  # gradients in a row that are not finite before that is a reason to stop
 OF_EVERY_UPDATE = ("loss", "policy_loss", "value_loss", "reward_score", "reward_kl", "entropy")
 
@@ -88,26 +93,48 @@ def kl_limit(length: float) -> float:
 
     50 for the summaries of some 50 tokens that the number comes from (Huang et al. 2024), where 2 to 19 are seen in
     good runs. Beyond 100 tokens half a nat per token, since a KL adds up over tokens: reasoning in 2000 tokens, learned
-    with kl_coef 0, may go 1000 nats without a word.
+    with kl_coef 0, may go 1000 nats without a stop.
+
+    It lets through what is hacked within it: of 13 hacked runs of 32 tokens in the calibration six ended between 14 and
+    47 nats. A limit of 1 nat per token would have stopped four of those, and no good run. But it would also have
+    stopped four runs against a reward model whose true reward still rose, up to 36, 53, 67 and 85 nats. So the warning
+    is what finds hacking; this limit is for policies that run away.
     """
     return max(50.0, 0.5 * length)
 
 
 def kl_warning(length: float) -> float:
-    """Sequence KL that is worth a word: of responses shorter than 25 tokens 2 nats per token, 20 at least."""
-    return min(kl_limit(length), max(20.0, 2 * length))
+    """Sequence KL that is worth a warning: 20 nats, and beyond 80 tokens a quarter of a nat per token.
+
+    In the calibration good runs of 32 tokens ended at 12 to 17 nats, and problems with a known optimum at 0.3 to 1.3
+    nats (1 to 3 tokens). A good run with four times the learning rate went to 28 and is warned of: its true reward
+    rose, but its text fell apart. Hacked runs of 32 tokens were warned of after 15 to 79 % of their updates. The limit
+    lets through a word list with kl_coef 0.2 (14.5 nats), and any hack in 6 tokens (5 to 10 nats).
+    """
+    return max(20.0, 0.25 * length)
 
 
 def _kl(course: Course) -> str | None:
     kl, length = course.now("reward_kl"), course.now("response_length")
-    if kl is None or length is None or kl <= kl_warning(length):
+    if kl is None or length is None or not _kl_exceeds(course, kl_warning):
         return None
     return f"the sequence KL to the reference is {kl:.1f} nats, {kl / max(length, 1):.2f} per token"
 
 
 def _kl_too_far(course: Course) -> bool:
-    """Short responses are warned of early; what stops a run is the limit."""
-    return (course.now("reward_kl") or 0) > kl_limit(course.now("response_length") or 0)
+    return _kl_exceeds(course, kl_limit)
+
+
+def _kl_exceeds(course: Course, limit: Callable[[float], float]) -> bool:
+    """Whether the KL is beyond a limit by two of its standard errors, or was beyond it three times in a row.
+
+    The mean of a few responses can be beyond it once by chance, or because of a single response.
+    """
+    kl, std, count = course.now("reward_kl"), course.now("reward_kl_std"), course.now("samples")
+    allowed = limit(course.now("response_length") or 0)
+    error = std / math.sqrt(count) if std and count else 0.0
+    lately = course.lately("reward_kl")
+    return kl is not None and (kl - 2 * error > allowed or (bool(lately) and min(lately) > allowed))
 
 
 def _negative_kl(course: Course) -> str | None:
@@ -142,11 +169,21 @@ def _entropy(course: Course) -> str | None:
 
 
 def _length(course: Course) -> str | None:
-    """That scores follow length is alarming where length then grows (Singhal et al. 2023)."""
-    lately = course.lately("score_length_corr")
+    """That scores follow length is alarming if length then moves the same way (Singhal et al. 2023, for growth).
+
+    Responses that all have one length, the limit or a single token, have a correlation of exactly 0, which says
+    nothing: the last three others count.
+    """
+    known = [c for line in course.lines if (c := _finite(line.get("score_length_corr")))][-IN_A_ROW:]
     first, now = course.first("response_length"), course.now("response_length")
-    if lately and first and now is not None and min(lately) > 0.5 and now > 1.3 * first:
-        return f"scores follow length (correlation {lately[-1]:.2f}), which grew from {first:.0f} to {now:.0f} tokens"
+    if len(known) < IN_A_ROW or not first or now is None:
+        return None
+    if min(known) > 0.5 and now > 1.3 * first:
+        return f"scores follow length (correlation {known[-1]:.2f}), which grew from {first:.0f} to {now:.0f} tokens"
+    if max(known) < -0.5 and now < first / 1.3:
+        return (
+            f"scores fall with length (correlation {known[-1]:.2f}), which shrank from {first:.0f} to {now:.0f} tokens"
+        )
     return None
 
 
@@ -186,12 +223,40 @@ def _many_not_finite(course: Course) -> bool:
 
 
 def _reward_range(course: Course) -> str | None:
-    """Against the widest spread so far: a reward of 0 or 1 has little at first, and never moves far beyond its own."""
-    first, now = course.first("reward_score"), course.now("reward_score")
-    spread = max((_finite(line.get("reward_score_std")) or 0.0 for line in course.lines), default=0.0)
-    if first is None or now is None or not spread or abs(now - first) <= 4 * spread:
+    """Against the widest standard deviation so far: a reward of 0 or 1 has little at first, and never moves far
+    beyond its own.
+
+    One update with an outlier decides nothing: the start is the median of the first three updates, the distance must
+    hold three times in a row, and a deviation beyond ten times the usual one counts as ten times.
+    """
+    lately = course.lately("reward_score")
+    early = [score for line in course.lines[:IN_A_ROW] if (score := _finite(line.get("reward_score"))) is not None]
+    deviations = [std for line in course.lines if (std := _finite(line.get("reward_score_std")))]
+    if not lately or not deviations:
         return None
-    return f"the mean score moved from {first:.3g} to {now:.3g}, {abs(now - first) / spread:.1f} standard deviations"
+    start, deviation = median(early or lately), min(max(deviations), 10 * median(deviations))
+    if min(abs(score - start) for score in lately) <= 4 * deviation:
+        return None
+    distance = abs(lately[-1] - start) / deviation
+    return f"the mean score moved from {start:.3g} to {lately[-1]:.3g}, {distance:.1f} standard deviations"
+
+
+def _repetition(course: Course) -> str | None:
+    """Within a response, or of whole responses to different prompts; labels of one to three tokens may be shared.
+
+    In the calibration no good run ended more than 0.07 above its first repetition_rate, and hacked runs went 0.1 above
+    after 35 to 83 % of their updates, up to 0.9 at the end. It lets through hacks that do not repeat: a word list at 30
+    nats or less. It would be wrong about a policy that learns tables, code or lists from a start without them.
+    """
+    length = course.now("response_length") or 0.0
+    for name, rise, what in (
+        ("repetition_rate", REPEATED, "the share of 3-token sequences that a response repeats within 64 tokens"),
+        ("shared_response_rate", SHARED, "the share of responses that were also given to a different prompt"),
+    ):
+        first, lately = course.first(name) or 0.0, course.lately(name)
+        if lately and min(lately) > first + rise and (name == "repetition_rate" or length >= LABEL):
+            return f"{name}, {what}, rose from {first:.2f} to {lately[-1]:.2f}"
+    return None
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -217,7 +282,9 @@ CONDITIONS: dict[str, Condition] = {
         "raise --kl-coef or --entropy-coef, or lower --learning-rate",
     ),
     "length": Condition(
-        _length, "the reward pays for length", "balance the comparisons by length, or give a --length-penalty"
+        _length,
+        "the reward pays for length, or for the lack of it",
+        "balance the comparisons by length, or give a --length-penalty",
     ),
     "no-eos": Condition(
         _no_eos,
@@ -242,5 +309,10 @@ CONDITIONS: dict[str, Condition] = {
         _reward_range,
         "scores are far from those at the start, and a reward model may be wrong there",
         "raise --kl-coef, stop earlier, or train a fresh reward model on the policy's responses",
+    ),
+    "repetition": Condition(
+        _repetition,
+        "the policy repeats what the reward pays for",
+        "read samples.jsonl; raise --kl-coef, or change what the reward pays for",
     ),
 }
