@@ -37,9 +37,8 @@ RUN = (
     "--eval-limit", "6", "--eval-every", "2", "--save-every", "2", "--micro-batch-size", "3", "--learning-rate", "1e-2",
     "--limit-rows", "40",
 )  # fmt: skip
-MORE = {
-    "ppo": ("--max-response-tokens", "4", "--ppo-epochs", "2", "--minibatches", "2", "--kl-target", "0.1"),
-}
+PPO = ("--max-response-tokens", "4", "--ppo-epochs", "2", "--minibatches", "2", "--kl-target", "0.1")
+MORE = {"ppo": (*PPO, "--normalise-scores")}
 KINDS = ("killed before a write", "killed in a write", "killed at a random time", "disk full", "asked to end")
 
 

@@ -32,11 +32,12 @@ RUN = (
     "--eval-every", 2, "--save-every", 2, "--micro-batch-size", 3, "--learning-rate", "1e-2", "--warmup-ratio", 0.2,
     "--limit-rows", 40,
 )  # fmt: skip
+PPO = ("--max-response-tokens", 4, "--ppo-epochs", 2, "--minibatches", 2, "--kl-target", 0.1, "--kl-horizon", 20)
 MORE = {
     "sft": (),
     "reward": ("--centre-coef", 0.01),
     "dpo": (),
-    "ppo": ("--max-response-tokens", 4, "--ppo-epochs", 2, "--minibatches", 2, "--kl-target", 0.1, "--kl-horizon", 20),
+    "ppo": (*PPO, "--normalise-scores"),
 }
 ROOT = Path(__file__).resolve().parents[1]
 
