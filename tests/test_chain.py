@@ -193,8 +193,11 @@ def test_progress_goes_to_stderr_and_results_to_stdout(chain):
         ended = found.ended[stage]
         assert f"{stage} 3/3" in ended.stderr and f"{stage} 3/3" not in ended.stdout
         warnings = [line for line in ended.stderr.splitlines() if "warning" in line]
-        # Responses of six tokens never end here, which PPO says.
-        assert len(warnings) == (stage == "ppo") and all("no-eos: 100%" in line for line in warnings)
+        # SFT says that a random base is worse than a uniform guess, PPO that responses of six tokens never end.
+        said = {"sft": ["loss before training", "loss after training"], "ppo": ["no-eos: 100%"]}
+        expected = said.get(stage, [])
+        assert len(warnings) == len(expected)
+        assert all(words in line for words, line in zip(expected, warnings, strict=True))
         assert "\x1b" not in ended.stderr + ended.stdout
     held_out = manifest(found.sft)["metrics"]["held_out_rows"]
     assert 20 < held_out < 80 and f"{256 - held_out} demonstrations, 3 steps, " in found.ended["sft"].stderr

@@ -216,6 +216,7 @@ def test_marks_that_leave_the_end_token_out_still_teach_to_end(tokenizer):
     text = text_of(tokenizer, template)
     assert learned(text, talk("a", "yes", "yes", "no")) == "yes<|im_end|>no<|im_end|>"
     assert learned(text, talk("a", "yes", "yes", "no"), "completion") == "no<|im_end|>"
+    assert learned(text, talk("a", "\n", "yes", "no")) == "\n<|im_end|>no<|im_end|>"
 
 
 def test_marks_that_cover_more_than_the_response_are_followed(tokenizer):

@@ -214,8 +214,8 @@ class Text:
                 "the chat template marks nothing of the conversation as generated", where=row.where, fix=MARKS_ADVICE
             )
         for part in parts:
-            after = _next_visible(text, spans, part[-1] + 1)
-            ended = ids[_last_visible(text, spans, part)] in self.stop_ids
+            seen, after = _last_visible(text, spans, part), _next_visible(text, spans, part[-1] + 1)
+            ended = seen >= 0 and ids[seen] in self.stop_ids
             if not ended and after < len(ids) and ids[after] == self.turn_end_id:
                 part += range(part[-1] + 1, after + 1)
         return parts
