@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from stages.models.lora import LoraLinear, Switch, wrap
 from stages.models.native import Native, native_of
 from stages.models.prefixes import pack
 from stages.models.quantised import four_bit_options, keep_gradients
+from stages.models.rotary import LengthBands
 from stages.models.source import Source
 
 PROBE = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
+ANOTHER = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
 
 
 class Base:
@@ -27,7 +29,8 @@ class Base:
 
     `hidden` runs the body over ragged sequences; `logits` reads hidden states out. Sequences run packed in one row
     without padding where that was measured to give the same hidden states, padded on the right elsewhere; a beginning
-    that several of them share runs once, where that was measured too.
+    that several of them share runs once, where that was measured too. Sequences whose lengths lie in different `bands`
+    never share a pass.
     """
 
     def __init__(self, model: nn.Module, source: Source):
@@ -44,7 +47,9 @@ class Base:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._logit_scale = getattr(config, "logit_scale", None)
         self._logit_divisor = getattr(config, "logits_scaling", None)
+        self.bands = LengthBands(model)
         self.packs = self.shares = self.checkpoints = False
+        self.caches: bool | None = None  # whether decoding with transformers' cache is right; None: not measured
         self.native: Native | None = None
         self.packs = self._probe()
         self.shares = self.packs and self._probe_sharing()
@@ -98,12 +103,26 @@ class Base:
             return self._hidden_native(sequences, wanted)
         run = self._hidden_packed if self.packs else self._hidden_padded
         if not (self.checkpoints and torch.is_grad_enabled()):
-            return _taken(run(sequences), wanted)
+            return _taken(self._by_band(run, sequences), wanted)
         self.model.train()  # only here: in train mode a checkpointing layer ignores its cache, and sampling needs it
         try:
-            return _taken(run(sequences), wanted)
+            return _taken(self._by_band(run, sequences), wanted)
         finally:
             self.model.eval()
+
+    def _by_band(self, run: Callable[[list[Tensor]], Tensor], sequences: list[Tensor]) -> Tensor:
+        """States of sequences laid end to end, from one run for every band of lengths that is among them."""
+        lengths = [len(s) for s in sequences]
+        groups, states = self.bands.group(lengths), []
+        for rows in groups:
+            self.bands.forget()
+            states.append(run([sequences[i] for i in rows]))
+        if len(groups) == 1:
+            return states[0]
+        order = [i for rows in groups for i in rows]
+        places = torch.arange(sum(lengths)).split([lengths[i] for i in order])
+        back = [part for _, part in sorted(zip(order, places, strict=True), key=lambda pair: pair[0])]
+        return _taken(torch.cat(states), torch.cat(back))
 
     def _hidden_native(self, sequences: list[Tensor], wanted: Tensor | None) -> Tensor:
         row = pack(sequences, share=self.shares)
@@ -143,22 +162,50 @@ class Base:
 
     @torch.no_grad()
     def _probe(self) -> bool:
-        """True where packed rows give the same states; raises ModelError where the readout is not understood."""
-        another = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
+        """True where packed rows give the same states; raises ModelError where the model is not understood."""
         if self.body is self.model:
-            raise self._refusal("does not come apart into a body and an output layer", another)
+            raise self._refusal("does not come apart into a body and an output layer", ANOTHER)
         sequences = [self._probe_text(text) for text in PROBE]
+        if len(self.bands.group([len(s) for s in sequences])) > 1:
+            sequences.append(sequences[0].flip(0))  # of one length with another, so that two rows meet in a pass
         plain = torch.cat([self._alone(s) for s in sequences])
-        padded = self._hidden_padded(sequences)
+        padded = self._by_band(self._hidden_padded, sequences)
         whole = self.model(input_ids=sequences[0].to(self.device)[None], use_cache=False).logits[0]
+        if not (torch.isfinite(plain).all() and torch.isfinite(whole).all()):
+            raise self._refusal(
+                f"gives states that are not finite in {str(self.dtype).removeprefix('torch.')}",
+                "give another --dtype (float32 has the widest range), or check the weights",
+            )
         if not _close(self.logits(plain[: len(sequences[0])]), whole, self._tolerance):
-            raise self._refusal("has an output layer that does more than this tool knows of", another)
+            raise self._refusal("has an output layer that does more than this tool knows of", ANOTHER)
+        if self._sees_ahead(sequences[0]):
+            raise self._refusal(
+                "lets a token see those that come after it, so it is no causal language model",
+                "give a causal one; of an encoder that was trained as a decoder, config.json has to say is_decoder",
+            )
         if not _close(padded, plain, self._tolerance):
-            raise self._refusal("does not keep padded sequences apart", another)
+            raise self._refusal("does not keep padded sequences apart", ANOTHER)
         try:
-            return _close(self._hidden_packed(sequences), plain, self._tolerance)
+            return _close(self._by_band(self._hidden_packed, sequences), plain, self._tolerance)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return False  # an architecture with an attention of its own: padding is always right
+
+    def _sees_ahead(self, sequence: Tensor) -> bool:
+        """True where a state changes with a token that comes after it: a derivative that is zero in a causal model.
+
+        Exactly zero, in any precision, while values may move by rounding (experts round as they share their tokens).
+        """
+        kept: list[Tensor] = []
+        embedding = self.model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda _, given, out: kept.append(out.requires_grad_()))
+        try:
+            with torch.enable_grad():
+                states = self._alone(sequence)[:-1].float()
+                weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+                (gradient,) = torch.autograd.grad((states * weights).sum(), kept[0])
+        finally:
+            hook.remove()
+        return bool(gradient.reshape(len(sequence), -1)[-1].any())
 
     @torch.no_grad()
     def _probe_sharing(self) -> bool:
@@ -168,7 +215,7 @@ class Base:
         plain = torch.cat([self._alone(s) for s in sequences])
         self.shares = True
         try:
-            return _close(self._hidden_packed(sequences), plain, self._tolerance)
+            return _close(self._by_band(self._hidden_packed, sequences), plain, self._tolerance)
         except (RuntimeError, TypeError, ValueError):
             return False
 
@@ -196,6 +243,7 @@ class Base:
         return ModelError(f"`{self.source.config['model_type']}` {why}", where="--model", fix=fix)
 
     def _alone(self, sequence: Tensor) -> Tensor:
+        self.bands.forget()
         positions = torch.arange(len(sequence), device=self.device)[None]
         ids = sequence.to(self.device)[None]
         return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
@@ -212,6 +260,11 @@ def _taken(states: Tensor, places: Tensor | None) -> Tensor:
 def tolerance_of(dtype: torch.dtype) -> float:
     """How far two ways of computing the same states may be apart, relative to the largest."""
     return 1e-3 if dtype == torch.float32 else 0.1
+
+
+def is_close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """True where two ways of computing states or logits in a precision agree."""
+    return _close(a, b, tolerance_of(dtype))
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
