@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from stages.errors import ModelError
 from stages.models import attention
+from stages.models.checks import check_finite, check_tensors, config_problem, reason_of
 from stages.models.lora import LoraLinear, Switch, wrap
 from stages.models.native import Native, native_of
 from stages.models.prefixes import pack
@@ -21,6 +22,7 @@ from stages.models.rotary import LengthBands
 from stages.models.source import Source
 
 PROBE = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
+NO_ADAPTER = "no adapter of PEFT"  # a folder inside the base's that is not there: where transformers is to look for one
 ANOTHER = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
 
 
@@ -196,8 +198,12 @@ class Base:
         Exactly zero, in any precision, while values may move by rounding (experts round as they share their tokens).
         """
         kept: list[Tensor] = []
-        embedding = self.model.get_input_embeddings()
-        hook = embedding.register_forward_hook(lambda _, given, out: kept.append(out.requires_grad_()))
+
+        def keep(module: nn.Module, given: object, out: Tensor) -> Tensor:
+            kept.append(out.detach().requires_grad_())
+            return kept[0].clone()  # which a model may go on to change in place
+
+        hook = self.model.get_input_embeddings().register_forward_hook(keep)
         try:
             with torch.enable_grad():
                 states = self._alone(sequence)[:-1].float()
@@ -293,45 +299,65 @@ def load_base(
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
         "low_cpu_mem_usage": True,
+        "ignore_mismatched_sizes": True,  # they are named below
+        "adapter_kwargs": {"subfolder": NO_ADAPTER},
         **(four_bit_options(device, dtype) if four_bit else {}),
     }
     try:
         with _quiet():
             model, loading = AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **options)
     except Exception as error:  # many kinds: unknown architecture, missing tensors, a damaged file
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        with _quiet():
+            problem = config_problem(source, trust_remote_code=trust_remote_code, build=True)
         raise ModelError(
-            f"the base cannot be loaded: {reason}", where=str(source.base), fix="check the folder's files"
-        ) from None
-    absent = sorted(loading["missing_keys"])
-    if absent:  # transformers would go on with random numbers in their place
-        raise ModelError(
-            f"its weights lack {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""),
+            f"the base cannot be loaded: {problem or reason_of(error)}",
             where=str(source.base),
-            fix="give a whole causal language model, not a classifier or a bare body",
-        )
+            fix="check the folder's files",
+        ) from None
+    check_tensors(model, loading, source)
+    check_finite(model, where=str(source.base))
     return base_of(keep_gradients(model) if four_bit else model.to(device), source)
 
 
 def base_of(model: nn.Module, source: Source) -> Base:
     """A loaded model as a frozen base with our attention; raises ModelError where it is not understood."""
     attention.register()
-    _exchange_attention(model.eval())
-    return Base(model, source)
+    try:
+        _choose_attention(model.eval())
+        return Base(model, source)
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever an architecture's own code may raise
+        if "memory" in str(error):
+            raise
+        raise ModelError(
+            f"`{source.config['model_type']}` cannot be run on a plain text: {reason_of(error)}",
+            where="--model",
+            fix=ANOTHER,
+        ) from error
 
 
 @torch.no_grad()
-def _exchange_attention(model: nn.Module) -> None:
-    """Give a model our attention; it keeps its own where it has none to exchange, or where ours changes its logits.
+def _choose_attention(model: nn.Module) -> None:
+    """Give a model our attention, or else its own, or the plain one, whichever first gives the plain one's logits.
 
-    The latter is an attention with a part that ours knows nothing of, such as the sinks of GPT-OSS.
+    A fused kernel may leave out a part that it does not know: sdpa of transformers 5.17 the soft cap of Gemma 2, ours
+    the sinks of GPT-OSS. A model that has no plain attention to choose is taken as it comes.
     """
     ids = torch.tensor([PROBE[0]], device=model.device) % model.get_output_embeddings().weight.shape[0]
-    own, expected = model.config._attn_implementation, model(input_ids=ids, use_cache=False).logits
+    own, plain = model.config._attn_implementation, "eager"
+    _use_attention(model, plain)
+    expected = model(input_ids=ids, use_cache=False).logits
+    for name in (attention.NAME, own):
+        _use_attention(model, name)
+        if _close(model(input_ids=ids, use_cache=False).logits, expected, tolerance_of(model.dtype)):
+            return
+    _use_attention(model, plain)
+
+
+def _use_attention(model: nn.Module, name: str) -> None:
     with suppress(ValueError, AttributeError), _quiet():
-        model.set_attn_implementation(attention.NAME)
-    if not _close(model(input_ids=ids, use_cache=False).logits, expected, tolerance_of(model.dtype)):
-        model.set_attn_implementation(own)
+        model.set_attn_implementation(name)
 
 
 @contextmanager

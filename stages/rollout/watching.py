@@ -61,10 +61,9 @@ def stopped(alarm: Alarm, step: int) -> TrainingStopped:
 def kept(stop: TrainingStopped, step: int, folder: str, stop_on: list[str]) -> TrainingStopped:
     """The same stop, saying where the state before the update is and how to go on from it."""
     others = [name for name in stop_on if not stop.reason.startswith(f"{name}: ")]
-    advice = (
-        f"{stop.advice}\n  -> the state of step {step}, before this update, is kept in {folder}; the same command with "
-        f"--stop-on {','.join(others) or 'none'} goes on from it"
-    )
+    advice = f"{stop.advice}\n  -> the state of step {step}, before this update, is kept in {folder}"
+    if len(others) < len(stop_on):  # else it was no condition that stopped the run
+        advice += f"; the same command with --stop-on {','.join(others) or 'none'} goes on from it"
     return TrainingStopped(stop.reason, step=stop.step, advice=advice)
 
 
