@@ -13,6 +13,7 @@ from stages.files import atomic
 from stages.files.rows import Demonstration
 from stages.inputs import Inputs
 from stages.models.base import Base, load_base
+from stages.models.checks import check_finite
 from stages.models.heads import ScalarHead
 from stages.models.lora import merge_and_unwrap
 from stages.models.roles import Roles, adapter_of, head_of
@@ -55,6 +56,7 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     report.note(f"merging the adapter of {source.name} into {source.base_name}")
     merge_and_unwrap(base.model, base.layers, roles.adapters["merged"])
     model = base.model.to(wanted) if head is None else as_classifier(base, head, wanted)
+    check_finite(model, where="--dtype")  # a merged weight may be larger than the wanted precision has room for
     if head is None:
         model.generation_config.eos_token_id = list(text.stop_ids)
     set_special_tokens(model, text)

@@ -36,7 +36,7 @@ from stages.files.run import Run, open_run
 from stages.files.splits import SPLIT, is_held_out, shared_prompts, split_held_out
 from stages.launch import read_launch
 from stages.models.candidates import Candidate, candidate_of, open_candidates
-from stages.models.source import Source, open_source, read_adapter_shape, same_base
+from stages.models.source import Source, adapter_beside, open_source, read_adapter_shape, same_base
 from stages.places import absolute
 from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import Spec, open_rewards
@@ -83,7 +83,7 @@ def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
     """Open what a stage's config names; raises a UserError for the first thing that is wrong."""
     if getattr(config, "load_in_4bit", False):
         _four_bits_are_there()
-    return {
+    found = {
         "sft": sft_inputs,
         "reward": reward_inputs,
         "ppo": ppo_inputs,
@@ -92,6 +92,7 @@ def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
         "sample": sample_inputs,
         "export": export_inputs,
     }[stage](config, overwrite)
+    return replace(found, warnings=found.warnings + adapter_beside(found.source.base))
 
 
 def already_done(stage: str, config: Any, inputs: Inputs) -> Result:

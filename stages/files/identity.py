@@ -48,10 +48,11 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(names, dict) or not all(_is_inside(name) for name in names.values()):
             raise ModelError("not an index of weights", where=str(index), fix="download the model again")
         return [folder / name for name in sorted(set(names.values()))]
-    found = sorted(folder.glob("*.safetensors"))
-    if found and found != [folder / "adapter_model.safetensors"]:
+    adapter = folder / "adapter_model.safetensors"
+    found = sorted(path for path in folder.glob("*.safetensors") if path != adapter)
+    if found:
         return found
-    raise _no_weights(folder, adapter=bool(found))
+    raise _no_weights(folder, adapter=adapter.exists())
 
 
 def _is_inside(name: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,13 +14,17 @@ from torch.nn import functional
 from stages.errors import ModelError
 from stages.files.atomic import read_text
 from stages.models import attention
+from stages.models.checks import check_finite, check_tensors, config_problem, reason_of
 from stages.models.lora import LoraLinear, Switch, wrap
 from stages.models.native import Native, native_of
 from stages.models.prefixes import pack
 from stages.models.quantised import four_bit_options, keep_gradients
+from stages.models.rotary import LengthBands
 from stages.models.source import Source
 
 PROBE = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
+NO_ADAPTER = "no adapter of PEFT"  # a folder inside the base's that is not there: where transformers is to look for one
+ANOTHER = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
 
 
 class Base:
@@ -28,7 +32,8 @@ class Base:
 
     `hidden` runs the body over ragged sequences; `logits` reads hidden states out. Sequences run packed in one row
     without padding where that was measured to give the same hidden states, padded on the right elsewhere; a beginning
-    that several of them share runs once, where that was measured too.
+    that several of them share runs once, where that was measured too. Sequences whose lengths lie in different `bands`
+    never share a pass.
     """
 
     def __init__(self, model: nn.Module, source: Source):
@@ -45,7 +50,9 @@ class Base:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._logit_scale = getattr(config, "logit_scale", None)
         self._logit_divisor = getattr(config, "logits_scaling", None)
+        self.bands = LengthBands(model)
         self.packs = self.shares = self.checkpoints = False
+        self.caches: bool | None = None  # whether decoding with transformers' cache is right; None: not measured
         self.native: Native | None = None
         self.packs = self._probe()
         self.shares = self.packs and self._probe_sharing()
@@ -99,12 +106,26 @@ class Base:
             return self._hidden_native(sequences, wanted)
         run = self._hidden_packed if self.packs else self._hidden_padded
         if not (self.checkpoints and torch.is_grad_enabled()):
-            return _taken(run(sequences), wanted)
+            return _taken(self._by_band(run, sequences), wanted)
         self.model.train()  # only here: in train mode a checkpointing layer ignores its cache, and sampling needs it
         try:
-            return _taken(run(sequences), wanted)
+            return _taken(self._by_band(run, sequences), wanted)
         finally:
             self.model.eval()
+
+    def _by_band(self, run: Callable[[list[Tensor]], Tensor], sequences: list[Tensor]) -> Tensor:
+        """States of sequences laid end to end, from one run for every band of lengths that is among them."""
+        lengths = [len(s) for s in sequences]
+        groups, states = self.bands.group(lengths), []
+        for rows in groups:
+            self.bands.forget()
+            states.append(run([sequences[i] for i in rows]))
+        if len(groups) == 1:
+            return states[0]
+        order = [i for rows in groups for i in rows]
+        places = torch.arange(sum(lengths)).split([lengths[i] for i in order])
+        back = [part for _, part in sorted(zip(order, places, strict=True), key=lambda pair: pair[0])]
+        return _taken(torch.cat(states), torch.cat(back))
 
     def _hidden_native(self, sequences: list[Tensor], wanted: Tensor | None) -> Tensor:
         row = pack(sequences, share=self.shares)
@@ -144,22 +165,54 @@ class Base:
 
     @torch.no_grad()
     def _probe(self) -> bool:
-        """True where packed rows give the same states; raises ModelError where the readout is not understood."""
-        another = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
+        """True where packed rows give the same states; raises ModelError where the model is not understood."""
         if self.body is self.model:
-            raise self._refusal("does not come apart into a body and an output layer", another)
+            raise self._refusal("does not come apart into a body and an output layer", ANOTHER)
         sequences = [self._probe_text(text) for text in PROBE]
+        if len(self.bands.group([len(s) for s in sequences])) > 1:
+            sequences.append(sequences[0].flip(0))  # of one length with another, so that two rows meet in a pass
         plain = torch.cat([self._alone(s) for s in sequences])
-        padded = self._hidden_padded(sequences)
+        padded = self._by_band(self._hidden_padded, sequences)
         whole = self.model(input_ids=sequences[0].to(self.device)[None], use_cache=False).logits[0]
+        if not (torch.isfinite(plain).all() and torch.isfinite(whole).all()):
+            raise self._refusal(
+                f"gives states that are not finite in {str(self.dtype).removeprefix('torch.')}",
+                "give another --dtype (float32 has the widest range), or check the weights",
+            )
         if not _close(self.logits(plain[: len(sequences[0])]), whole, self._tolerance):
-            raise self._refusal("has an output layer that does more than this tool knows of", another)
+            raise self._refusal("has an output layer that does more than this tool knows of", ANOTHER)
+        if self._sees_ahead(sequences[0]):
+            raise self._refusal(
+                "lets a token see those that come after it, so it is no causal language model",
+                "give a causal one; of an encoder that was trained as a decoder, config.json has to say is_decoder",
+            )
         if not _close(padded, plain, self._tolerance):
-            raise self._refusal("does not keep padded sequences apart", another)
+            raise self._refusal("does not keep padded sequences apart", ANOTHER)
         try:
-            return _close(self._hidden_packed(sequences), plain, self._tolerance)
+            return _close(self._by_band(self._hidden_packed, sequences), plain, self._tolerance)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return False  # an architecture with an attention of its own: padding is always right
+
+    def _sees_ahead(self, sequence: Tensor) -> bool:
+        """True where a state changes with a token that comes after it: a derivative that is zero in a causal model.
+
+        Exactly zero, in any precision, while values may move by rounding (experts round as they share their tokens).
+        """
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, given: object, out: Tensor) -> Tensor:
+            kept.append(out.detach().requires_grad_())
+            return kept[0].clone()  # which a model may go on to change in place
+
+        hook = self.model.get_input_embeddings().register_forward_hook(keep)
+        try:
+            with torch.enable_grad():
+                states = self._alone(sequence)[:-1].float()
+                weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+                (gradient,) = torch.autograd.grad((states * weights).sum(), kept[0])
+        finally:
+            hook.remove()
+        return bool(gradient.reshape(len(sequence), -1)[-1].any())
 
     @torch.no_grad()
     def _probe_sharing(self) -> bool:
@@ -169,7 +222,7 @@ class Base:
         plain = torch.cat([self._alone(s) for s in sequences])
         self.shares = True
         try:
-            return _close(self._hidden_packed(sequences), plain, self._tolerance)
+            return _close(self._by_band(self._hidden_packed, sequences), plain, self._tolerance)
         except (RuntimeError, TypeError, ValueError):
             return False
 
@@ -197,6 +250,7 @@ class Base:
         return ModelError(f"`{self.source.config['model_type']}` {why}", where="--model", fix=fix)
 
     def _alone(self, sequence: Tensor) -> Tensor:
+        self.bands.forget()
         positions = torch.arange(len(sequence), device=self.device)[None]
         ids = sequence.to(self.device)[None]
         return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
@@ -213,6 +267,11 @@ def _taken(states: Tensor, places: Tensor | None) -> Tensor:
 def tolerance_of(dtype: torch.dtype) -> float:
     """How far two ways of computing the same states may be apart, relative to the largest."""
     return 1e-3 if dtype == torch.float32 else 0.1
+
+
+def is_close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """True where two ways of computing states or logits in a precision agree."""
+    return _close(a, b, tolerance_of(dtype))
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -241,45 +300,65 @@ def load_base(
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
         "low_cpu_mem_usage": True,
+        "ignore_mismatched_sizes": True,  # they are named below
+        "adapter_kwargs": {"subfolder": NO_ADAPTER},
         **(four_bit_options(device, dtype) if four_bit else {}),
     }
     try:
         with _quiet():
             model, loading = AutoModelForCausalLM.from_pretrained(source.base, output_loading_info=True, **options)
     except Exception as error:  # many kinds: unknown architecture, missing tensors, a damaged file
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        with _quiet():
+            problem = config_problem(source, trust_remote_code=trust_remote_code, build=True)
         raise ModelError(
-            f"the base cannot be loaded: {reason}", where=str(source.base), fix="check the folder's files"
-        ) from None
-    absent = sorted(loading["missing_keys"])
-    if absent:  # transformers would go on with random numbers in their place
-        raise ModelError(
-            f"its weights lack {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""),
+            f"the base cannot be loaded: {problem or reason_of(error)}",
             where=str(source.base),
-            fix="give a whole causal language model, not a classifier or a bare body",
-        )
+            fix="check the folder's files",
+        ) from None
+    check_tensors(model, loading, source)
+    check_finite(model, where=str(source.base))
     return base_of(keep_gradients(model) if four_bit else model.to(device), source)
 
 
 def base_of(model: nn.Module, source: Source) -> Base:
     """A loaded model as a frozen base with our attention; raises ModelError where it is not understood."""
     attention.register()
-    _exchange_attention(model.eval())
-    return Base(model, source)
+    try:
+        _choose_attention(model.eval())
+        return Base(model, source)
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever an architecture's own code may raise
+        if "memory" in str(error):
+            raise
+        raise ModelError(
+            f"`{source.config['model_type']}` cannot be run on a plain text: {reason_of(error)}",
+            where="--model",
+            fix=ANOTHER,
+        ) from error
 
 
 @torch.no_grad()
-def _exchange_attention(model: nn.Module) -> None:
-    """Give a model our attention; it keeps its own where it has none to exchange, or where ours changes its logits.
+def _choose_attention(model: nn.Module) -> None:
+    """Give a model our attention, or else its own, or the plain one, whichever first gives the plain one's logits.
 
-    The latter is an attention with a part that ours knows nothing of, such as the sinks of GPT-OSS.
+    A fused kernel may leave out a part that it does not know: sdpa of transformers 5.17 the soft cap of Gemma 2, ours
+    the sinks of GPT-OSS. A model that has no plain attention to choose is taken as it comes.
     """
     ids = torch.tensor([PROBE[0]], device=model.device) % model.get_output_embeddings().weight.shape[0]
-    own, expected = model.config._attn_implementation, model(input_ids=ids, use_cache=False).logits
+    own, plain = model.config._attn_implementation, "eager"
+    _use_attention(model, plain)
+    expected = model(input_ids=ids, use_cache=False).logits
+    for name in (attention.NAME, own):
+        _use_attention(model, name)
+        if _close(model(input_ids=ids, use_cache=False).logits, expected, tolerance_of(model.dtype)):
+            return
+    _use_attention(model, plain)
+
+
+def _use_attention(model: nn.Module, name: str) -> None:
     with suppress(ValueError, AttributeError), _quiet():
-        model.set_attn_implementation(attention.NAME)
-    if not _close(model(input_ids=ids, use_cache=False).logits, expected, tolerance_of(model.dtype)):
-        model.set_attn_implementation(own)
+        model.set_attn_implementation(name)
 
 
 @contextmanager

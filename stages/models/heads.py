@@ -42,6 +42,12 @@ def head_from(tensors: dict[str, Tensor], width: int, device: torch.device, *, w
     """A frozen head from head.safetensors; raises CheckpointError where it is not one for this base."""
     if set(tensors) != {"weight", "bias"} or tensors["weight"].shape != (width,) or tensors["bias"].shape != ():
         raise CheckpointError("the scalar head does not fit the base", where=where, fix="train the reward model again")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CheckpointError(
+            "the scalar head's weights are not finite numbers",
+            where=where,
+            fix="train it again with a lower --learning-rate; the run that wrote it had diverged",
+        )
     head = ScalarHead(width)
     head.load_state_dict(tensors)
     return head.to(device).requires_grad_(False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ConfigError, ModelError
 from stages.models.fused import Linear
+from stages.models.quantised import is_four_bit
 
 PEFT_PREFIX = "base_model.model."
 
@@ -139,17 +140,28 @@ def random_a(rank: int, width: int, device: torch.device, seed: int) -> Tensor:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Paths of all linear layers but the output layer; raises ModelError where there is none."""
-    from transformers.pytorch_utils import Conv1D
-
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output
-    }
+    linear = {p: module for p, module in model.named_modules() if module is not output and _is_linear(module)}
     if not linear:
         raise ModelError("the model has no linear layers that LoRA could adapt", where="model", fix="use another base")
     return linear
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """True for a layer that computes W x + b and no more; some routers of experts are linear layers by type alone."""
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return False
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward) or is_four_bit(module):
+        return True
+    x = torch.ones(2, module.weight.shape[1], dtype=module.weight.dtype, device=module.weight.device)
+    plain = nn.functional.linear(x, module.weight, module.bias)
+    try:
+        return bool((module(x) - plain).norm() <= 0.01 * plain.norm())
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
 
 
 def _matches(path: str, target: str) -> bool:
@@ -222,6 +234,12 @@ def from_tensors(
                 f"the adapter's weights for {path} do not have the base's shape",
                 where=where,
                 fix="train it again on this base",
+            )
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise CheckpointError(
+                f"the adapter's weights for {path} are not finite numbers",
+                where=where,
+                fix="train it again with a lower --learning-rate; the run that wrote it had diverged",
             )
         device = layer.base.weight.device
         a = nn.Parameter(a.to(device, torch.float32), requires_grad=trainable)

@@ -167,6 +167,10 @@ def candidate_adapter(base: Base, candidate: Candidate) -> Adapter | None:
         raise CheckpointError(
             "the state holds no policy of this run's shape", where=str(candidate.state), fix="give another state"
         )
+    if not torch.isfinite(flat).all():
+        raise CheckpointError(
+            "the state's weights are not finite numbers", where=str(candidate.state), fix="give an earlier state"
+        )
     # The optimiser laid the weights end to end in the order of the adapter's own parameters.
     parts = flat.split([p.numel() for p in adapter.parameters()])
     for parameter, weights in zip(adapter.parameters(), parts, strict=True):

@@ -172,6 +172,13 @@ def _check_architecture(config: dict, base: Path, what: str, trust_remote_code: 
             where=what,
             fix="give a decoder-only causal language model",
         )
+    quantised = _quantisation(config)
+    if quantised is not None:
+        raise ModelError(
+            f"{base} holds quantised weights ({quantised}), on which adapters are neither trained nor merged",
+            where=what,
+            fix="give the model in full precision; --load-in-4bit holds it in 4 bits while it is used",
+        )
     if trust_remote_code:
         return
     attention = config.get("_attn_implementation") or config.get("attn_implementation")
@@ -179,6 +186,28 @@ def _check_architecture(config: dict, base: Path, what: str, trust_remote_code: 
         raise _brings_code(base, "auto_map in config.json", what)
     if isinstance(attention, str) and "/" in attention:  # transformers fetches such a kernel from the hub and runs it
         raise _brings_code(base, f"attn_implementation {attention} in config.json", what)
+
+
+def _quantisation(config: dict) -> str | None:
+    """How a base's weights are quantised, by its config.json; None where they are plain."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        how = part.get("quantization_config") or part.get("compression_config")
+        if isinstance(how, dict):
+            if how.get("quant_method"):
+                return str(how["quant_method"])
+            return next((name for name in ("load_in_4bit", "load_in_8bit") if how.get(name)), "quantization_config")
+    return None
+
+
+def adapter_beside(base: Path) -> tuple[str, ...]:
+    """A warning where a base's folder holds an adapter of PEFT as well, which is never loaded with it."""
+    if not (base / "adapter_config.json").exists():
+        return ()
+    return (
+        f"{base} also holds an adapter of PEFT (adapter_config.json), which is left out: only the weights of the base "
+        "itself are used; if the adapter is meant, merge it into them first",
+    )
 
 
 def _check_tokenizer(folder: Path, what: str, trust_remote_code: bool) -> None:

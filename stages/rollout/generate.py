@@ -13,6 +13,7 @@ from stages.errors import ModelError
 from stages.maths.tensors import at_least_fp32, entropy_of
 from stages.models.base import Base
 from stages.models.quantised import is_four_bit
+from stages.rollout.cached import BandedDecoder, RereadingDecoder, TransformersDecoder, cache_works
 from stages.rollout.decode import Layer, NativeDecoder, layers_of
 from stages.rollout.graphs import capture_for
 from stages.training import signals
@@ -130,6 +131,8 @@ def check_engine(base: Base, engine: str) -> tuple[str, ...]:
     why = f"our own decoder does not cover `{base.source.config['model_type']}`{held}"
     if engine == "native":
         raise ModelError(why, where="rollout_engine", fix="leave --rollout-engine out")
+    if not cache_works(base):
+        return (f"{why}, and its numbers do not hold with transformers' cache: every token reads its text again",)
     return (f"{why}: transformers samples, which is slower",)
 
 
@@ -146,7 +149,7 @@ def _sample_batch(
     """Prefill, then one token at a time; a row leaves the batch once enough rows have ended."""
     device, limit = base.device, sampling.max_tokens
     decoder: Decoder = (
-        TransformersDecoder(base, prompts)
+        _decoder_of_transformers(base, prompts)
         if layers is None
         else NativeDecoder(base, layers, prompts, limit, capture_for(device, limit))
     )
@@ -177,48 +180,19 @@ def _sample_batch(
     return _cut(tokens, known, ended, stops, step + 1)
 
 
+def _decoder_of_transformers(base: Base, prompts: list[Tensor]) -> Decoder:
+    """With transformers' cache, wherever that gives the states of whole texts."""
+    if not cache_works(base):
+        return RereadingDecoder(base, prompts)
+    return BandedDecoder(base, prompts) if base.bands.differ else TransformersDecoder(base, prompts)
+
+
 def _cut(tokens: Tensor, known: Tensor, ended: Tensor, stops: Tensor, generated: int) -> list[Response]:
     """Each row up to and including its first stop token."""
     is_stop = torch.isin(tokens, stops) & ended[:, None]
     first = torch.where(ended, is_stop.long().argmax(dim=1) + 1, generated).tolist()
     rows = zip(tokens.cpu(), known.cpu().unbind(1), first, strict=True)
     return [Response(row[:n].clone(), *(x[:n].clone() for x in facts)) for row, facts, n in rows]
-
-
-class TransformersDecoder:
-    """Rows being sampled through transformers' own model and cache, padded on the left."""
-
-    def __init__(self, base: Base, prompts: list[Tensor]):
-        from transformers import DynamicCache
-
-        self.base, device, width = base, base.device, max(len(p) for p in prompts)
-        self.ids = torch.stack([nn.functional.pad(p, (width - len(p), 0)) for p in prompts]).to(device)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        self.mask = torch.arange(width, device=device)[None] >= (width - lengths)[:, None]
-        self.ragged = not bool(self.mask.all())
-        self.cache = DynamicCache(config=base.model.config)
-        self.positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
-
-    def start(self) -> Tensor:
-        return self._run(self.ids)
-
-    def step(self, ids: Tensor) -> Tensor:
-        self.positions = self.positions[:, -1:] + 1
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        return self._run(ids[:, None])
-
-    def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-        self.positions, self.mask = self.positions[rows], self.mask[rows]
-
-    def _run(self, ids: Tensor) -> Tensor:
-        return self.base.body(
-            input_ids=ids,
-            attention_mask=self.mask if self.ragged else None,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
 
 
 def log_law(logits: Tensor, temperature: float) -> Tensor:

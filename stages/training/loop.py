@@ -27,6 +27,7 @@ Out = TypeVar("Out")
 
 SMALLER = "forward passes have 1/{} of their size from here on, and the result stays the same"
 BAD_STEPS_IN_A_ROW = 5  # non-finite gradients in a row before training stops itself
+DIVERGES = ("eval_loss", "eval_log_loss", "eval_kl")  # of a model that works they are finite
 
 
 @dataclass
@@ -128,6 +129,7 @@ def train(
                     if step < 0 or step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
                         stop_together(ranks)
                         metrics |= evaluate(step + 1)
+                        _stop_if_diverged(metrics, step + 1)
                     if divisor() > whole:
                         whole = divisor()
                         report.warn(f"step {step + 1}: memory ran out; {SMALLER.format(whole)}")
@@ -138,6 +140,12 @@ def train(
                         if done and (done % config.save_every == 0 or done == total) and not progress.bad_steps:
                             _save(run, progress, done)
                             saved = done
+                    if (
+                        done == total
+                        and progress.bad_steps
+                        and not any(o.updates for o in progress.optimizers.values())
+                    ):
+                        raise diverged("no gradient was finite, so nothing was learned", done)
             except signals.StopRequested as stop:
                 if not stop.at_once:  # at once may be in the middle of an optimiser step
                     with ranks.together():
@@ -212,6 +220,13 @@ def _timed(update: Callable[[int], dict[str, float]], step: int) -> dict[str, fl
     return metrics
 
 
+def _stop_if_diverged(metrics: dict[str, float], step: int) -> None:
+    """Raise TrainingStopped where what was measured on held-out rows is not a number any more."""
+    for name in DIVERGES:
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise diverged(f"{name} is {metrics[name]}", step)
+
+
 def _record(run: Run, report: Report, ranks: Ranks, step: int, metrics: dict[str, float]) -> None:
     if ranks.first:
         run.log(step, metrics)
@@ -267,6 +282,9 @@ def apply_gradients(
         progress.bad_steps = 0
         for name, learning_rate in learning_rates.items():
             progress.optimizers[name].step(learning_rate)
+            weights = progress.optimizers[name].weights
+            if not math.isfinite(float(weights.dot(weights))):
+                raise diverged(f"the weights of the {name} have left the range of numbers", step)
     else:
         progress.bad_steps += 1
     for optimizer in optimizers:
@@ -281,6 +299,15 @@ def apply_gradients(
         "grad_norm": norm if finite else float("nan"),
         **dict.fromkeys(("skipped_steps", "nonfinite_steps"), float(not finite)),
     }
+
+
+def diverged(how: str, step: int) -> TrainingStopped:
+    """The end of a run whose model is no longer worth anything."""
+    return TrainingStopped(
+        f"training diverged: {how}",
+        step=step,
+        advice="lower --learning-rate and start again with --overwrite; the last saved state is kept",
+    )
 
 
 def read_metrics(run: Run) -> list[dict[str, float]]:

@@ -1,20 +1,21 @@
-"""Reads back what a stage has just written and compares it with memory, to the bit, before it is published."""
+"""Reads back what a stage has just written and compares it with memory before it is published."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stages.errors import UserError
+from stages.errors import ModelError, UserError
 from stages.files.identity import tokenizer_content_digest, tokenizer_digest
 from stages.files.tensors import load_tensors
-from stages.models.base import Base
+from stages.models.base import Base, is_close
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
-from stages.models.roles import ADAPTER, SCORE_KEY, Roles, adapter_of, head_of
+from stages.models.roles import ADAPTER, SCORE_KEY, Roles, adapter_of, head_of, new_adapter, save_adapter
 from stages.models.tokens import Text, load_text
 
 SAID = "Human: what is the time?\n\nAssistant: it is 12:34 — thank you!"  # what both tokenizers have to agree on
@@ -29,10 +30,11 @@ def probe_sequences(base: Base) -> list[Tensor]:
 def check_reload(
     base: Base, folder: Path, adapter: Adapter, head: ScalarHead | None = None, *, trunk: Path | None = None
 ) -> None:
-    """Load an adapter, and a head where there is one, from `folder` and score a fixed batch: all must equal memory.
+    """Load an adapter, and a head where there is one, from `folder` and score a fixed batch.
 
-    `trunk` is where the adapter lies if not beside its head, as for a critic that shares the policy's. Raises
-    AssertionError, whose text names what differs: a file that does not come back is a defect of ours.
+    Weights must equal memory's to the bit, states up to rounding: products of narrow layers round by where in memory
+    their weights lie. `trunk` is where the adapter lies if not beside its head, as for a critic that shares the
+    policy's. Raises AssertionError, whose text names what differs: a file that does not come back is a defect of ours.
     """
     roles = Roles(base)
     try:
@@ -52,14 +54,34 @@ def check_reload(
         roles.remove("in memory")
         roles.remove("on disk")
     # The numbers too: one bit of one weight need not show in the states of a short text.
-    same = _equal(adapter.tensors(), stored.tensors()) and torch.equal(expected, found)
+    same = _equal(adapter.tensors(), stored.tensors()) and is_close(found, expected, base.dtype)
     _expect(same, f"the adapter written to {trunk or folder} is not the one in memory")
     if head is not None:
-        same = _equal(head.tensors(), stored_head.tensors()) and torch.equal(head(expected), stored_head(found))
+        same = _equal(head.tensors(), stored_head.tensors())
         _expect(same, f"the head written to {folder} is not the one in memory")
     if score is not None:
         same = torch.equal(score[0], head.weight.cpu())
         _expect(same, f"the head written beside the adapter in {folder} is not the one in memory")
+
+
+def check_adaptable(base: Base, targets: list[str]) -> None:
+    """Save and load a small adapter on the layers of a base, so that no run is lost at its end for not reading back.
+
+    Raises ModelError where what is written is not what is read.
+    """
+    adapter = new_adapter(base, 1, 1.0, targets, 0)
+    for delta in adapter.deltas.values():
+        delta.b.data.fill_(0.01)  # not zero, which would change nothing wherever it is put
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(Path(folder), base, adapter)
+        try:
+            check_reload(base, Path(folder), adapter)
+        except AssertionError as error:
+            raise ModelError(
+                f"an adapter on `{base.source.config['model_type']}` does not read back as it was written: {error}",
+                where="--model",
+                fix="name other --lora-targets, or use another base",
+            ) from None
 
 
 def check_tokenizer(folder: Path, text: Text, *, trust_remote_code: bool) -> None:

@@ -16,6 +16,7 @@ from stages.files.manifest import MANIFEST, Manifest, Parent, checkpoint_digest,
 from stages.files.rows import Rows
 from stages.files.run import Run, write_config
 from stages.models.base import Base, load_base, stop_ids_of
+from stages.models.checks import check_config
 from stages.models.coverage import measure_coverage, sample_texts
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
@@ -25,11 +26,11 @@ from stages.models.tokens import Text, TokenRow, load_text
 from stages.results import Report
 from stages.training.comparing import TokenComparison
 from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device, pick_dtype
-from stages.training.loop import Progress
+from stages.training.loop import Progress, diverged
 from stages.training.optimizer import AdamW
 from stages.training.passes import limit_tokens
 from stages.training.plan import Work, choose_passes, source_shapes
-from stages.training.reload import check_reload, check_tokenizer
+from stages.training.reload import check_adaptable, check_reload, check_tokenizer, probe_sequences
 
 Row = TypeVar("Row")
 Out = TypeVar("Out")
@@ -40,6 +41,7 @@ def open_text(source: Source, config: Any, report: Report | None = None) -> Text
 
     Raises CheckpointError where a checkpoint's stop tokens are none of the vocabulary.
     """
+    check_config(source, trust_remote_code=config.trust_remote_code)  # a tokenizer is loaded by it as well
     stop_ids = stop_ids_of(source)
     text = load_text(
         source.tokenizer,
@@ -135,8 +137,12 @@ def open_base(source: Source, config: Any, text: Text) -> tuple[Base, Ranks]:
 
 
 def open_for_training(source: Source, config: Any, text: Text, work: Work, report: Report) -> tuple[Base, Ranks]:
-    """`open_base`, and passes of the size that the plan of `work` finds room for beside it."""
+    """`open_base`, and passes of the size that the plan of `work` finds room for beside it.
+
+    Raises ModelError for a base whose adapters could not be saved in the end.
+    """
     base, ranks = open_base(source, config, text)
+    check_adaptable(base, [] if source.folder else config.lora_targets)
     free, shapes = free_memory(base.device), source_shapes(source, config.load_in_4bit)
     passes = choose_passes(config, work, source, shapes, free)
     if passes.checkpointing:
@@ -178,8 +184,12 @@ def publish(
     lines: list[dict[str, float]],
     extra_files: tuple[str, ...] = (),
 ) -> None:
-    """Write the checkpoint, load it back, compare, and only then publish its manifest."""
+    """Write the checkpoint, load it back, compare, and only then publish its manifest.
+
+    Raises TrainingStopped where the model has come to give anything but numbers.
+    """
     base = roles.base
+    _stop_if_diverged(roles, adapter, step=len(lines) - 1)
     files = save_adapter(run.folder, base, adapter, head)
     check_reload(base, run.folder, adapter, head)
     if critic is not None:
@@ -216,6 +226,15 @@ def publish(
         seconds=seconds,
     )
     run.finish(manifest, files)
+
+
+@torch.no_grad()
+def _stop_if_diverged(roles: Roles, adapter: Adapter, step: int) -> None:
+    """Raise TrainingStopped where a trained adapter makes of a short text states that are not finite."""
+    with roles.use(next(role for role, own in roles.adapters.items() if own is adapter)):
+        states = roles.base.hidden(probe_sequences(roles.base))
+    if not torch.isfinite(states).all():
+        raise diverged("the trained model gives states that are not finite", step)
 
 
 def _save_critic(folder: Path, base: Base, adapter: Adapter | None, head: ScalarHead) -> list[str]:
