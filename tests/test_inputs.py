@@ -129,7 +129,7 @@ def test_a_run_that_was_begun_with_another_split_does_not_go_on(chain, tmp_path)
     said = refused(*line, "--max-steps", 3)
     assert "was begun by an earlier rlhf, which held out other rows" in said and "--overwrite" in said
     os.remove(tmp_path / "x" / "checkpoint.json")
-    record = {"format_version": 1, "id": "x", "stage": "sft", "config": about["config"], "inputs": about["inputs"]}
+    record = {"format_version": 1, "id": "x", "rlhf": "0.1.0", **{n: about[n] for n in ("stage", "config", "inputs")}}
     (tmp_path / "x" / "run.json").write_text(json.dumps(record))
     assert "was begun by an earlier rlhf" in refused(*line, "--max-steps", 2)
     (tmp_path / "x" / "run.json").write_text(json.dumps(record | {"split": 2}))

@@ -417,7 +417,8 @@ def _compare(run: Run, found: dict[str, typing.Any]) -> None:
 def _same_split(run: Run, found: dict[str, typing.Any]) -> None:
     """Raise OutputError where a run would go on with other rows held out than those it began with."""
     splits = bool(getattr(run.config, "eval_fraction", 0)) and not getattr(run.config, "eval_dataset", None)
-    if splits and found.get("split", found.get("versions", {}).get("split")) != SPLIT:
+    made_by = found if "rlhf" in found else found.get("versions", {})  # run.json or a manifest
+    if splits and "rlhf" in made_by and made_by.get("split") != SPLIT:
         raise OutputError(
             "was begun by an earlier rlhf, which held out other rows; going on would mix what is learned and tested",
             where=str(run.folder),
