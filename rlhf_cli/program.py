@@ -37,17 +37,19 @@ class App(typer.Typer):
         if args or kwargs:
             return super().__call__(*args, **kwargs)
         open_streams()
-        try:
-            code = super().__call__()
-        except SystemExit as end:
-            code = end.code
-        except OSError as error:  # of --help and --version: commands tell what became of their results themselves
-            code = unprintable(error, "the answer")
-        return leave(code if isinstance(code, int) else int(code is not None))
+        with contextlib.ExitStack() as _Process.at_end:
+            _Process.at_end.callback(setattr, _Process, "at_end", None)
+            try:
+                code = super().__call__()
+            except SystemExit as end:
+                code = end.code
+            except OSError as error:  # of --help and --version: commands tell what became of their results themselves
+                code = unprintable(error, "the answer")
+            return leave(code if isinstance(code, int) else int(code is not None))
 
 
 class _Process:
-    is_ours = False  # and nobody else's, as in a test or a notebook
+    at_end: contextlib.ExitStack | None = None  # of the program; None where the process is not its own, as in a test
 
 
 class Lenient(io.FileIO):
@@ -64,12 +66,9 @@ class Lenient(io.FileIO):
 def open_streams() -> None:
     """Give the process standard streams that can be used, whatever it was started with.
 
-    From here on the process is the program's: what is redirected stays so until it ends.
-
     A stream that was closed is opened on nothing, for else the next file to be opened would take its number, and get
     what libraries write there; writing to a stdout that was closed fails as it should. Messages never fail.
     """
-    _Process.is_ours = True
     for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -93,10 +92,12 @@ def stdout_for_results() -> Iterator[TextIO]:
     """A stream to stdout that nobody else has: what Python, C or child processes write there meanwhile goes to stderr.
 
     The block's stream is sys.stdout itself where that is not the process's own, as in a test. Where the process ends
-    with the command nothing is put back: threads that are left may go on to write.
+    with the command all is put back after it has: threads that are left may go on to write.
     """
     outer = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr) as inner:
+    with contextlib.ExitStack() as here:
+        at_end = _Process.at_end or here
+        at_end.enter_context(contextlib.redirect_stdout(sys.stderr))
         if not _is_the_process_own(outer):
             yield outer
             return
@@ -104,21 +105,29 @@ def stdout_for_results() -> Iterator[TextIO]:
         kept = os.dup(1)
         _private.add(kept)
         os.dup2(2, 1)
+        at_end.callback(_put_back, outer, kept)
         stream = open(kept, "w", encoding=outer.encoding, errors=outer.errors, closefd=False)  # noqa: SIM115
         try:
             yield stream
         finally:
-            _flush(outer)
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).fflush(None)  # what C libraries have not written yet
             with contextlib.suppress(OSError, ValueError):
                 stream.close()
-            if not _Process.is_ours:
-                os.dup2(kept, 1)
-            _private.discard(kept)
-            os.close(kept)
-    if _Process.is_ours:
-        sys.stdout = inner
+            _flush_all(outer)
+
+
+def _put_back(outer: TextIO, kept: int) -> None:
+    """Make `kept` the process's stdout again; what was written to it through a buffer meanwhile goes to stderr."""
+    _flush_all(outer)
+    os.dup2(kept, 1)
+    _private.discard(kept)
+    os.close(kept)
+
+
+def _flush_all(stream: TextIO) -> None:
+    """Have a stream, and C's own ones, write what they hold back."""
+    _flush(stream)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).fflush(None)
 
 
 def _is_the_process_own(stream: TextIO) -> bool:

@@ -38,7 +38,7 @@ def user_code(who: str, world: World | None = None, *, timeout: float = 0) -> It
     A process that the block forks and that comes out of it ends here.
     """
     process = os.getpid()
-    with signals.acting_at_once(), kept_settings(), watching(who, timeout):
+    with kept_settings(), watching(who, timeout), signals.acting_at_once():
         for change, value in world.changes if world else ():
             with contextlib.suppress(Exception):
                 change(value)
