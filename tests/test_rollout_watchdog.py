@@ -45,7 +45,7 @@ def test_one_update_without_any_number_is_quiet():
 
 @pytest.mark.parametrize(
     ("tokens", "warns", "stops"),
-    [(1, 20, 50), (32, 20, 50), (80, 20, 50), (100, 25, 50), (128, 32, 64), (2000, 500, 1000)],
+    [(1, 20, 50), (32, 20, 50), (50, 20, 50), (100, 40, 50), (128, 51.2, 64), (2000, 800, 1000)],
 )
 def test_how_far_is_too_far_grows_with_the_response(tokens, warns, stops):
     def found(nats: float) -> list[tuple[str, bool]]:

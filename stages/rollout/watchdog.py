@@ -104,14 +104,15 @@ def kl_limit(length: float) -> float:
 
 
 def kl_warning(length: float) -> float:
-    """Sequence KL that is worth a warning: 20 nats, and beyond 80 tokens a quarter of a nat per token.
+    """Sequence KL that is worth a warning: 20 nats, and beyond 50 tokens 0.4 nats per token.
 
-    In the calibration good runs of 32 tokens ended at 12 to 17 nats, and problems with a known optimum at 0.3 to 1.3
-    nats (1 to 3 tokens). A good run with four times the learning rate went to 28 and is warned of: its true reward
-    rose, but its text fell apart. Hacked runs of 32 tokens were warned of after 15 to 79 % of their updates. The limit
-    lets through a word list with kl_coef 0.2 (14.5 nats), and any hack in 6 tokens (5 to 10 nats).
+    In the calibration good runs of 32 tokens ended at 12 to 17 nats, one of 64 tokens at 19, and problems with a known
+    optimum at 0.3 to 1.3 nats (1 to 3 tokens). One run that counts as good, with four times the learning rate of
+    another, went to 28 and is warned of: its true reward rose, but its text fell apart. Hacked runs of 32 and 64 tokens
+    were warned of after 15 to 79 % of their updates. The limit lets through a word list with kl_coef 0.2 (14.5 nats),
+    and any hack in 6 tokens (5 to 10 nats).
     """
-    return max(20.0, 0.25 * length)
+    return max(20.0, 0.4 * length)
 
 
 def _kl(course: Course) -> str | None:
