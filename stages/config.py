@@ -169,8 +169,6 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
         """Knobs that the others leave without effect."""
         if self.eval_dataset and self.eval_fraction:
             yield ("eval_fraction",), "the held-out rows come from eval_dataset", "leave eval_dataset out"
-        if not self.holds_out:
-            yield ("eval_limit",), "no rows are held out", "give --eval-dataset, or an --eval-fraction above 0"
         if self.warmup_ratio == 1:
             yield ("lr_schedule",), "with warmup_ratio 1 the learning rate never decays", "lower --warmup-ratio"
 

@@ -37,7 +37,6 @@ def resolved(cls, tmp_path, text="", **flags):
 # Stage, flags, the knob without effect
 IDLE = [
     (SftConfig, {"eval_dataset": "e", "eval_fraction": "0.1"}, "eval_fraction"),
-    (SftConfig, {"eval_fraction": "0", "eval_limit": "9"}, "eval_limit"),
     (SftConfig, {"warmup_ratio": "1", "lr_schedule": "cosine"}, "lr_schedule"),
     (RewardConfig, {"eval_fraction": "0", "sft_samples": "4"}, "sft_samples"),
     (DpoConfig, {"loss": "ipo", "desirable_weight": "1"}, "desirable_weight"),
@@ -75,7 +74,8 @@ def test_a_flag_without_effect_is_a_mistake(tmp_path, cls, flags, name):
 
 # Stage, flags with which the same knobs do something, or are off as they are anyway
 USEFUL = [
-    (SftConfig, {"eval_dataset": "e", "eval_fraction": "0", "eval_limit": "9"}),
+    (SftConfig, {"eval_dataset": "e", "eval_fraction": "0"}),
+    (SftConfig, {"eval_fraction": "0", "eval_limit": "9"}),  # at most nine are none
     (SftConfig, {"warmup_ratio": "0.5", "lr_schedule": "constant"}),
     (DpoConfig, {"loss": "kto", "desirable_weight": "1"}),
     (SampleConfig, {"top_p": "0.9", "responses_per_prompt": "2"}),
@@ -119,7 +119,7 @@ def test_a_recipes_default_is_no_mistake(tmp_path):
 
 
 def test_a_flag_may_leave_a_shared_recipe_without_effect(tmp_path):
-    assert resolved(SftConfig, tmp_path, "eval_limit: 100\n", eval_fraction="0").eval_limit == 100
+    assert resolved(RewardConfig, tmp_path, "sft_samples: 8\n", eval_fraction="0").sft_samples == 8
     assert resolved(PpoConfig, tmp_path, "gae_lambda: 0.9\n", **RLOO).gae_lambda == 0.9
 
 

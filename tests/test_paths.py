@@ -30,7 +30,9 @@ def test_a_run_is_known_again_by_every_spelling(chain, here):
     found = chain()
     assert result(*sft(found, "a/../o"))["status"] == "done"
     assert sorted(os.listdir(here)) == ["link", "o", "there"] and (here / "o" / "checkpoint.json").is_file()
+    sampled = ("--dataset", found.prompts, "--output", "x.jsonl", "--dry-run", *SHORT)
     for spelling in SPELLINGS:
+        assert result("sample", "--model", spelling.replace("HERE", str(here)), *sampled)["status"] == "dry run"
         assert result(*sft(found, spelling.replace("HERE", str(here))))["status"] == "already done"
 
 

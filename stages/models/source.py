@@ -66,6 +66,8 @@ def open_source(name: str, *, stages: tuple[str, ...], what: str, trust_remote_c
     Raises ModelError or CheckpointError naming the flag `what`.
     """
     path = absolute(name, what)
+    if ".." in path.parts and not path.exists():  # `a/../x` stands where there is no `a`, as for an output
+        path = Path(os.path.realpath(path))
     if path.is_dir() and is_checkpoint(path):
         return _open_checkpoint(name, path, stages, what, trust_remote_code)
     special = describe_special(path)
