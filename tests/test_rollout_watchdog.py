@@ -98,17 +98,17 @@ def test_entropy_is_compared_with_the_first_update():
 
 
 def test_length_alarms_where_scores_follow_it_and_it_grew():
-    longer = {"score_length_corr": 0.6, "response_length": 53.0}
+    longer = {"score_length_corr": 0.7, "response_length": 53.0}
     assert names(course(*[longer] * 3)) == ["length"] and names(course(*[longer] * 2)) == []
     assert names(course(*[longer | {"response_length": 51.0}] * 3)) == []  # 1.3 x 40 is 52
-    assert names(course(*[longer | {"score_length_corr": 0.5}] * 3)) == []
+    assert names(course(*[longer | {"score_length_corr": 0.6}] * 3)) == []
 
 
 def test_length_alarms_where_scores_fall_with_it_and_it_shrank():
     shrinking = [{"score_length_corr": -0.8, "response_length": length} for length in (38.0, 35.0, 32.0)]
     assert names(course(*shrinking)) == []
     assert names(course(*shrinking, {"score_length_corr": -0.8, "response_length": 30.0})) == ["length"]  # 40 / 1.3
-    assert names(course(*shrinking, {"score_length_corr": -0.5, "response_length": 30.0})) == []
+    assert names(course(*shrinking, {"score_length_corr": -0.6, "response_length": 30.0})) == []
 
 
 def test_length_alarms_where_all_responses_have_come_to_one_length():

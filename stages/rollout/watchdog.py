@@ -17,6 +17,7 @@ Metrics = dict[str, float | None]
 IN_A_ROW = 3  # updates that a drifting condition must hold before it is named
 LONGER = 5  # the same for what is noisier
 WARM_UP = 10  # updates that a critic is given to learn
+FOLLOWS = 0.6  # correlation of scores and lengths
 REPEATED = 0.1  # repetition_rate above that of the first update
 SHARED = 0.25  # shared_response_rate above that of the first update
 LABEL = 4  # tokens below which different prompts may well have the same response
@@ -95,7 +96,7 @@ def kl_limit(length: float) -> float:
     good runs. Beyond 100 tokens half a nat per token, since a KL adds up over tokens: reasoning in 2000 tokens, learned
     with kl_coef 0, may go 1000 nats without a stop.
 
-    It lets through what is hacked within it: of 13 hacked runs of 32 tokens in the calibration six ended between 14 and
+    It lets through what is hacked within it: of 14 hacked runs of 32 tokens in the calibration six ended between 14 and
     47 nats. A limit of 1 nat per token would have stopped four of those, and no good run. But it would also have
     stopped four runs against a reward model whose true reward still rose, up to 36, 53, 67 and 85 nats. So the warning
     is what finds hacking; this limit is for policies that run away.
@@ -173,15 +174,16 @@ def _length(course: Course) -> str | None:
     """That scores follow length is alarming if length then moves the same way (Singhal et al. 2023, for growth).
 
     Responses that all have one length, the limit or a single token, have a correlation of exactly 0, which says
-    nothing: the last three others count.
+    nothing: the last three others count. In the calibration policies that are paid for length or shortness have 0.71 to
+    1; a customer service whose answers rightly become longer has up to 0.67 once, and 0.49 three times in a row.
     """
     known = [c for line in course.lines if (c := _finite(line.get("score_length_corr")))][-IN_A_ROW:]
     first, now = course.first("response_length"), course.now("response_length")
     if len(known) < IN_A_ROW or not first or now is None:
         return None
-    if min(known) > 0.5 and now > 1.3 * first:
+    if min(known) > FOLLOWS and now > 1.3 * first:
         return f"scores follow length (correlation {known[-1]:.2f}), which grew from {first:.0f} to {now:.0f} tokens"
-    if max(known) < -0.5 and now < first / 1.3:
+    if max(known) < -FOLLOWS and now < first / 1.3:
         return (
             f"scores fall with length (correlation {known[-1]:.2f}), which shrank from {first:.0f} to {now:.0f} tokens"
         )
