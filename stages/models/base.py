@@ -204,15 +204,16 @@ class Base:
             kept.append(out.detach().requires_grad_())
             return kept[0].clone()  # which a model may go on to change in place
 
+        middle = len(sequence) // 2  # not the last token: of some encoders it may be masked by its number
         hook = self.model.get_input_embeddings().register_forward_hook(keep)
         try:
             with torch.enable_grad():
-                states = self._alone(sequence)[:-1].float()
+                states = self._alone(sequence)[:middle].float()
                 weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
                 (gradient,) = torch.autograd.grad((states * weights).sum(), kept[0])
         finally:
             hook.remove()
-        return bool(gradient.reshape(len(sequence), -1)[-1].any())
+        return bool(gradient.reshape(len(sequence), -1)[middle:].any())
 
     @torch.no_grad()
     def _probe_sharing(self) -> bool:
