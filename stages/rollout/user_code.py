@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stages.errors import RewardError, StopRequested
-from stages.rollout.settings import World, kept_settings
+from stages.rollout.settings import World, kept_settings, no_alarm_left
 from stages.training import signals
 from stages.training.children import adopt_orphans, end_children
 
@@ -38,7 +38,7 @@ def user_code(who: str, world: World | None = None, *, timeout: float = 0) -> It
     A process that the block forks and that comes out of it ends here.
     """
     process = os.getpid()
-    with kept_settings(), watching(who, timeout), signals.acting_at_once():
+    with kept_settings(), watching(who, timeout), signals.acting_at_once(), no_alarm_left():
         for change, value in world.changes if world else ():
             with contextlib.suppress(Exception):
                 change(value)
