@@ -47,18 +47,6 @@ def user_code(who: str, world: World | None = None, *, timeout: float = 0) -> It
         finally:
             if os.getpid() != process:
                 os._exit(1)
-            silence_alarm()
-
-
-def silence_alarm() -> None:
-    """Let no alarm that the block left behind ring while its traces are removed; its handler may raise anything."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        return
-    while True:
-        with contextlib.suppress(BaseException):  # it rang just now
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_IGN)
-            return
 
 
 # --- stopping it ------------------------------------------------------------------------------------------------------
