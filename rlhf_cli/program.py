@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import io
@@ -125,6 +124,8 @@ def _put_back(outer: TextIO, kept: int) -> None:
 
 def _flush_all(stream: TextIO) -> None:
     """Have a stream, and C's own ones, write what they hold back."""
+    import ctypes  # only now: it is no part of a quick answer
+
     _flush(stream)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).fflush(None)

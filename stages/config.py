@@ -467,8 +467,6 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
     def idle(self) -> Iterator[Idle]:
         yield from super().idle()
         yield from self._idle_estimator()
-        if not any(is_function(source) for source in self.reward):
-            yield ("reward_timeout",), "no reward is a function", "give --reward file.py:function"
         if self.length_penalty and self.length_limit >= self.max_response_tokens:
             names = ("length_limit", "length_penalty")
             yield names, "no response is longer than length_limit", "give a --length-limit below --max-response-tokens"
@@ -476,8 +474,6 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
             yield ("ptx_coef",), "there is no ptx_dataset", "give --ptx-dataset"
         if self.kl_target is None:
             yield ("kl_horizon",), "kl_coef is fixed without a kl_target", "give --kl-target"
-        if not self.kl_coef:
-            yield ("kl_estimator", "kl_placement"), "kl_coef 0 charges no KL", "give a --kl-coef above 0"
 
     def _idle_estimator(self) -> Iterator[Idle]:
         """Knobs without effect under the advantage estimator."""
@@ -581,11 +577,6 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
             raise ConfigError(
                 "there is no score to draw", where="plot", fix="give --reward CHECKPOINT or --reward file.py:function"
             )
-
-    def idle(self) -> Iterator[Idle]:
-        """Knobs that the others leave without effect."""
-        if not any(is_function(source) for source in (*self.reward, *self.gold)):
-            yield ("reward_timeout",), "no reward is a function", "give --reward file.py:function"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -761,6 +752,9 @@ def resolve(cls: type, recipe: dict[str, tuple[object, str]], flags: dict[str, o
     return config
 
 
+OFF = {"gamma": 1.0, "top_p": 1.0}  # of knobs that are turned off by another value than 0
+
+
 def check_idle(config: typing.Any, origin: dict[str, str], flags: set[str]) -> None:
     """Raise ConfigError for a knob that was given and that other knobs leave without effect.
 
@@ -776,7 +770,11 @@ def check_idle(config: typing.Any, origin: dict[str, str], flags: set[str]) -> N
         for name in names:
             value = getattr(config, name)
             changed = value != default[name]
-            if (changed or value) if name in flags else (changed and name in origin and name in idle_in_recipe):
+            if (
+                (changed or value != OFF.get(name, 0) and value)
+                if name in flags
+                else (changed and name in origin and name in idle_in_recipe)
+            ):
                 raise ConfigError(f"{name} has no effect: {why}", where=origin[name], fix=f"leave it out, or {fix}")
 
 

@@ -103,7 +103,7 @@ def test_evaluate_and_sample_see_what_was_learned(chain, learned, tmp_path):
 
 def test_the_learning_rate_falls_linearly_per_update(learned):
     lines = metrics_of(learned[0])[1:]
-    assert [line["lr"] for line in lines] == pytest.approx([0.01 * (1 - k / 30) for k in range(30)])
+    assert [line["lr"] for line in lines] == pytest.approx([0.01 * (1 - k / 40) for k in range(40)])
 
 
 # --- rewards

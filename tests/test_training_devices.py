@@ -106,6 +106,7 @@ def test_groups_know_their_device_and_wait_longer_for_words_than_for_tensors(mon
     """Ranks meet in the group for words after a reward function, however slow; tensors travel only then."""
     calls = []
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **more: calls.append((name, more)))

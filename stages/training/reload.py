@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.errors import ModelError, UserError
+from stages.errors import ModelError, OutputError, UserError
 from stages.files.identity import tokenizer_content_digest, tokenizer_digest
 from stages.files.tensors import load_tensors
 from stages.models.base import Base, is_close
@@ -17,6 +17,7 @@ from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
 from stages.models.roles import ADAPTER, SCORE_KEY, Roles, adapter_of, head_of, new_adapter, save_adapter
 from stages.models.tokens import Text, load_text
+from stages.training.passes import out_of_memory
 
 SAID = "Human: what is the time?\n\nAssistant: it is 12:34 — thank you!"  # what both tokenizers have to agree on
 
@@ -67,21 +68,27 @@ def check_reload(
 def check_adaptable(base: Base, targets: list[str]) -> None:
     """Save and load a small adapter on the layers of a base, so that no run is lost at its end for not reading back.
 
-    Raises ModelError where what is written is not what is read.
+    Raises ModelError if what is written is not what is read. Without room for the trial, on disk or in memory, there is
+    none: the run itself says what is missing.
     """
     adapter = new_adapter(base, 1, 1.0, targets, 0)
     for delta in adapter.deltas.values():
         delta.b.data.fill_(0.01)  # not zero, which would change nothing wherever it is put
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(Path(folder), base, adapter)
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(Path(folder), base, adapter)
             check_reload(base, Path(folder), adapter)
-        except AssertionError as error:
-            raise ModelError(
-                f"an adapter on `{base.source.config['model_type']}` does not read back as it was written: {error}",
-                where="--model",
-                fix="name other --lora-targets, or use another base",
-            ) from None
+    except AssertionError as error:
+        raise ModelError(
+            f"an adapter on `{base.source.config['model_type']}` does not read back as it was written: {error}",
+            where="--model",
+            fix="name other --lora-targets, or use another base",
+        ) from None
+    except (OSError, OutputError):
+        return
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
 
 
 def check_tokenizer(folder: Path, text: Text, *, trust_remote_code: bool) -> None:
