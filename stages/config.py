@@ -770,11 +770,9 @@ def check_idle(config: typing.Any, origin: dict[str, str], flags: set[str]) -> N
         for name in names:
             value = getattr(config, name)
             changed = value != default[name]
-            if (
-                (changed or value != OFF.get(name, 0) and value)
-                if name in flags
-                else (changed and name in origin and name in idle_in_recipe)
-            ):
+            off = not value or value == OFF.get(name)
+            in_recipe = name in origin and name in idle_in_recipe
+            if (changed or not off) if name in flags else (changed and in_recipe):
                 raise ConfigError(f"{name} has no effect: {why}", where=origin[name], fix=f"leave it out, or {fix}")
 
 

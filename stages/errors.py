@@ -54,6 +54,10 @@ class ModelError(UserError):
     """A base model or tokenizer that cannot be loaded or does not do what a stage needs."""
 
 
+class NotFiniteError(ModelError):
+    """A model that computes numbers that are not finite, though its weights are."""
+
+
 class OutputError(UserError):
     """An output folder or file that belongs to something else, is in use, or cannot be written."""
 

@@ -27,6 +27,8 @@ from stages.training.session import (
     report_cuts,
 )
 
+AFTER_TRAINING = "training diverged (lower --learning-rate), unless the loss was as high before training"
+
 
 def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
     """Train an adapter on demonstrations and publish it as a checkpoint."""
@@ -80,7 +82,8 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
             found = held_out_loss(roles, "policy", held, config.micro_batch_size)
         if held and step in (0, total):
             when = "before training" if step == 0 else "after training"
-            warn_above_uniform(found["eval_loss"], base.vocabulary, f"the held-out loss {when}", cause, report)
+            why = cause or (AFTER_TRAINING if step else "")
+            warn_above_uniform(found["eval_loss"], base.vocabulary, f"the held-out loss {when}", why, report)
         prompts = [prompt for prompt in map(prompt_of, inputs.held_out) if prompt is not None][: config.samples]
         with ranks.together():
             show_samples(out, roles, "policy", text, prompts, step, config.seed, ranks)

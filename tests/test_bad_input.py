@@ -253,7 +253,7 @@ ROWS = {
     ),
     "unknown architecture": (
         LATE, lambda c, p: sft(c, p, model=with_config(c.base, p, model_type="nothing")),
-        ["the base cannot be loaded", "nothing"],
+        ["its config.json describes no causal language model", "nothing"],
     ),
     "no such layer": (
         LATE, lambda c, p: sft(c, p, "--lora-targets", "query"), ["no linear layer is called `query`", "q_proj"],

@@ -43,12 +43,8 @@ IDLE = [
     (DpoConfig, {"undesirable_weight": "1"}, "undesirable_weight"),
     (SampleConfig, {"temperature": "0", "top_p": "0.9"}, "top_p"),
     (SampleConfig, {"temperature": "0", "responses_per_prompt": "2"}, "responses_per_prompt"),
-    (EvaluateConfig, {"reward": ["rm=0.5"], "reward_timeout": "5"}, "reward_timeout"),
-    (PpoConfig, {"reward_timeout": "5"}, "reward_timeout"),
     (PpoConfig, {"ptx_coef": "0.5"}, "ptx_coef"),
     (PpoConfig, {"kl_horizon": "5000"}, "kl_horizon"),
-    (PpoConfig, {"kl_coef": "0", "kl_estimator": "k1"}, "kl_estimator"),
-    (PpoConfig, {"kl_coef": "0", "kl_placement": "reward"}, "kl_placement"),
     (PpoConfig, {"length_penalty": "0.1", "length_limit": "128"}, "length_limit"),
     (PpoConfig, {"value_coef": "0", "critic_learning_rate": "1e-3"}, "critic_learning_rate"),
     (PpoConfig, {"value_coef": "0", "critic_warmup": "2"}, "critic_warmup"),
@@ -82,6 +78,9 @@ USEFUL = [
     (SampleConfig, {"temperature": "0", "responses_per_prompt": "1"}),
     (EvaluateConfig, {"gold": ["g.py:f"], "reward_timeout": "5"}),
     (PpoConfig, {"reward": ["rm", "f.py=0.5"], "reward_timeout": "5"}),
+    (PpoConfig, {"reward_timeout": "5"}),  # it changes no result, so a shared script may hold it
+    (PpoConfig, RLOO | {"gamma": "1"}),  # 1 is what undiscounted means
+    (PpoConfig, {"kl_coef": "0", "kl_placement": "reward"}),  # of a sweep over kl_coef
     (PpoConfig, {"ptx_dataset": "p", "ptx_coef": "0.5", "kl_target": "2", "kl_horizon": "5000"}),
     (PpoConfig, {"length_penalty": "0.1", "length_limit": "127"}),
     (PpoConfig, {"gae_lambda": "0.9", "gamma": "0.99", "critic_lambda": "0", "critic_warmup": "2"}),

@@ -61,6 +61,7 @@ def test_margin_and_probability_are_kept():
     [
         ({"probability": 0.25}, (1, 0, 0.75, 0.0)),
         ({"probability": 0.25, "margin": 1.5}, (1, 0, 0.75, -1.5)),  # chosen + 1.5 over rejected, as the row says
+        ({"probability": 0.25, "margin": -1.5}, (1, 0, 0.75, 1.5)),  # the row of 0.75 and 1.5, written the other way
         ({"probability": 0}, (1, 0, 1.0, 0.0)),
         ({"probability": 0.5, "margin": 1.5}, (0, 1, 0.5, 1.5)),
     ],
@@ -79,7 +80,7 @@ def test_an_empty_margin_or_probability_is_as_good_as_none():
 @pytest.mark.parametrize(
     ("field", "value", "what"),
     [
-        ("margin", -1, "a margin is not negative, found -1"),
+        ("margin", -1, "`chosen` is preferred, but its margin over `rejected` is negative, -1"),
         ("margin", "much", "expected a number, found the text 'much'"),
         ("probability", 1.2, "a probability lies between 0 and 1, found 1.2"),
         ("probability", -0.1, "a probability lies between 0 and 1, found -0.1"),

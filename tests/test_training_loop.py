@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.errors import Interrupted, OutputError, RewardError, TrainingStopped
+from stages.errors import Interrupted, NotFiniteError, OutputError, RewardError, TrainingStopped
 from stages.files.run import Run, open_run
 from stages.results import Silent
 from stages.training import signals
@@ -238,6 +238,30 @@ def test_a_second_signal_after_the_first_optimiser_step_ends_it_at_once(tmp_path
     with pytest.raises(Interrupted, match="state of step 2 saved"):
         run_of_two_steps(tmp_path / "out", between=lambda: [stop(), stop()])
     assert torch.equal(run_of_two_steps(tmp_path / "out"), run_of_two_steps(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("at", "kind"), [(0, NotFiniteError), (3, TrainingStopped)])
+def test_a_model_that_gives_no_numbers_is_at_fault_before_training_and_diverged_after(tmp_path, at, kind):
+    def fail():
+        raise NotFiniteError("sampling gives log-probabilities that are not finite")
+
+    with pytest.raises(kind, match="not finite"):
+        run_it(tmp_path / "out", at={at: fail})
+
+
+def test_a_loss_that_is_no_number_stops_training_though_its_gradient_is_one(tmp_path):
+    config = sft_config(output=str(tmp_path / "out"), save_every=1, eval_every=None)
+    run = open_run(tmp_path / "out", "sft", config, {})
+    _, progress = progress_of()
+
+    def update(step):
+        return {"loss": 1.0 if step < 2 else math.nan, "nonfinite_steps": 0.0}
+
+    steps = {"title": "sft", "total": 4, "update": update, "evaluate": lambda step: {}}
+    with pytest.raises(TrainingStopped, match="training diverged: the training loss is nan") as stop:
+        train(run, Notes(), RANKS, progress, config, **steps)
+    run.release()
+    assert stop.value.step == 3 and steps_of(tmp_path / "out") == [0, 1, 2]
 
 
 def test_counters_and_controllers_go_back_with_what_is_saved(tmp_path):

@@ -19,7 +19,8 @@ class Pair:
     """One judgement: response `better` beats response `worse`, both being indices into a comparison's responses.
 
     `probability` that `better` really is the better one is never below a half: a pair that is given with less is
-    stored the other way round, as what it says. At exactly a half it is a tie, and the order means nothing. `margin` is
+    stored the other way round, as what it says. At exactly a half it is a tie, and without a margin the order means
+    nothing. `margin` is
     the lead of `better` over `worse`, in the units of the rows. It belongs to the order in which it was given, so it
     changes its sign with that order, and every loss of the pair stays the same.
     """
@@ -127,10 +128,12 @@ def _compare_two(row: RawRow, prompt: Content, chosen: Content, rejected: Conten
     _refuse_equal(row, *responses)
     margin = _optional_number(row, "margin", 0.0)
     probability = _optional_number(row, "probability", 1.0)
-    if margin < 0:
-        raise bad_row(f"a margin is not negative, found {margin:g}", row.at("margin"))
     if not 0 <= probability <= 1:
         raise bad_row(f"a probability lies between 0 and 1, found {probability:g}", row.at("probability"))
+    if margin < 0 and probability > 0.5:
+        raise bad_row(
+            f"`chosen` is preferred, but its margin over `rejected` is negative, {margin:g}", row.at("margin")
+        )
     return Comparison(row.where, prompt, responses, (Pair(0, 1, probability, margin),))
 
 

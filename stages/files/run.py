@@ -166,7 +166,8 @@ class Run:
             self._clear_leftovers()
 
     def _keeps_state(self) -> bool:
-        return bool(getattr(self.config, "keep_state", False))
+        finished_with = self.manifest.config if self.manifest is not None else {}
+        return bool(getattr(self.config, "keep_state", False) or finished_with.get("keep_state"))
 
     def _take_lock(self) -> None:
         self._lock = atomic.lock(self.folder / LOCK)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stages.errors import ModelError
+from stages.errors import ModelError, NotFiniteError
 from stages.maths.tensors import at_least_fp32, entropy_of
 from stages.models.base import Base
 from stages.models.quantised import is_four_bit
@@ -86,7 +86,8 @@ def respond(
 ) -> list[Response]:
     """As `generate`, with log-probabilities, entropies, and the values that a head reads off the same states.
 
-    Prompts are taken in order of length. Raises ModelError where the native engine is asked for and cannot be had.
+    Prompts are taken in order of length. Raises ModelError where the native engine is asked for and cannot be had,
+    NotFiniteError where the active role gives log-probabilities that are no numbers.
     """
     rows = sampling.rows_at_once
     size = rows if isinstance(rows, int) else ROWS_AT_ONCE[base.device.type]
@@ -113,6 +114,12 @@ def respond(
             out[i] = response
         done += len(chosen)
         progress(done)
+    if out and not torch.cat([response.logprobs for response in out]).isfinite().all():
+        raise NotFiniteError(
+            "sampling gives log-probabilities that are not finite: weights of the base or of its adapter are too large",
+            where=base.source.name,
+            fix="use another checkpoint, or train it again with a lower --learning-rate",
+        )
     return out  # type: ignore[return-value]
 
 

@@ -83,10 +83,13 @@ def kept(stop: TrainingStopped, step: int | None, folder: str, stop_on: list[str
     `step` is that of the state from before the update; None where the last saved one is left.
     """
     others = [name for name in stop_on if not stop.reason.startswith(f"{name}: ")]
+    if len(others) == len(stop_on):  # it was no condition that stopped the run
+        return stop
     state = "the last saved state" if step is None else f"the state of step {step}, before this update,"
-    advice = f"{stop.advice}\n  -> {state} is kept in {folder}"
-    if len(others) < len(stop_on):  # else it was no condition that stopped the run
-        advice += f"; the same command with --stop-on {','.join(others) or 'none'} goes on from it"
+    advice = (
+        f"{stop.advice}\n  -> {state} is kept in {folder}; the same command with "
+        f"--stop-on {','.join(others) or 'none'} goes on from it"
+    )
     return TrainingStopped(stop.reason, step=stop.step, advice=advice)
 
 

@@ -51,12 +51,12 @@ class TokenComparison:
 
     @property
     def best(self) -> TokenRow:
-        """The response with the most expected wins less losses; the first of equals."""
+        """The response with the most expected wins less losses; of equals, the one whose tokens come first."""
         lead = [0.0] * len(self.responses)
         for pair in self.pairs:
             lead[pair.better] += pair.probability - 0.5
             lead[pair.worse] -= pair.probability - 0.5
-        return self.responses[lead.index(max(lead))]
+        return min(zip(lead, self.responses, strict=True), key=lambda item: (-item[0], item[1].ids.tolist()))[1]
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,7 @@ def report_of(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, o
         "calibration_error": calibration_error(bins),
         "confidence": float(delta.double().abs().sigmoid().mean()),
         "calibration": bins,
+        "ties": int((~decided).sum()),
         "by_length_difference": accuracy_by_length_difference(delta[decided], longer[decided], LENGTH_EDGES),
     }
 
@@ -258,6 +259,7 @@ def report_tables(report: dict) -> tuple[Table, ...]:
     interval = f"{report['accuracy']:.3f}  [{report['accuracy_low']:.3f}, {report['accuracy_high']:.3f}]"
     summary = (
         ("held-out pairs", describe_pairs(report)),
+        *((("ties, which count half", str(report["ties"])),) if report["ties"] else ()),
         ("accuracy [95 % interval]", interval),
         ("accuracy of 'longer wins'", f"{report['longer_wins_accuracy']:.3f}"),
         ("calibration error", f"{report['calibration_error']:.3f}"),

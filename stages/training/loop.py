@@ -12,7 +12,15 @@ from typing import TypeVar
 from torch import Tensor
 
 from stages.config import TrainingKnobs
-from stages.errors import CheckpointError, Interrupted, OutOfMemory, OutputError, TrainingStopped, UserError
+from stages.errors import (
+    CheckpointError,
+    Interrupted,
+    NotFiniteError,
+    OutOfMemory,
+    OutputError,
+    TrainingStopped,
+    UserError,
+)
 from stages.files.run import Run
 from stages.files.states import AHEAD
 from stages.models.roles import Roles
@@ -124,6 +132,7 @@ def train(
                     progress.mark()
                     stop_together(ranks)
                     metrics = ahead or (_timed(update, step) if step >= 0 else {})
+                    _stop_at_no_loss(metrics, step + 1)
                     progress.mark()
                     ahead = dict(metrics)
                     if step < 0 or step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
@@ -151,6 +160,10 @@ def train(
                     with ranks.together():
                         saved = done if save_now() else saved
                 raise Interrupted(stop.number, step=saved, output=str(run.folder)) from None
+            except NotFiniteError as error:
+                if done <= 0:  # nothing was learned: the model is at fault
+                    raise
+                raise diverged(error.what, done + 1) from None
             except UserError as error:  # a reward function that failed, perhaps only this once, or memory that ran out
                 # Where a log could not be written, only a state from before fits it.
                 if not isinstance(error, OutputError) and save_now():
@@ -220,10 +233,26 @@ def _timed(update: Callable[[int], dict[str, float]], step: int) -> dict[str, fl
     return metrics
 
 
+def _stop_at_no_loss(metrics: dict[str, float], step: int) -> None:
+    """Raise TrainingStopped if a loss is not finite although its gradient is; PPO's losses are watched."""
+    loss = metrics.get("loss", 0.0)
+    if "reward_score" not in metrics and not metrics.get("nonfinite_steps") and not math.isfinite(loss):
+        raise diverged(f"the training loss is {loss}", step)
+
+
 def _stop_if_diverged(metrics: dict[str, float], step: int) -> None:
-    """Raise TrainingStopped where what was measured on held-out rows is not a number any more."""
+    """Raise TrainingStopped if what was measured on held-out rows is not a number any more.
+
+    Raises NotFiniteError if it was none before training.
+    """
     for name in DIVERGES:
         if not math.isfinite(metrics.get(name, 0.0)):
+            if not step:
+                raise NotFiniteError(
+                    f"before any training {name} is {metrics[name]}: its weights are too large or damaged",
+                    where="--model",
+                    fix="use another base or checkpoint",
+                )
             raise diverged(f"{name} is {metrics[name]}", step)
 
 
@@ -306,7 +335,8 @@ def diverged(how: str, step: int) -> TrainingStopped:
     return TrainingStopped(
         f"training diverged: {how}",
         step=step,
-        advice="lower --learning-rate and start again with --overwrite; the last saved state is kept",
+        advice="lower --learning-rate (of a critic: --critic-learning-rate), or any other knob far from its default, "
+        "and start again with --overwrite; the last saved state is kept",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from stages.results import Table
 
 ENOUGH = 20  # held-out pairs without which nothing is decided
-ENOUGH_PROMPTS = 4  # prompts of theirs; of fewer, not even an accuracy of 1 would clear a half
+ENOUGH_PROMPTS = 6  # prompts of theirs; of 4 with 5 pairs each that go together, 6.6 % of random models would pass
 OVERCONFIDENT = 0.1  # mean confidence above accuracy
 LENGTH_CORRELATION = 0.5
 BEYOND_LABELS = 0.2  # of the scores' correlation with length beyond the labels'
