@@ -402,9 +402,10 @@ def summarise(
         "repeated": [float(repeated) for repeated, _ in repeats],
         "runs": [float(runs) for _, runs in repeats],
     }
-    all_ranks = {name: torch.tensor(bench.ranks.gather(values), dtype=torch.float64) for name, values in each.items()}
-    texts = bench.ranks.gather(rollout.texts)
-    asked = bench.ranks.gather([hash(tuple(p.ids.tolist())) for p in rollout.prompts])  # integers hash alike everywhere
+    asked = [hash(tuple(p.ids.tolist())) for p in rollout.prompts]  # integers hash alike everywhere
+    rows = [list(row) for row in zip(rollout.texts, asked, *each.values(), strict=True)]
+    texts, asked, *columns = zip(*bench.ranks.gather(rows), strict=True)
+    all_ranks = {name: torch.tensor(column, dtype=torch.float64) for name, column in zip(each, columns, strict=True)}
     mean = {name: float(values.mean()) for name, values in all_ranks.items()}
     return {
         "reward_score": mean["score"],

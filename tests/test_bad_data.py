@@ -265,7 +265,7 @@ ROWS = {
     ),
     "a margin below nothing": (
         EARLY, lambda c, p: dpo(c, p, dataset=rows(p, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1})),
-        ["margin: a margin is not negative"],
+        ["margin over `rejected` is negative"],
     ),
     "ranks that all tie": (
         EARLY, lambda c, p: dpo(c, p, dataset=rows(p, {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]})),

@@ -485,6 +485,8 @@ def test_keep_state_keeps_it(tmp_path):
     assert names(tmp_path) == sorted([*LISTED, "checkpoint.json", "state"])
     assert names(tmp_path / "state") == ["step-000003", "step-000004"]
     opened(tmp_path, changed(keep_state=True)).tidy()
+    assert (run.folder / "state").is_dir()
+    opened(tmp_path, changed()).tidy()  # the same command without the flag throws nothing away
     assert names(tmp_path / "state") == ["step-000003", "step-000004"] and run.finished
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stages.errors import NotFiniteError
 from stages.maths.tensors import entropy_of
 from stages.models.forward import read_targets
 from stages.models.roles import Roles
@@ -281,3 +282,13 @@ def test_responses_can_be_learned_from(free):
         read_targets(base, [sequence], [torch.arange(29) >= 9]).logprobs.sum().backward()
     assert roles.parameters("policy")[1].grad.abs().sum() > 0
     roles.remove("policy")
+
+
+def test_a_model_whose_numbers_overflow_is_named(open_tiny):
+    """One weight of 3e38 is finite, and no state behind it is."""
+    roles = Roles(open_tiny("llama"))
+    adapter = random_adapter(roles.base, 1)
+    next(iter(adapter.deltas.values())).b.data[0, 0] = 3e38
+    roles.add("policy", adapter)
+    with roles.use("policy"), pytest.raises(NotFiniteError, match="log-probabilities that are not finite"):
+        generate(roles.base, sequences_of([5, 3]), [(0,), (1,)], (2,), Sampling(1.0, 4))
