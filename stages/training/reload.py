@@ -17,6 +17,7 @@ from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
 from stages.models.roles import ADAPTER, SCORE_KEY, Roles, adapter_of, head_of, new_adapter, save_adapter
 from stages.models.tokens import Text, load_text
+from stages.training.passes import out_of_memory
 
 SAID = "Human: what is the time?\n\nAssistant: it is 12:34 — thank you!"  # what both tokenizers have to agree on
 
@@ -82,6 +83,9 @@ def check_adaptable(base: Base, targets: list[str]) -> None:
                 where="--model",
                 fix="name other --lora-targets, or use another base",
             ) from None
+        except RuntimeError as error:
+            if not out_of_memory(error):  # of which training's own passes say how much they need
+                raise
 
 
 def check_tokenizer(folder: Path, text: Text, *, trust_remote_code: bool) -> None:
