@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.errors import ModelError, UserError
+from stages.errors import ModelError, OutputError, UserError
 from stages.files.identity import tokenizer_content_digest, tokenizer_digest
 from stages.files.tensors import load_tensors
 from stages.models.base import Base, is_close
@@ -73,19 +73,21 @@ def check_adaptable(base: Base, targets: list[str]) -> None:
     adapter = new_adapter(base, 1, 1.0, targets, 0)
     for delta in adapter.deltas.values():
         delta.b.data.fill_(0.01)  # not zero, which would change nothing wherever it is put
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(Path(folder), base, adapter)
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(Path(folder), base, adapter)
             check_reload(base, Path(folder), adapter)
-        except AssertionError as error:
-            raise ModelError(
-                f"an adapter on `{base.source.config['model_type']}` does not read back as it was written: {error}",
-                where="--model",
-                fix="name other --lora-targets, or use another base",
-            ) from None
-        except RuntimeError as error:
-            if not out_of_memory(error):  # of which training's own passes say how much they need
-                raise
+    except AssertionError as error:
+        raise ModelError(
+            f"an adapter on `{base.source.config['model_type']}` does not read back as it was written: {error}",
+            where="--model",
+            fix="name other --lora-targets, or use another base",
+        ) from None
+    except (OSError, OutputError):
+        return  # a disk that takes nothing is for the run's own folder to tell
+    except RuntimeError as error:
+        if not out_of_memory(error):  # of which training's own passes say how much they need
+            raise
 
 
 def check_tokenizer(folder: Path, text: Text, *, trust_remote_code: bool) -> None:
