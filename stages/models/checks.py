@@ -15,7 +15,11 @@ def check_config(source: Source, *, trust_remote_code: bool) -> None:
     """Raise ModelError where transformers cannot read the base's config.json."""
     problem = config_problem(source, trust_remote_code=trust_remote_code, build=False)
     if problem:
-        raise ModelError(problem, where=str(source.base), fix="restore config.json, or update transformers")
+        raise ModelError(
+            f"the base cannot be loaded: {problem}",
+            where=str(source.base),
+            fix="restore config.json, or update transformers",
+        )
 
 
 def config_problem(source: Source, *, trust_remote_code: bool, build: bool) -> str | None:

@@ -85,9 +85,9 @@ def check_adaptable(base: Base, targets: list[str]) -> None:
             fix="name other --lora-targets, or use another base",
         ) from None
     except (OSError, OutputError):
-        return
+        return  # a disk that takes nothing is for the run's own folder to tell
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not out_of_memory(error):  # of which training's own passes say how much they need
             raise
 
 
