@@ -141,7 +141,7 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
         ptx = files.read_demonstrations(config.ptx_dataset, skip_bad_rows=config.skip_bad_rows)
         more["ptx_dataset"], extra["ptx"] = ptx.digest, list(ptx.rows)
     found = _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, **extra)
-    found = found if config.eval_dataset else _without_held_out_ptx(found, config.eval_fraction)
+    found = found if config.eval_dataset else _without_held_out_ptx(found, config)
     return found if found.done else _with_verdicts(found, config.force)
 
 
@@ -421,12 +421,22 @@ def _training(
     return Inputs(source, data, train, held_out, run, warnings=warnings, notes=notes, unmeasured=unmeasured, **more)
 
 
-def _without_held_out_ptx(inputs: Inputs, fraction: float) -> Inputs:
-    """PPO's demonstrations but for those of held-out prompts, unless that would be all of them."""
-    kept = [row for row in inputs.ptx if not is_held_out(row, fraction)]
+def _without_held_out_ptx(inputs: Inputs, config: PpoConfig) -> Inputs:
+    """PPO's demonstrations but for those of prompts that are held out, here or in every stage.
+
+    Raises DatasetError where that is all of them.
+    """
+    here = {row.where for row in shared_prompts(inputs.ptx, inputs.held_out)}
+    kept = [row for row in inputs.ptx if row.where not in here and not is_held_out(row, config.eval_fraction)]
     left_out = len(inputs.ptx) - len(kept)
-    if not (kept and left_out):
+    if not left_out:
         return inputs
+    if not kept:
+        raise DatasetError(
+            f"every row's prompt is held out for evaluation, so no row of {config.ptx_dataset} can be trained on",
+            where="--ptx-dataset",
+            fix="give demonstrations of other prompts, another --eval-fraction, or an --eval-dataset of its own",
+        )
     note = f"{left_out} of {len(inputs.ptx)} rows of --ptx-dataset have held-out prompts and are not trained on"
     return replace(inputs, ptx=kept, notes=(*inputs.notes, note))
 
