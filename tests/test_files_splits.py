@@ -216,6 +216,53 @@ def test_a_prompt_has_one_key_as_text_and_as_messages(prompt):
     assert prompt_key(Prompt("f", prompt)) == prompt_key(Comparison("f", prompt, (), ())) == expected
 
 
+CHAT = "Summarize this chat, number 7.\nUser: where is item 7?\nBot: in shop 0"
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+DIALOGUES = {
+    CHAT: "Summarize this chat, number 7. where is item 7?",
+    "Who is right, Ann or Bob?\n\nHuman: It rains.\n\nAssistant: No.\n\nHuman: Yes.": "Who is right, Ann or Bob? It rains.",
+    "Bot: hello\nuser: hi\nBot: yes\nWho spoke first?": "hi",
+    "### Input:\nabc\nUser: hi": "abc hi",
+    "Explain this log.\nSystem: rebooted\nUser: hi": "Explain this log. hi",
+}
+
+
+@pytest.mark.parametrize("question", DIALOGUES)
+def test_a_dialogue_within_a_prompt_is_the_same_in_every_form(tmp_path, question):
+    """Its words count up to where a speaker that could be the assistant has its turn, whatever stands around them."""
+    ask = {"role": "user", "content": question}
+    known = f"{ALPACA}\n\n### Instruction:\n{question}\n\n### Response:\n"
+    prompts = {
+        "text": question,
+        "messages": (ask,),
+        "whole": (SYSTEM, ask, ANSWER, MORE),
+        "hh": f"\n\nHuman: {question}\n\nAssistant:",
+        "chatml": f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+        "mistral": f"<s>[INST] {question} [/INST]",
+        "zephyr": f"<|user|>{question}</s>\n<|assistant|>\n",
+        "vicuna": f"{VICUNA} USER: {question} ASSISTANT:",
+        "alpaca": known,
+        "alpaca message": ({"role": "user", "content": known},),
+    }
+    rows = {
+        "sharegpt": (
+            read_demonstrations,
+            {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "4"}]},
+        ),
+        "alpaca row": (read_demonstrations, {"instruction": question, "output": "4"}),
+        "alpaca prompt": (read_prompts, {"instruction": question}),
+        "hh pair": (read_comparisons, {key: f"{prompts['hh']} {key}" for key in ("chosen", "rejected")}),
+    }
+    keys = {name: prompt_key(Prompt("f", prompt)) for name, prompt in prompts.items()}
+    for name, (read, row) in rows.items():
+        keys[name] = prompt_key(read(str(write_jsonl(tmp_path / "x.jsonl", [row]))).rows[0])
+    assert keys == dict.fromkeys(keys, json.dumps(DIALOGUES[question]))
+
+
 def test_every_format_of_a_file_has_the_same_key(tmp_path):
     rows = {
         "completion": (read_demonstrations, {"prompt": QUESTION, "completion": " 4"}),
