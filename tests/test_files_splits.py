@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.files.prompts import whole_prompt
 from stages.files.rows import (
     Comparison,
     Demonstration,
@@ -224,7 +226,7 @@ VICUNA = (
 )
 DIALOGUES = {
     CHAT: "Summarize this chat, number 7. where is item 7?",
-    "Who is right, Ann or Bob?\n\nHuman: It rains.\n\nAssistant: No.\n\nHuman: Yes.": "Who is right, Ann or Bob? It rains.",
+    "Who is right?\n\nHuman: It rains.\n\nAssistant: No.\n\nHuman: Yes.": "Who is right? It rains.",
     "Bot: hello\nuser: hi\nBot: yes\nWho spoke first?": "hi",
     "### Input:\nabc\nUser: hi": "abc hi",
     "Explain this log.\nSystem: rebooted\nUser: hi": "Explain this log. hi",
@@ -285,6 +287,33 @@ def test_every_format_of_a_file_has_the_same_key(tmp_path):
     ratings = [{"prompt": [ASK], "response": str(n), "rating": n} for n in (4, 5)]
     keys["rating"] = prompt_key(read_comparisons(str(write_jsonl(tmp_path / "x.jsonl", ratings))).rows[0])
     assert set(keys.values()) == {prompt_key(Prompt("f", QUESTION))}, keys
+
+
+@pytest.mark.parametrize("question", ["Is it 7?", "Count.\nFrom 1 to 7", "Count.\n\nFrom 1 to 7\n"])
+def test_words_that_two_responses_share_are_not_of_the_prompt_guessed_from_them(tmp_path, question):
+    """The guess still stands for training; the key, and the clusters' too, take whole lines of it."""
+    answers = [("Yes", "No"), ("It is so", "It was not"), ("The cat sat", "The cat ran"), ("I do", "I do not know")]
+    lines = [{"chosen": f"{question}\n{one} now", "rejected": f"{question}\n{other}"} for one, other in answers]
+    rows = read_comparisons(str(write_jsonl(tmp_path / "x.jsonl", lines))).rows
+    assert rows[1].prompt == f"{question}\nIt" and rows[1].responses == (" is so now", " was not")
+    assert {prompt_key(row) for row in rows} == {prompt_key(Prompt("f", question))}
+    assert {whole_prompt(row) for row in rows} == {whole_prompt(Prompt("f", question))}
+
+
+@pytest.mark.parametrize("name", ["hh", "mistral", "llama2", "gemma", "command"])
+def test_a_guessed_prompt_that_ends_with_an_assistants_turn_is_known_by_its_questions(tmp_path, name):
+    lines = [{"chosen": f"{RENDERED[name]} {a}\nyes", "rejected": f"{RENDERED[name]} {a}\nno"} for a in ("I say", "It")]
+    rows = read_comparisons(str(write_jsonl(tmp_path / "x.jsonl", lines))).rows
+    assert {prompt_key(row) for row in rows} == {prompt_key(Prompt("f", QUESTION))}
+    assert {whole_prompt(row) for row in rows} == {whole_prompt(Prompt("f", RENDERED[name]))}
+
+
+def test_a_guessed_prompt_of_one_line_is_taken_whole_and_a_given_one_always_is():
+    guessed = Comparison("f", "Is it 7? It", (" is", " was"), (Pair(0, 1),), guessed=True)
+    assert prompt_key(guessed) == prompt_key(Prompt("f", "Is it 7? It"))
+    given = Comparison("f", "Is it\n7? It", (" is", " was"), (Pair(0, 1),))
+    assert prompt_key(given) == prompt_key(Prompt("f", "Is it 7? It"))
+    assert prompt_key(dataclasses.replace(given, guessed=True)) == prompt_key(Prompt("f", "Is it"))
 
 
 def test_other_words_are_another_prompt():

@@ -75,9 +75,23 @@ def whole_prompt(row: Demonstration | Prompt | Comparison) -> str:
 
 def _prompt_of(row: Demonstration | Prompt | Comparison) -> Content:
     """Where a row's prompt stands; a demonstration without one is all text, which may be a rendered conversation."""
-    if not isinstance(row, Demonstration):
-        return row.prompt
-    return row.prompt or row.messages or row.completion
+    if isinstance(row, Demonstration):
+        return row.prompt or row.messages or row.completion
+    return _whole_lines(row) if isinstance(row, Comparison) and row.guessed else row.prompt
+
+
+def _whole_lines(row: Comparison) -> Content:
+    """A guessed prompt without its last line, which holds what the responses happen to share.
+
+    It stays whole where the responses part at a line break, and where an assistant's turn keeps them apart from the
+    question.
+    """
+    prompt, response = row.prompt, row.responses[0]
+    parted = isinstance(response, str) and response.startswith("\n")
+    if not isinstance(prompt, str) or parted or list(_marked_turns(prompt))[-1][0] == ASSISTANT:
+        return prompt
+    cut = prompt[: max(prompt.rfind("\n"), 0)]
+    return cut if cut.strip() else prompt
 
 
 def _turns(content: Content) -> Iterator[tuple[str, str]]:

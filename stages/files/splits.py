@@ -90,7 +90,8 @@ def _divides(hashes: list[float], least: int) -> bool:
 
 
 def _content_key(row: Row) -> str:
-    content = {field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name != "where"}
+    names = (field.name for field in dataclasses.fields(row) if field.name not in ("where", "guessed"))
+    content = {name: getattr(row, name) for name in names}
     if isinstance(row, Comparison):
         content["pairs"] = [dataclasses.astuple(pair) for pair in row.pairs]
     return json.dumps(content, sort_keys=True, default=str)
