@@ -33,7 +33,7 @@ from stages.files.manifest import locate
 from stages.files.plot import MARK
 from stages.files.rows import Rows
 from stages.files.run import Run, open_run
-from stages.files.splits import SPLIT, is_held_out, shared_prompts, split_held_out
+from stages.files.splits import SPLIT, held_out_everywhere, is_held_out, shared_prompts, split_held_out
 from stages.launch import read_launch
 from stages.models.candidates import Candidate, candidate_of, open_candidates
 from stages.models.source import Source, adapter_beside, open_source, read_adapter_shape, same_base
@@ -413,6 +413,7 @@ def _training(
     else:
         train, held_out = split_held_out(data.rows, config.eval_fraction, config.eval_limit)
         unmeasured = len(data.rows) - len(train) - len(held_out)
+        warnings += _split_alone(config, held_out)
         warnings += _parents_split(config, [source, *(spec.checkpoint for spec in more.get("rewards", []))])
     if unmeasured:
         notes += (f"{unmeasured} more rows have held-out prompts: not trained on, nor measured (--eval-limit)",)
@@ -449,6 +450,17 @@ def _trained_on(config: TrainingKnobs, held_out: list, train: list) -> tuple[str
     return (
         f"{len(shared)} of {len(held_out)} rows of --eval-dataset {config.eval_dataset} have prompts that are trained "
         f"on, so what is measured on them is no test; the first is {shared[0].where}",
+    )
+
+
+def _split_alone(config: TrainingKnobs, held_out: list) -> tuple[str, ...]:
+    """A warning where rows are held out in another way than every stage does it."""
+    if held_out_everywhere(held_out, config.eval_fraction):
+        return ()
+    return (
+        f"{config.dataset} has too few prompts, or too many rows of one, to hold out those that every stage does at "
+        f"--eval-fraction {config.eval_fraction:g}, so another stage may train on what is measured here; "
+        "give --eval-dataset to be sure",
     )
 
 

@@ -20,7 +20,7 @@ from stages.files.rows import (
     read_demonstrations,
     read_prompts,
 )
-from stages.files.splits import is_held_out, prompt_key, shared_prompts, split_held_out
+from stages.files.splits import held_out_everywhere, is_held_out, prompt_key, shared_prompts, split_held_out
 from tests.tiny import write_jsonl
 
 
@@ -121,6 +121,15 @@ def test_no_stage_is_tested_on_what_another_was_trained_on():
     assert len(tested) == 64
     for train, _ in (sft, reward, ppo):
         assert not tested & {prompt_key(row) for row in train}
+
+
+def test_it_is_known_whether_every_stage_holds_the_measured_rows_out():
+    rows = asks(*[f"question {n}" for n in range(30)])
+    assert held_out_everywhere(split_held_out(rows, 0.2, 500)[1], 0.2)
+    assert not held_out_everywhere(split_held_out(rows, 1e-9, 500)[1], 1e-9)
+    one = [Demonstration("f", "Write.", f"a{n}") for n in range(100)]
+    assert not held_out_everywhere(split_held_out(one, 0.2, 500)[1], 0.2)
+    assert held_out_everywhere([], 0.2)
 
 
 def test_two_rows_give_one_to_each_side():

@@ -131,6 +131,19 @@ def test_a_ptx_dataset_of_held_out_prompts_alone_is_refused(chain, tmp_path):
     assert "--eval-fraction" in caught.value.fix
 
 
+def test_rows_that_other_stages_may_train_on_are_told_once(chain, tmp_path):
+    """Few prompts, and one prompt for all rows; not where every held-out prompt's hash lies below the fraction."""
+    dataset, texts = few_prompts(tmp_path)
+    told = "so another stage may train on what is measured here; give --eval-dataset to be sure"
+    few = open_inputs("ppo", ppo(chain(), tmp_path, dataset=dataset, eval_fraction=0.01)).warnings
+    assert sum(told in warning for warning in few) == 1 and few[0].startswith(f"{dataset} has too few prompts")
+    one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": texts[0], "completion": f" {n}"} for n in range(60)])
+    assert told in open_inputs("sft", sft(chain(), tmp_path, dataset=str(one))).warnings[0]
+    assert open_inputs("sft", sft(chain(), tmp_path, dataset=str(one), eval_fraction=0)).warnings == ()
+    assert open_inputs("sft", sft(chain(), tmp_path, dataset=str(one), eval_limit=0)).warnings == ()
+    assert open_inputs("sft", sft(chain(), tmp_path)).warnings == ()
+
+
 def test_a_parent_that_was_trained_on_what_is_held_out_here_is_told(chain, tmp_path):
     """The chain held out a fifth of the prompts in every stage."""
     found = chain()
