@@ -33,7 +33,7 @@ from stages.files.manifest import locate
 from stages.files.plot import MARK
 from stages.files.rows import Rows
 from stages.files.run import Run, open_run
-from stages.files.splits import SPLIT, is_held_out, shared_prompts, split_held_out
+from stages.files.splits import SPLIT, held_out_everywhere, is_held_out, shared_prompts, split_held_out
 from stages.launch import read_launch
 from stages.models.candidates import Candidate, candidate_of, open_candidates
 from stages.models.source import Source, adapter_beside, open_source, read_adapter_shape, same_base
@@ -141,7 +141,7 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
         ptx = files.read_demonstrations(config.ptx_dataset, skip_bad_rows=config.skip_bad_rows)
         more["ptx_dataset"], extra["ptx"] = ptx.digest, list(ptx.rows)
     found = _training("ppo", config, overwrite, source, _reader(files.read_prompts, config), more, **extra)
-    found = found if config.eval_dataset else _without_held_out_ptx(found, config.eval_fraction)
+    found = found if config.eval_dataset else _without_held_out_ptx(found, config)
     return found if found.done else _with_verdicts(found, config.force)
 
 
@@ -413,6 +413,7 @@ def _training(
     else:
         train, held_out = split_held_out(data.rows, config.eval_fraction, config.eval_limit)
         unmeasured = len(data.rows) - len(train) - len(held_out)
+        warnings += _split_alone(config, held_out)
         warnings += _parents_split(config, [source, *(spec.checkpoint for spec in more.get("rewards", []))])
     if unmeasured:
         notes += (f"{unmeasured} more rows have held-out prompts: not trained on, nor measured (--eval-limit)",)
@@ -421,12 +422,22 @@ def _training(
     return Inputs(source, data, train, held_out, run, warnings=warnings, notes=notes, unmeasured=unmeasured, **more)
 
 
-def _without_held_out_ptx(inputs: Inputs, fraction: float) -> Inputs:
-    """PPO's demonstrations but for those of held-out prompts, unless that would be all of them."""
-    kept = [row for row in inputs.ptx if not is_held_out(row, fraction)]
+def _without_held_out_ptx(inputs: Inputs, config: PpoConfig) -> Inputs:
+    """PPO's demonstrations but for those of prompts that are held out, here or in every stage.
+
+    Raises DatasetError where that is all of them.
+    """
+    here = {row.where for row in shared_prompts(inputs.ptx, inputs.held_out)}
+    kept = [row for row in inputs.ptx if row.where not in here and not is_held_out(row, config.eval_fraction)]
     left_out = len(inputs.ptx) - len(kept)
-    if not (kept and left_out):
+    if not left_out:
         return inputs
+    if not kept:
+        raise DatasetError(
+            f"every row's prompt is held out for evaluation, so no row of {config.ptx_dataset} can be trained on",
+            where="--ptx-dataset",
+            fix="give demonstrations of other prompts, another --eval-fraction, or an --eval-dataset of its own",
+        )
     note = f"{left_out} of {len(inputs.ptx)} rows of --ptx-dataset have held-out prompts and are not trained on"
     return replace(inputs, ptx=kept, notes=(*inputs.notes, note))
 
@@ -439,6 +450,17 @@ def _trained_on(config: TrainingKnobs, held_out: list, train: list) -> tuple[str
     return (
         f"{len(shared)} of {len(held_out)} rows of --eval-dataset {config.eval_dataset} have prompts that are trained "
         f"on, so what is measured on them is no test; the first is {shared[0].where}",
+    )
+
+
+def _split_alone(config: TrainingKnobs, held_out: list) -> tuple[str, ...]:
+    """A warning where rows are held out in another way than every stage does it."""
+    if held_out_everywhere(held_out, config.eval_fraction):
+        return ()
+    return (
+        f"{config.dataset} has too few prompts, or too many rows of one, to hold out those that every stage does at "
+        f"--eval-fraction {config.eval_fraction:g}, so another stage may train on what is measured here; "
+        "give --eval-dataset to be sure",
     )
 
 

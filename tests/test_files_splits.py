@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.files.prompts import whole_prompt
 from stages.files.rows import (
     Comparison,
     Demonstration,
@@ -18,7 +20,7 @@ from stages.files.rows import (
     read_demonstrations,
     read_prompts,
 )
-from stages.files.splits import is_held_out, prompt_key, shared_prompts, split_held_out
+from stages.files.splits import held_out_everywhere, is_held_out, prompt_key, shared_prompts, split_held_out
 from tests.tiny import write_jsonl
 
 
@@ -121,6 +123,15 @@ def test_no_stage_is_tested_on_what_another_was_trained_on():
         assert not tested & {prompt_key(row) for row in train}
 
 
+def test_it_is_known_whether_every_stage_holds_the_measured_rows_out():
+    rows = asks(*[f"question {n}" for n in range(30)])
+    assert held_out_everywhere(split_held_out(rows, 0.2, 500)[1], 0.2)
+    assert not held_out_everywhere(split_held_out(rows, 1e-9, 500)[1], 1e-9)
+    one = [Demonstration("f", "Write.", f"a{n}") for n in range(100)]
+    assert not held_out_everywhere(split_held_out(one, 0.2, 500)[1], 0.2)
+    assert held_out_everywhere([], 0.2)
+
+
 def test_two_rows_give_one_to_each_side():
     for n in range(20):
         train, held = split_held_out(asks(f"a {n}", f"b {n}"), 0.5, 500)
@@ -216,6 +227,53 @@ def test_a_prompt_has_one_key_as_text_and_as_messages(prompt):
     assert prompt_key(Prompt("f", prompt)) == prompt_key(Comparison("f", prompt, (), ())) == expected
 
 
+CHAT = "Summarize this chat, number 7.\nUser: where is item 7?\nBot: in shop 0"
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+DIALOGUES = {
+    CHAT: "Summarize this chat, number 7. where is item 7?",
+    "Who is right?\n\nHuman: It rains.\n\nAssistant: No.\n\nHuman: Yes.": "Who is right? It rains.",
+    "Bot: hello\nuser: hi\nBot: yes\nWho spoke first?": "hi",
+    "### Input:\nabc\nUser: hi": "abc hi",
+    "Explain this log.\nSystem: rebooted\nUser: hi": "Explain this log. hi",
+}
+
+
+@pytest.mark.parametrize("question", DIALOGUES)
+def test_a_dialogue_within_a_prompt_is_the_same_in_every_form(tmp_path, question):
+    """Its words count up to where a speaker that could be the assistant has its turn, whatever stands around them."""
+    ask = {"role": "user", "content": question}
+    known = f"{ALPACA}\n\n### Instruction:\n{question}\n\n### Response:\n"
+    prompts = {
+        "text": question,
+        "messages": (ask,),
+        "whole": (SYSTEM, ask, ANSWER, MORE),
+        "hh": f"\n\nHuman: {question}\n\nAssistant:",
+        "chatml": f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+        "mistral": f"<s>[INST] {question} [/INST]",
+        "zephyr": f"<|user|>{question}</s>\n<|assistant|>\n",
+        "vicuna": f"{VICUNA} USER: {question} ASSISTANT:",
+        "alpaca": known,
+        "alpaca message": ({"role": "user", "content": known},),
+    }
+    rows = {
+        "sharegpt": (
+            read_demonstrations,
+            {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "4"}]},
+        ),
+        "alpaca row": (read_demonstrations, {"instruction": question, "output": "4"}),
+        "alpaca prompt": (read_prompts, {"instruction": question}),
+        "hh pair": (read_comparisons, {key: f"{prompts['hh']} {key}" for key in ("chosen", "rejected")}),
+    }
+    keys = {name: prompt_key(Prompt("f", prompt)) for name, prompt in prompts.items()}
+    for name, (read, row) in rows.items():
+        keys[name] = prompt_key(read(str(write_jsonl(tmp_path / "x.jsonl", [row]))).rows[0])
+    assert keys == dict.fromkeys(keys, json.dumps(DIALOGUES[question]))
+
+
 def test_every_format_of_a_file_has_the_same_key(tmp_path):
     rows = {
         "completion": (read_demonstrations, {"prompt": QUESTION, "completion": " 4"}),
@@ -238,6 +296,33 @@ def test_every_format_of_a_file_has_the_same_key(tmp_path):
     ratings = [{"prompt": [ASK], "response": str(n), "rating": n} for n in (4, 5)]
     keys["rating"] = prompt_key(read_comparisons(str(write_jsonl(tmp_path / "x.jsonl", ratings))).rows[0])
     assert set(keys.values()) == {prompt_key(Prompt("f", QUESTION))}, keys
+
+
+@pytest.mark.parametrize("question", ["Is it 7?", "Count.\nFrom 1 to 7", "Count.\n\nFrom 1 to 7\n"])
+def test_words_that_two_responses_share_are_not_of_the_prompt_guessed_from_them(tmp_path, question):
+    """The guess still stands for training; the key, and the clusters' too, take whole lines of it."""
+    answers = [("Yes", "No"), ("It is so", "It was not"), ("The cat sat", "The cat ran"), ("I do", "I do not know")]
+    lines = [{"chosen": f"{question}\n{one} now", "rejected": f"{question}\n{other}"} for one, other in answers]
+    rows = read_comparisons(str(write_jsonl(tmp_path / "x.jsonl", lines))).rows
+    assert rows[1].prompt == f"{question}\nIt" and rows[1].responses == (" is so now", " was not")
+    assert {prompt_key(row) for row in rows} == {prompt_key(Prompt("f", question))}
+    assert {whole_prompt(row) for row in rows} == {whole_prompt(Prompt("f", question))}
+
+
+@pytest.mark.parametrize("name", ["hh", "mistral", "llama2", "gemma", "command"])
+def test_a_guessed_prompt_that_ends_with_an_assistants_turn_is_known_by_its_questions(tmp_path, name):
+    lines = [{"chosen": f"{RENDERED[name]} {a}\nyes", "rejected": f"{RENDERED[name]} {a}\nno"} for a in ("I say", "It")]
+    rows = read_comparisons(str(write_jsonl(tmp_path / "x.jsonl", lines))).rows
+    assert {prompt_key(row) for row in rows} == {prompt_key(Prompt("f", QUESTION))}
+    assert {whole_prompt(row) for row in rows} == {whole_prompt(Prompt("f", RENDERED[name]))}
+
+
+def test_a_guessed_prompt_of_one_line_is_taken_whole_and_a_given_one_always_is():
+    guessed = Comparison("f", "Is it 7? It", (" is", " was"), (Pair(0, 1),), guessed=True)
+    assert prompt_key(guessed) == prompt_key(Prompt("f", "Is it 7? It"))
+    given = Comparison("f", "Is it\n7? It", (" is", " was"), (Pair(0, 1),))
+    assert prompt_key(given) == prompt_key(Prompt("f", "Is it 7? It"))
+    assert prompt_key(dataclasses.replace(given, guessed=True)) == prompt_key(Prompt("f", "Is it"))
 
 
 def test_other_words_are_another_prompt():

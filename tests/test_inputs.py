@@ -10,8 +10,10 @@ import shutil
 import pytest
 
 from stages.config import EvaluateConfig, ExportConfig, PpoConfig, RewardConfig, SampleConfig, SftConfig
-from stages.errors import ModelError, OutputError
+from stages.errors import DatasetError, ModelError, OutputError
 from stages.files.manifest import checkpoint_digest
+from stages.files.rows import Prompt
+from stages.files.splits import is_held_out, split_held_out
 from stages.inputs import open_inputs, parent_of
 from tests.commands import contents, lines_of, refused, result
 from tests.tiny import write_jsonl
@@ -98,6 +100,48 @@ def test_ptx_rows_with_held_out_prompts_are_not_trained_on(chain, tmp_path):
     assert not {row.prompt for row in inputs.held_out} & {row.prompt for row in inputs.ptx}
     told = f"{256 - len(trained)} of 256 rows of --ptx-dataset have held-out prompts and are not trained on"
     assert told in inputs.notes
+
+
+def few_prompts(place) -> tuple[str, list[str]]:
+    """A file of 12 prompts of which no hash lies below 1 %, and these, the one that is held out all the same first."""
+    texts = [text for text in (f"the cat {n}" for n in range(30)) if not is_held_out(Prompt("f", text), 0.01)][:12]
+    (held,) = split_held_out([Prompt("f", text) for text in texts], 0.01, 9)[1]
+    texts.sort(key=lambda text: text != held.prompt)
+    return str(write_jsonl(place / "few.jsonl", [{"prompt": text} for text in texts])), texts
+
+
+def test_ptx_rows_with_a_prompt_that_is_held_out_here_alone_are_not_trained_on(chain, tmp_path):
+    """The hash of the one prompt held out is not below the fraction: as text and as messages."""
+    dataset, texts = few_prompts(tmp_path)
+    talk = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": " x"}]
+    rows = [{"prompt": talk[:1], "completion": talk[1:]}, *({"prompt": t, "completion": " x"} for t in texts)]
+    ptx = str(write_jsonl(tmp_path / "ptx.jsonl", rows))
+    inputs = open_inputs("ppo", ppo(chain(), tmp_path, dataset=dataset, ptx_dataset=ptx, eval_fraction=0.01))
+    assert [row.prompt for row in inputs.held_out] == texts[:1]
+    assert [row.prompt for row in inputs.ptx] == texts[1:]
+    assert "2 of 13 rows of --ptx-dataset have held-out prompts and are not trained on" in inputs.notes
+
+
+def test_a_ptx_dataset_of_held_out_prompts_alone_is_refused(chain, tmp_path):
+    dataset, texts = few_prompts(tmp_path)
+    ptx = str(write_jsonl(tmp_path / "ptx.jsonl", [{"prompt": texts[0], "completion": " x"}]))
+    with pytest.raises(DatasetError) as caught:
+        open_inputs("ppo", ppo(chain(), tmp_path, dataset=dataset, ptx_dataset=ptx, eval_fraction=0.01))
+    assert caught.value.where == "--ptx-dataset" and "every row's prompt is held out" in caught.value.what
+    assert "--eval-fraction" in caught.value.fix
+
+
+def test_rows_that_other_stages_may_train_on_are_told_once(chain, tmp_path):
+    """Few prompts, and one prompt for all rows; not where every held-out prompt's hash lies below the fraction."""
+    dataset, texts = few_prompts(tmp_path)
+    told = "so another stage may train on what is measured here; give --eval-dataset to be sure"
+    few = open_inputs("ppo", ppo(chain(), tmp_path, dataset=dataset, eval_fraction=0.01)).warnings
+    assert sum(told in warning for warning in few) == 1 and few[0].startswith(f"{dataset} has too few prompts")
+    one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": texts[0], "completion": f" {n}"} for n in range(60)])
+    assert told in open_inputs("sft", sft(chain(), tmp_path, dataset=str(one))).warnings[0]
+    assert open_inputs("sft", sft(chain(), tmp_path, dataset=str(one), eval_fraction=0)).warnings == ()
+    assert open_inputs("sft", sft(chain(), tmp_path, dataset=str(one), eval_limit=0)).warnings == ()
+    assert open_inputs("sft", sft(chain(), tmp_path)).warnings == ()
 
 
 def test_a_parent_that_was_trained_on_what_is_held_out_here_is_told(chain, tmp_path):

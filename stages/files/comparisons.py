@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 
 from stages.files.sources import Content, Message, RawRow, bad_row, check_content, check_number, check_prompt, named
@@ -52,6 +52,7 @@ class Comparison:
     prompt: Content
     responses: tuple[Content, ...]  # text if the prompt is text, else messages
     pairs: tuple[Pair, ...]
+    guessed: bool = field(default=False, compare=False)  # the prompt is what texts share, so it may end in a response
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def compare_without_prompt(row: RawRow) -> Comparison:
         raise bad_row("`chosen` and `rejected` must both be text or both be messages", row.at("rejected"))
     if not prompt or isinstance(prompt, str) and not prompt.strip():
         raise bad_row("`chosen` and `rejected` share no beginning that could be the prompt", row.at("chosen"))
-    return _compare_two(row, check_prompt(prompt, row.at("chosen")), chosen, rejected)
+    compared = _compare_two(row, check_prompt(prompt, row.at("chosen")), chosen, rejected)
+    return replace(compared, guessed=isinstance(prompt, str))
 
 
 def shared_text(chosen: str, rejected: str) -> str:

@@ -29,7 +29,8 @@ def split_held_out(rows: Sequence[Row], fraction: float, limit: int) -> tuple[li
     Where no prompt lies below, the one with the lowest hash is held out. With fewer than 10 prompts, or where one has
     most of the rows, rows are held out by every turn of their prompts as well, and if these are as few, by the rows'
     whole contents. No such key takes more than half of what training is to have. At least one row is held out where
-    `fraction` > 0 and there are two rows, and at least one is trained on.
+    `fraction` > 0 and there are two rows, and at least one is trained on. Other stages may train on rows chosen
+    in these ways (`held_out_everywhere` is False).
     """
     if fraction <= 0 or limit < 1 or len(rows) < 2:
         return list(rows), []
@@ -42,6 +43,11 @@ def split_held_out(rows: Sequence[Row], fraction: float, limit: int) -> tuple[li
 def is_held_out(row: Row, fraction: float) -> bool:
     """Whether every stage with this `eval_fraction` holds a row's prompt out."""
     return _hash(prompt_key(row)) < fraction
+
+
+def held_out_everywhere(held_out: Iterable[Row], fraction: float) -> bool:
+    """Whether every stage holds these rows' prompts out; not where `split_held_out` had to choose them otherwise."""
+    return all(is_held_out(row, fraction) for row in held_out)
 
 
 def shared_prompts(rows: Sequence[Row], others: Iterable[Row]) -> list[Row]:
@@ -90,7 +96,8 @@ def _divides(hashes: list[float], least: int) -> bool:
 
 
 def _content_key(row: Row) -> str:
-    content = {field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name != "where"}
+    names = (field.name for field in dataclasses.fields(row) if field.name not in ("where", "guessed"))
+    content = {name: getattr(row, name) for name in names}
     if isinstance(row, Comparison):
         content["pairs"] = [dataclasses.astuple(pair) for pair in row.pairs]
     return json.dumps(content, sort_keys=True, default=str)
