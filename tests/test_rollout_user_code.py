@@ -386,6 +386,95 @@ def test_a_directory_that_is_gone_is_no_reason_to_stop(tmp_path, monkeypatch):
     assert call(score) == [1.0, 2.0] and os.getcwd() == str(tmp_path)
 
 
+SPOILT = {
+    "closed": os.close,
+    "replaced": lambda number: os.dup2(os.open(os.devnull, os.O_RDWR), number),
+    "closed with all others": lambda number: os.closerange(number, 200),
+}
+
+
+def in_a_fork(work):
+    """Run `work` in a fork, where it may close what it likes; it exits with 0 if that returns True."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 0 if work() is True else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("how", SPOILT)
+def test_standard_descriptors_lead_where_they_did(how, number, fails, tmp_path):
+    def score(prompts, responses):
+        SPOILT[how](number)
+        return fail_on(how) if fails else [1.0, 2.0]
+
+    def work():
+        for n in (0, 1, 2):
+            os.dup2(os.open(tmp_path / str(n), os.O_RDWR | os.O_CREAT), n)
+        before = [os.fstat(n).st_ino for n in (0, 1, 2)]
+        with contextlib.suppress(RewardError):
+            call(score)
+        return [os.fstat(n).st_ino for n in (0, 1, 2)] == before
+
+    in_a_fork(work)
+
+
+def test_importing_a_file_may_close_a_standard_descriptor(tmp_path):
+    (tmp_path / "f.py").write_text("import os\nos.close(0)\ndef score(prompts, responses): return [1.0, 2.0]\n")
+    before = os.fstat(0).st_ino
+    assert call(load_function(str(tmp_path / "f.py"), "--reward")) == [1.0, 2.0]
+    assert os.fstat(0).st_ino == before
+
+
+def test_descriptors_do_not_pile_up():
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        call(lambda prompts, responses: os.close(0) or [1.0, 2.0])
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("then", ["it returns", "it opens files", "it hangs"])
+def test_a_function_that_closes_files_of_ours_is_one_message(then, tmp_path):
+    opened = []
+
+    def score(prompts, responses):
+        os.closerange(3, 200)
+        opened.extend(os.open(os.devnull, os.O_RDWR) for _ in range(20 if then == "it opens files" else 0))
+        if then == "it hangs":
+            time.sleep(FOREVER)
+        return [1.0, 2.0]
+
+    def work():
+        os.dup2(os.open(tmp_path / "stderr", os.O_RDWR | os.O_CREAT), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        said = refused(score, timeout=0.3)
+        with open(tmp_path / "stderr") as file:
+            written = file.read()
+        for number in opened:
+            assert os.fstat(number)  # its files are not closed as ours
+        if then == "it hangs":
+            return said.startswith("it took longer than 0.3 seconds") and "thread" not in written
+        return said == "it closed files that it has not opened" and written == ""
+
+    in_a_fork(work)
+
+
+def test_importing_a_file_that_closes_files_of_ours_is_one_message(tmp_path):
+    (tmp_path / "f.py").write_text("import os\nos.closerange(3, 200)\ndef score(prompts, responses): return [1.0]\n")
+
+    def work():
+        with pytest.raises(RewardError, match="it closed files that it has not opened") as caught:
+            load_function(str(tmp_path / "f.py"), "--reward")
+        return caught.value.where == f"--reward {tmp_path / 'f.py'}"
+
+    in_a_fork(work)
+
+
 def test_random_numbers_go_on_from_call_to_call():
     """Nothing of ours draws from the global generators; a function that does shall not draw the same every time."""
 

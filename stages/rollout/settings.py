@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from stages.rollout.descriptors import Descriptor
+
 Setting = tuple[Callable[[], object], Callable[[object], object]]  # how it is read, and how it is set
 
 
@@ -57,10 +59,10 @@ def kept_settings() -> Iterator[None]:
         with warnings.catch_warnings(), _kept_autograd(had_torch):
             yield
     finally:
-        if place is not None:
+        if place is not None and place.intact():
             with contextlib.suppress(OSError):
-                os.fchdir(place)
-            os.close(place)
+                os.fchdir(place.number)
+            place.close()
         for read, put, value in kept:
             _put_back(read, put, value)
         if not had_torch and "torch" in sys.modules:  # first imported within: what it begins with is known
@@ -89,9 +91,9 @@ def no_alarm_left() -> Iterator[None]:
                     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _open_working_directory() -> int | None:
+def _open_working_directory() -> Descriptor | None:
     try:
-        return os.open(".", os.O_RDONLY)
+        return Descriptor(os.open(".", os.O_RDONLY))
     except OSError:
         return None
 
