@@ -21,6 +21,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _device
+from torch.utils import _python_dispatch as modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.errors import RewardError, StopRequested
 from stages.models.tokens import PromptRow
@@ -274,6 +279,10 @@ def settings():
         "anomalies": torch.is_anomaly_enabled(),
         "benchmark": torch.backends.cudnn.benchmark,
         "wakeup": signal.set_wakeup_fd(-1),
+        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
+        "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
+        "mode flags": (modes._is_in_torch_dispatch_mode, _device.CURRENT_DEVICE),
+        "lasting device": torch.get_default_device(),
     }
 
 
@@ -284,6 +293,22 @@ def hold(context):
     """Enter a context and never leave it."""
     held.append(context)
     context.__enter__()
+
+
+class FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        raise RuntimeError("a mode that is still on")
+
+
+class DispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise RuntimeError("a mode that is still on")
+
+
+def enter_all_kinds_of_modes():
+    torch.set_default_device("meta")
+    for mode in (torch.device("cpu"), DispatchMode(), FunctionMode(), FunctionMode(), DispatchMode()):
+        hold(mode)
 
 
 def fail_on(flag):
@@ -318,6 +343,14 @@ CHANGES = {
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
     "benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark),
     "wakeup": lambda: signal.set_wakeup_fd(-1),
+    "device mode": lambda: hold(torch.device("meta")),
+    "function mode": lambda: hold(FunctionMode()),
+    "dispatch mode": lambda: hold(DispatchMode()),
+    "fake tensors": lambda: hold(FakeTensorMode()),
+    "all modes": enter_all_kinds_of_modes,
+    "excepthook": lambda: setattr(sys, "excepthook", lambda *_: None),
+    "threading.excepthook": lambda: setattr(threading, "excepthook", lambda *_: None),
+    "unraisablehook": lambda: setattr(sys, "unraisablehook", lambda *_: None),
 }
 
 
@@ -372,6 +405,54 @@ def test_functions_find_what_importing_their_file_made_of_the_process(tmp_path, 
     assert call(score) == call(score) == [7.0, 2.0]
     assert call(load_function(f"{path}:read", "--reward")) == [3.0, 3.0]
     assert os.getcwd() == here and "RLHF_NEW" not in os.environ and os.environ["RLHF_OLD"] == "x"
+
+
+TORCH_AT_IMPORT = """
+import torch
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
+torch.set_grad_enabled(False)
+torch.set_float32_matmul_precision("medium")
+def score(prompts, responses):
+    made = torch.empty(0)
+    numbers = [made.dtype == torch.float64 and made.device.type == "meta", not torch.is_grad_enabled()]
+    numbers[0] &= torch.get_float32_matmul_precision() == "medium"
+    torch.set_default_dtype(torch.float16)
+    torch.set_grad_enabled(True)
+    return [float(number) for number in numbers]
+"""
+
+
+def test_functions_find_what_importing_their_file_made_of_torch(tmp_path):
+    before = settings()
+    (tmp_path / "f.py").write_text(TORCH_AT_IMPORT)
+    score = load_function(str(tmp_path / "f.py"), "--reward")
+    assert settings() == before
+    assert call(score) == call(score) == [1.0, 1.0]
+    assert settings() == before
+
+
+def test_also_where_their_file_is_the_first_to_import_torch(tmp_path):
+    (tmp_path / "f.py").write_text(TORCH_AT_IMPORT)
+    code = (
+        "import sys\n"
+        "from stages.rollout.specs import load_function\n"
+        "from stages.rollout.user_code import user_code\n"
+        "assert 'torch' not in sys.modules\n"
+        "score = load_function(sys.argv[1], '--reward')\n"
+        "import torch\n"
+        "def ours():\n"
+        "    made = torch.empty(0)\n"
+        "    precision = torch.get_float32_matmul_precision()\n"
+        "    return made.dtype, made.device.type, torch.is_grad_enabled(), precision\n"
+        "assert ours() == (torch.float32, 'cpu', True, 'highest'), ours()\n"
+        "for _ in range(2):\n"
+        "    with user_code('f.py', score.world):\n"
+        "        assert score([], []) == [1.0, 1.0]\n"
+        "    assert ours() == (torch.float32, 'cpu', True, 'highest'), ours()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path / "f.py"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_directory_that_is_gone_is_no_reason_to_stop(tmp_path, monkeypatch):
