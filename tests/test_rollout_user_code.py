@@ -68,7 +68,7 @@ def begun(monkeypatch):
     waiting[:] = [fork.Event(), threading.Event()]
     yield waiting[0]
     waiting[1].set()
-    end_children(all_of_them=True)
+    end_children()
 
 
 @contextlib.contextmanager
@@ -242,15 +242,53 @@ def test_what_was_started_ends_with_its_own_children():
     with subprocess.Popen([sys.executable, "-c", line], stdout=subprocess.PIPE, text=True) as parent:
         grandchild = int(parent.stdout.readline())
         assert {parent.pid, grandchild} <= set(descendants(os.getpid()))
-        end_children(all_of_them=True)
+        end_children()
         assert not {parent.pid, grandchild} & set(descendants(os.getpid()))
 
 
 def test_a_process_with_a_session_of_its_own_stays():
     with subprocess.Popen(["sleep", str(FOREVER)], start_new_session=True) as server:
-        end_children(all_of_them=True)
+        end_children()
         assert server.poll() is None
         server.kill()
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_what_a_function_leaves_ends_with_the_command_however_that_ends(code, tmp_path):
+    (tmp_path / "f.py").write_text(
+        "import os, subprocess\n"
+        "child = subprocess.Popen(['sleep', '1000']).pid\n"
+        "orphan = subprocess.run('sleep 1000 >&- & echo $!', shell=True, stdout=-1, text=True).stdout.strip()\n"
+        "server = subprocess.Popen(['sleep', '1000'], start_new_session=True).pid\n"
+        "print(child, orphan, server, flush=True)\n"
+        "def score(prompts, responses): return [1.0]\n"
+    )
+    line = (
+        "import sys\nfrom rlhf_cli.program import leave\nfrom stages.rollout.specs import load_function\n"
+        f"load_function(sys.argv[1], '--reward')\nleave({code})\n"
+    )
+    with open(tmp_path / "said", "w") as said:
+        ended = subprocess.run([sys.executable, "-c", line, tmp_path / "f.py"], stdout=said, start_new_session=True)
+    *gone, server = map(int, (tmp_path / "said").read_text().split())
+    os.kill(server, signal.SIGKILL)  # it was there
+    assert ended.returncode == code and len(gone) == 2
+    for process in gone:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def test_the_cleaner_of_multiprocessing_is_left_to_clean_up():
+    """It ignores SIGTERM, and what it was to free would stay if it were killed."""
+    line = (
+        "import multiprocessing, time\nfrom multiprocessing import resource_tracker\n"
+        "from stages.training.children import descendants, end_children\n"
+        "lock = multiprocessing.get_context('spawn').Lock()\n"
+        "began = time.monotonic(); end_children()\n"
+        "assert time.monotonic() - began < 0.9\n"
+        "assert descendants(multiprocessing.process.os.getpid()) == [resource_tracker._resource_tracker._pid]\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", line], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 # --- what it changes

@@ -168,7 +168,7 @@ class _Watch:
             told = f"interrupted; {self.who} does not return{', state saved' if saved else ''}; run the command again"
         with contextlib.suppress(OSError, ValueError):
             print(told, file=sys.stderr, flush=True)
-        end_children(all_of_them=True)
+        end_children()
         os._exit(RewardError.exit_code if self.asked == RING else 128 + self.asked)
 
 
