@@ -167,11 +167,11 @@ def unprintable(error: OSError, what: str) -> int:
 def leave(code: int) -> None:
     """End the process at once: tearing down an interpreter that has loaded torch takes a second and frees nothing.
 
-    Processes that were started on the way end too: after a good end the workers of `multiprocessing`, else all.
+    Processes that were started on the way end too, but for those with a session of their own.
     """
     children = sys.modules.get("stages.training.children")
     if children is not None:
-        children.end_children(all_of_them=code != 0)
+        children.end_children()
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     os._exit(code)

@@ -21,6 +21,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _device
+from torch.utils import _python_dispatch as modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.errors import RewardError, StopRequested
 from stages.models.tokens import PromptRow
@@ -63,7 +68,7 @@ def begun(monkeypatch):
     waiting[:] = [fork.Event(), threading.Event()]
     yield waiting[0]
     waiting[1].set()
-    end_children(all_of_them=True)
+    end_children()
 
 
 @contextlib.contextmanager
@@ -237,15 +242,53 @@ def test_what_was_started_ends_with_its_own_children():
     with subprocess.Popen([sys.executable, "-c", line], stdout=subprocess.PIPE, text=True) as parent:
         grandchild = int(parent.stdout.readline())
         assert {parent.pid, grandchild} <= set(descendants(os.getpid()))
-        end_children(all_of_them=True)
+        end_children()
         assert not {parent.pid, grandchild} & set(descendants(os.getpid()))
 
 
 def test_a_process_with_a_session_of_its_own_stays():
     with subprocess.Popen(["sleep", str(FOREVER)], start_new_session=True) as server:
-        end_children(all_of_them=True)
+        end_children()
         assert server.poll() is None
         server.kill()
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_what_a_function_leaves_ends_with_the_command_however_that_ends(code, tmp_path):
+    (tmp_path / "f.py").write_text(
+        "import os, subprocess\n"
+        "child = subprocess.Popen(['sleep', '1000']).pid\n"
+        "orphan = subprocess.run('sleep 1000 >&- & echo $!', shell=True, stdout=-1, text=True).stdout.strip()\n"
+        "server = subprocess.Popen(['sleep', '1000'], start_new_session=True).pid\n"
+        "print(child, orphan, server, flush=True)\n"
+        "def score(prompts, responses): return [1.0]\n"
+    )
+    line = (
+        "import sys\nfrom rlhf_cli.program import leave\nfrom stages.rollout.specs import load_function\n"
+        f"load_function(sys.argv[1], '--reward')\nleave({code})\n"
+    )
+    with open(tmp_path / "said", "w") as said:
+        ended = subprocess.run([sys.executable, "-c", line, tmp_path / "f.py"], stdout=said, start_new_session=True)
+    *gone, server = map(int, (tmp_path / "said").read_text().split())
+    os.kill(server, signal.SIGKILL)  # it was there
+    assert ended.returncode == code and len(gone) == 2
+    for process in gone:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def test_the_cleaner_of_multiprocessing_is_left_to_clean_up():
+    """It ignores SIGTERM, and what it was to free would stay if it were killed."""
+    line = (
+        "import multiprocessing, time\nfrom multiprocessing import resource_tracker\n"
+        "from stages.training.children import descendants, end_children\n"
+        "lock = multiprocessing.get_context('spawn').Lock()\n"
+        "began = time.monotonic(); end_children()\n"
+        "assert time.monotonic() - began < 0.9\n"
+        "assert descendants(multiprocessing.process.os.getpid()) == [resource_tracker._resource_tracker._pid]\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", line], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 # --- what it changes
@@ -274,6 +317,10 @@ def settings():
         "anomalies": torch.is_anomaly_enabled(),
         "benchmark": torch.backends.cudnn.benchmark,
         "wakeup": signal.set_wakeup_fd(-1),
+        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
+        "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
+        "mode flags": (modes._is_in_torch_dispatch_mode, _device.CURRENT_DEVICE),
+        "lasting device": torch.get_default_device(),
     }
 
 
@@ -284,6 +331,22 @@ def hold(context):
     """Enter a context and never leave it."""
     held.append(context)
     context.__enter__()
+
+
+class FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        raise RuntimeError("a mode that is still on")
+
+
+class DispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise RuntimeError("a mode that is still on")
+
+
+def enter_all_kinds_of_modes():
+    torch.set_default_device("meta")
+    for mode in (torch.device("cpu"), DispatchMode(), FunctionMode(), FunctionMode(), DispatchMode()):
+        hold(mode)
 
 
 def fail_on(flag):
@@ -318,6 +381,14 @@ CHANGES = {
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
     "benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark),
     "wakeup": lambda: signal.set_wakeup_fd(-1),
+    "device mode": lambda: hold(torch.device("meta")),
+    "function mode": lambda: hold(FunctionMode()),
+    "dispatch mode": lambda: hold(DispatchMode()),
+    "fake tensors": lambda: hold(FakeTensorMode()),
+    "all modes": enter_all_kinds_of_modes,
+    "excepthook": lambda: setattr(sys, "excepthook", lambda *_: None),
+    "threading.excepthook": lambda: setattr(threading, "excepthook", lambda *_: None),
+    "unraisablehook": lambda: setattr(sys, "unraisablehook", lambda *_: None),
 }
 
 
@@ -374,6 +445,54 @@ def test_functions_find_what_importing_their_file_made_of_the_process(tmp_path, 
     assert os.getcwd() == here and "RLHF_NEW" not in os.environ and os.environ["RLHF_OLD"] == "x"
 
 
+TORCH_AT_IMPORT = """
+import torch
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
+torch.set_grad_enabled(False)
+torch.set_float32_matmul_precision("medium")
+def score(prompts, responses):
+    made = torch.empty(0)
+    numbers = [made.dtype == torch.float64 and made.device.type == "meta", not torch.is_grad_enabled()]
+    numbers[0] &= torch.get_float32_matmul_precision() == "medium"
+    torch.set_default_dtype(torch.float16)
+    torch.set_grad_enabled(True)
+    return [float(number) for number in numbers]
+"""
+
+
+def test_functions_find_what_importing_their_file_made_of_torch(tmp_path):
+    before = settings()
+    (tmp_path / "f.py").write_text(TORCH_AT_IMPORT)
+    score = load_function(str(tmp_path / "f.py"), "--reward")
+    assert settings() == before
+    assert call(score) == call(score) == [1.0, 1.0]
+    assert settings() == before
+
+
+def test_also_where_their_file_is_the_first_to_import_torch(tmp_path):
+    (tmp_path / "f.py").write_text(TORCH_AT_IMPORT)
+    code = (
+        "import sys\n"
+        "from stages.rollout.specs import load_function\n"
+        "from stages.rollout.user_code import user_code\n"
+        "assert 'torch' not in sys.modules\n"
+        "score = load_function(sys.argv[1], '--reward')\n"
+        "import torch\n"
+        "def ours():\n"
+        "    made = torch.empty(0)\n"
+        "    precision = torch.get_float32_matmul_precision()\n"
+        "    return made.dtype, made.device.type, torch.is_grad_enabled(), precision\n"
+        "assert ours() == (torch.float32, 'cpu', True, 'highest'), ours()\n"
+        "for _ in range(2):\n"
+        "    with user_code('f.py', score.world):\n"
+        "        assert score([], []) == [1.0, 1.0]\n"
+        "    assert ours() == (torch.float32, 'cpu', True, 'highest'), ours()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path / "f.py"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_a_directory_that_is_gone_is_no_reason_to_stop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -384,6 +503,95 @@ def test_a_directory_that_is_gone_is_no_reason_to_stop(tmp_path, monkeypatch):
         return [1.0, 2.0]
 
     assert call(score) == [1.0, 2.0] and os.getcwd() == str(tmp_path)
+
+
+SPOILT = {
+    "closed": os.close,
+    "replaced": lambda number: os.dup2(os.open(os.devnull, os.O_RDWR), number),
+    "closed with all others": lambda number: os.closerange(number, 200),
+}
+
+
+def in_a_fork(work):
+    """Run `work` in a fork, where it may close what it likes; it exits with 0 if that returns True."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 0 if work() is True else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("how", SPOILT)
+def test_standard_descriptors_lead_where_they_did(how, number, fails, tmp_path):
+    def score(prompts, responses):
+        SPOILT[how](number)
+        return fail_on(how) if fails else [1.0, 2.0]
+
+    def work():
+        for n in (0, 1, 2):
+            os.dup2(os.open(tmp_path / str(n), os.O_RDWR | os.O_CREAT), n)
+        before = [os.fstat(n).st_ino for n in (0, 1, 2)]
+        with contextlib.suppress(RewardError):
+            call(score)
+        return [os.fstat(n).st_ino for n in (0, 1, 2)] == before
+
+    in_a_fork(work)
+
+
+def test_importing_a_file_may_close_a_standard_descriptor(tmp_path):
+    (tmp_path / "f.py").write_text("import os\nos.close(0)\ndef score(prompts, responses): return [1.0, 2.0]\n")
+    before = os.fstat(0).st_ino
+    assert call(load_function(str(tmp_path / "f.py"), "--reward")) == [1.0, 2.0]
+    assert os.fstat(0).st_ino == before
+
+
+def test_descriptors_do_not_pile_up():
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        call(lambda prompts, responses: os.close(0) or [1.0, 2.0])
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("then", ["it returns", "it opens files", "it hangs"])
+def test_a_function_that_closes_files_of_ours_is_one_message(then, tmp_path):
+    opened = []
+
+    def score(prompts, responses):
+        os.closerange(3, 200)
+        opened.extend(os.open(os.devnull, os.O_RDWR) for _ in range(20 if then == "it opens files" else 0))
+        if then == "it hangs":
+            time.sleep(FOREVER)
+        return [1.0, 2.0]
+
+    def work():
+        os.dup2(os.open(tmp_path / "stderr", os.O_RDWR | os.O_CREAT), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        said = refused(score, timeout=0.3)
+        with open(tmp_path / "stderr") as file:
+            written = file.read()
+        for number in opened:
+            assert os.fstat(number)  # its files are not closed as ours
+        if then == "it hangs":
+            return said.startswith("it took longer than 0.3 seconds") and "thread" not in written
+        return said == "it closed files that it has not opened" and written == ""
+
+    in_a_fork(work)
+
+
+def test_importing_a_file_that_closes_files_of_ours_is_one_message(tmp_path):
+    (tmp_path / "f.py").write_text("import os\nos.closerange(3, 200)\ndef score(prompts, responses): return [1.0]\n")
+
+    def work():
+        with pytest.raises(RewardError, match="it closed files that it has not opened") as caught:
+            load_function(str(tmp_path / "f.py"), "--reward")
+        return caught.value.where == f"--reward {tmp_path / 'f.py'}"
+
+    in_a_fork(work)
 
 
 def test_random_numbers_go_on_from_call_to_call():

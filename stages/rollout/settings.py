@@ -8,10 +8,13 @@ import locale
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from stages.rollout.descriptors import Descriptor
 
 Setting = tuple[Callable[[], object], Callable[[object], object]]  # how it is read, and how it is set
 
@@ -26,14 +29,19 @@ class World:
 @contextmanager
 def noting_changes(world: World) -> Iterator[None]:
     """Write down which settings the block changes; it runs within `user_code`."""
-    before = [read() for read, _ in CARRIED]
+    had_torch = "torch" in sys.modules
+    before = [read() for read, _ in [*CARRIED, *(_torch_settings() if had_torch else [])]]
     environment = dict(os.environ)
     try:
         yield
     finally:
-        world.changes += [
-            (put, now) for (read, put), old in zip(CARRIED, before, strict=True) if (now := read()) != old
-        ]
+        has_torch = "torch" in sys.modules
+        after = [*CARRIED, *(_torch_settings() if has_torch else [])]
+        before += _torch_defaults() if has_torch and not had_torch else ()
+        for (read, put), old in zip(after, before, strict=False):  # of torch, there may be more or fewer than before
+            with contextlib.suppress(Exception):  # a mode of torch's that the block has not left may raise in here
+                if (now := read()) != old:
+                    world.changes.append((put, now))
         changed = {name: os.environ.get(name) for name in {*environment, *os.environ}}
         world.changes.append((_update_environment, {n: v for n, v in changed.items() if environment.get(n) != v}))
 
@@ -54,13 +62,13 @@ def kept_settings() -> Iterator[None]:
     settings = [*PROCESS, *CARRIED, *(_torch_settings() if had_torch else [])]
     kept = [(read, put, read()) for read, put in settings]
     try:
-        with warnings.catch_warnings(), _kept_autograd(had_torch):
+        with warnings.catch_warnings(), _kept_autograd(had_torch), _kept_modes(had_torch):
             yield
     finally:
-        if place is not None:
+        if place is not None and place.intact():
             with contextlib.suppress(OSError):
-                os.fchdir(place)
-            os.close(place)
+                os.fchdir(place.number)
+            place.close()
         for read, put, value in kept:
             _put_back(read, put, value)
         if not had_torch and "torch" in sys.modules:  # first imported within: what it begins with is known
@@ -89,9 +97,9 @@ def no_alarm_left() -> Iterator[None]:
                     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _open_working_directory() -> int | None:
+def _open_working_directory() -> Descriptor | None:
     try:
-        return os.open(".", os.O_RDONLY)
+        return Descriptor(os.open(".", os.O_RDONLY))
     except OSError:
         return None
 
@@ -136,6 +144,14 @@ def _set_streams(value: object) -> None:
     sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__ = value  # type: ignore
 
 
+def _hooks() -> tuple:
+    return sys.excepthook, threading.excepthook, sys.unraisablehook
+
+
+def _set_hooks(value: object) -> None:
+    sys.excepthook, threading.excepthook, sys.unraisablehook = value  # type: ignore[misc]
+
+
 def _handlers() -> dict[int, object]:
     return {number: signal.getsignal(number) for number in signal.valid_signals()}
 
@@ -178,6 +194,7 @@ PROCESS: tuple[Setting, ...] = (
     (_handlers, _set_handlers),
     (lambda: dict(os.environ), _set_environment),
     (_streams, _set_streams),
+    (_hooks, _set_hooks),
     (read_umask, os.umask),
     (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
 )
@@ -248,3 +265,62 @@ def _kept_autograd(had_torch: bool) -> Iterator[None]:
     recording = torch.is_grad_enabled()
     with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(recording):
         yield
+
+
+@contextmanager
+def _kept_modes(had_torch: bool) -> Iterator[None]:
+    """Take off torch's modes that the block entered and did not leave; each would see, or change, all that we compute.
+
+    Other versions of torch may have no such stacks, or call them otherwise; their modes stay.
+    """
+    functions, dispatches, device = (*_mode_depths(), _context_device()) if had_torch else (0, 0, None)
+    try:
+        yield
+    finally:
+        if "torch" in sys.modules:
+            with contextlib.suppress(Exception):
+                _leave_dispatch_modes(dispatches)
+            with contextlib.suppress(Exception):
+                _leave_function_modes(functions, device)
+
+
+def _mode_depths() -> tuple[int, int]:
+    import torch
+
+    found = (getattr(torch._C, f"_len_torch_{kind}_stack", None) for kind in ("function", "dispatch"))
+    functions, dispatches = (depth() if depth else 0 for depth in found)
+    return functions, dispatches
+
+
+def _leave_dispatch_modes(depth: int) -> None:
+    from torch.utils import _python_dispatch as modes
+
+    for _ in range(_mode_depths()[1] - depth):
+        now = _mode_depths()[1]
+        with contextlib.suppress(Exception):  # this also puts back what torch notes of the modes that are on
+            modes.TorchDispatchMode.__exit__(modes._get_current_dispatch_mode(), None, None, None)
+        if _mode_depths()[1] == now and hasattr(modes, "_pop_mode"):
+            modes._pop_mode()
+
+
+def _leave_function_modes(depth: int, device: object) -> None:
+    import torch
+    from torch import overrides
+
+    left = _mode_depths()[0] - depth
+    if left <= 0 or not hasattr(overrides, "_pop_mode"):
+        return
+    for _ in range(left):
+        overrides._pop_mode()
+    lasting = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+    if depth == 0:
+        if lasting is not None:  # of torch.set_default_device, which expects to find its own mode
+            overrides._push_mode(lasting)
+            torch.set_default_device(None)
+        if "torch.utils._device" in sys.modules:
+            sys.modules["torch.utils._device"].CURRENT_DEVICE = device
+
+
+def _context_device() -> object:
+    """What torch notes of the device that a mode has set; None where there is none."""
+    return getattr(sys.modules.get("torch.utils._device"), "CURRENT_DEVICE", None)

@@ -19,7 +19,7 @@ from stages.models.templates import stored_template
 from stages.models.tokens import PromptRow, Text
 from stages.results import Report
 from stages.rollout.specs import Spec, UserFunction, python_file, reason_of
-from stages.rollout.user_code import TookTooLong, too_slow, user_code
+from stages.rollout.user_code import ClosedFiles, TookTooLong, too_slow, user_code
 from stages.training.passes import collect
 
 SHOWN = 500  # characters of a value in a message
@@ -114,7 +114,7 @@ def call_function(
     where = f"{flag} {name}"
     try:
         numbers = _call(function, where, prompts, texts, timeout)
-    except StopRequested:
+    except (StopRequested, ClosedFiles):
         raise
     except TookTooLong:
         slow = _culprit(function, where, prompts, texts, timeout)

@@ -21,7 +21,7 @@ from stages.files.identity import file_digest
 from stages.models.source import Source, open_source, same_base
 from stages.places import absolute
 from stages.rollout.settings import World, noting_changes
-from stages.rollout.user_code import user_code
+from stages.rollout.user_code import ClosedFiles, user_code
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def load_function(name: str, what: str) -> UserFunction:
         with user_code(where), noting_changes(world):
             module = _import(path)
             function = getattr(module, function_name, None)
-    except StopRequested:
+    except (StopRequested, ClosedFiles):
         raise
     except BaseException as error:
         raise RewardError(f"importing it failed: {reason_of(error, path)}", where=where, fix="mend the file") from None

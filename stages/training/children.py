@@ -23,13 +23,13 @@ def adopt_orphans() -> None:
             ctypes.CDLL(None).prctl(ADOPT, 1, 0, 0, 0)
 
 
-def end_children(*, all_of_them: bool) -> None:
-    """End what this process started: workers of `multiprocessing`, as Python itself would; or every descendant.
+def end_children() -> None:
+    """End what this process started: every descendant, and the workers of `multiprocessing`.
 
-    A process that was given a session of its own was meant to stay, and does.
+    A process that was given a session of its own was meant to stay, and does. The one that `multiprocessing` has to
+    clean up after its workers ends by itself, once we and they have.
     """
-    found = descendants(os.getpid()) if all_of_them else []
-    found = list(dict.fromkeys([*found, *_workers()]))
+    found = [child for child in dict.fromkeys([*descendants(os.getpid()), *_workers()]) if child != _cleaner()]
     for number in (signal.SIGTERM, signal.SIGKILL):
         for child in found:
             with contextlib.suppress(OSError):
@@ -57,6 +57,11 @@ def descendants(process: int) -> list[int]:
 def _workers() -> list[int]:
     process = sys.modules.get("multiprocessing.process")  # not there: nobody started any
     return [child.pid for child in process.active_children() if child.pid] if process else []
+
+
+def _cleaner() -> int | None:
+    tracker = sys.modules.get("multiprocessing.resource_tracker")
+    return getattr(getattr(tracker, "_resource_tracker", None), "_pid", None)
 
 
 def _lives(process: int) -> bool:
