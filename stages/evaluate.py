@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from stages.config import EvaluateConfig
-from stages.errors import ConfigError, DatasetError
+from stages.errors import ConfigError, DatasetError, NotFiniteError
 from stages.files.atomic import write_json, write_text
 from stages.files.rows import Demonstration, Prompt
 from stages.inputs import Inputs
@@ -184,9 +184,12 @@ def warn_of_other_sampling(candidates: list[Candidate], sampling: Sampling, repo
 
 
 def answer(bench: Bench, candidate: Candidate) -> Measured:
-    """A candidate's response to every prompt."""
+    """A candidate's response to every prompt; raises NotFiniteError, with its name, if it computes no numbers."""
     bench.roles.add("policy", candidate_adapter(bench.roles.base, candidate))
-    return measure(bench, [0])
+    try:
+        return measure(bench, [0])
+    except NotFiniteError as error:
+        raise NotFiniteError(error.what, where=candidate.name, fix=error.fix) from None
 
 
 def measure_frontier(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.config import ExportConfig
-from stages.errors import ModelError
+from stages.errors import ModelError, NotFiniteError
 from stages.files import atomic
 from stages.files.rows import Demonstration
 from stages.inputs import Inputs
@@ -53,6 +53,12 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
     sequences = probe_sequences(base)
     with roles.use("merged"), torch.no_grad():
         expected = [read_out(base, head, s) for s in sequences]
+    if not all(numbers.isfinite().all() for numbers in expected):
+        raise NotFiniteError(
+            "it computes numbers that are not finite: its weights are too large",
+            where=source.name,
+            fix="train it again with a lower --learning-rate",
+        )
     report.note(f"merging the adapter of {source.name} into {source.base_name}")
     merge_and_unwrap(base.model, base.layers, roles.adapters["merged"])
     model = base.model.to(wanted) if head is None else as_classifier(base, head, wanted)

@@ -9,6 +9,8 @@ import statistics
 import pytest
 import torch
 
+from stages import evaluate
+from stages.errors import NotFiniteError
 from stages.evaluate import win_rate
 from stages.maths.statistics import wilson_interval
 from tests.commands import SHORT, contents, done, lines_of, refused, result, rlhf
@@ -246,3 +248,21 @@ def test_rows_of_one_prompt_count_together_in_a_win_rate():
     assert again["rate"] == apart["rate"] == 0.75 and again["n"] == 20
     worth = 3 * (1.96 / 3.182) ** 2  # (4 - 1) x (z / t of 3 degrees)^2
     assert (again["low"], again["high"]) == pytest.approx(wilson_interval(0.75 * worth, worth), abs=2e-3)
+
+
+def test_a_checkpoint_that_computes_no_numbers_is_named(chain, tmp_path, monkeypatch):
+    """Of several in one table it is the one that is named, not the first."""
+    real = evaluate.measure
+    calls = []
+
+    def second_fails(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise NotFiniteError("sampling gives log-probabilities that are not finite", where="another")
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "measure", second_fails)
+    found = chain()
+    line = ("--model", found.base, "--reference", found.base, "--also", found.sft, "--reward", found.reward)
+    said = refused("evaluate", *line, "--dataset", found.prompts, "--limit-rows", 2, "--max-response-tokens", 4)
+    assert f"{found.sft}: sampling gives log-probabilities that are not finite" in said
