@@ -287,6 +287,8 @@ def next_commands(path: str, found: dict) -> list[str]:
     if "reward" not in stages:
         return [f"rlhf reward --model {here['sft']} --dataset COMPARISONS --output {here['reward']}"]
     policies = [stage for stage in ("ppo", "dpo") if stage in stages]
+    if not policies and inner(stages, "reward", "metrics", "verdict") == "no-go":
+        return []  # `rlhf ppo` would refuse it
     if not policies:
         return [f"rlhf ppo --model {here['sft']} --reward {here['reward']} --dataset PROMPTS --output {here['ppo']}"]
     prompts = inner(stages.get("ppo"), "config", "dataset")

@@ -314,3 +314,10 @@ def test_policies_and_the_best_of_n_stand_in_one_table_by_kl(tmp_path):
 def test_rows_that_make_no_sense_are_left_out(tmp_path, broken):
     result = report(whole_run(tmp_path, frontier=broken, best_of=broken, over_optimisation=broken))
     assert not any("KL" in t.title or "best of" in t.title for t in result.tables)
+
+
+@pytest.mark.parametrize(("verdict", "count"), [("go", 1), ("no-go", 0)])
+def test_ppo_is_not_suggested_where_it_would_be_refused(tmp_path, verdict, count):
+    write(tmp_path / "sft/checkpoint.json", manifest("sft"))
+    write(tmp_path / "reward/checkpoint.json", manifest("reward", verdict=verdict))
+    assert len(report(tmp_path).next) == count
