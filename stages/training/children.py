@@ -41,12 +41,12 @@ def end_children() -> None:
 
 
 def descendants(process: int) -> list[int]:
-    """Children of a process in its session, their children, and so on; none where the system has no /proc."""
+    """Living children of a process in its session, theirs, and so on; none where the system has no /proc."""
     session, children = os.getsid(process), {}
     for place in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             fields = place.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            if int(fields[3]) == session:
+            if int(fields[3]) == session and fields[0] != "Z":  # one that has ended is only a line in the system's list
                 children.setdefault(int(fields[1]), []).append(int(place.parent.name))
     found = list(children.get(process, []))
     for child in found:  # grows on the way
