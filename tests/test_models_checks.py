@@ -12,7 +12,7 @@ from stages.errors import CheckpointError, ModelError
 from stages.files.tensors import load_tensors, save_tensors
 from stages.models import attention, base, lora
 from stages.models.base import load_base
-from stages.models.checks import check_finite, reason_of
+from stages.models.checks import check_finite, library_reason
 from stages.models.roles import Roles, adapter_of, head_of, save_adapter
 from stages.models.source import adapter_beside, open_source
 from stages.training.reload import check_adaptable, check_reload
@@ -116,8 +116,8 @@ def test_layers_that_predict_later_tokens_are_rightly_left_out(folder):
 
 
 def test_the_reason_of_a_librarys_exception_is_one_line():
-    assert reason_of(ValueError("no such field:\n\n   int wanted\nmore")) == "no such field: int wanted"
-    assert reason_of(KeyError("foo")) == "KeyError 'foo'" and reason_of(ValueError()) == "ValueError"
+    assert library_reason(ValueError("no such field:\n\n   int wanted\nmore")) == "no such field: int wanted"
+    assert library_reason(KeyError("foo")) == "KeyError 'foo'" and library_reason(ValueError()) == "ValueError"
 
 
 def test_a_model_whose_own_code_fails_is_refused(open_tiny, monkeypatch):

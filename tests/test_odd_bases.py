@@ -120,8 +120,8 @@ def test_weights_that_are_finite_but_give_no_numbers_are_not_published(model_fol
             delta.a.data.fill_(1e18)
         return whole(roles, adapter, step)
 
-    whole = session._stop_if_diverged
-    monkeypatch.setattr(session, "_stop_if_diverged", spoiled)
+    whole = session._stop_if_states_overflow
+    monkeypatch.setattr(session, "_stop_if_states_overflow", spoiled)
     ended = rlhf(*line)
     assert ended.code == 3 and "states that are not finite" in ended.stderr, ended.stderr
     assert not (data / "out" / "checkpoint.json").exists()

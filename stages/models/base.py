@@ -14,7 +14,7 @@ from torch.nn import functional
 from stages.errors import ModelError
 from stages.files.atomic import read_text
 from stages.models import attention
-from stages.models.checks import check_finite, check_tensors, config_problem, reason_of
+from stages.models.checks import check_finite, check_tensors, config_problem, library_reason
 from stages.models.lora import LoraLinear, Switch, wrap
 from stages.models.native import Native, native_of
 from stages.models.prefixes import pack
@@ -312,7 +312,7 @@ def load_base(
         with _quiet():
             problem = config_problem(source, trust_remote_code=trust_remote_code, build=True)
         raise ModelError(
-            f"the base cannot be loaded: {problem or reason_of(error)}",
+            f"the base cannot be loaded: {problem or library_reason(error)}",
             where=str(source.base),
             fix="check the folder's files",
         ) from None
@@ -333,7 +333,7 @@ def base_of(model: nn.Module, source: Source) -> Base:
         if "memory" in str(error):
             raise
         raise ModelError(
-            f"`{source.config['model_type']}` cannot be run on a plain text: {reason_of(error)}",
+            f"`{source.config['model_type']}` cannot be run on a plain text: {library_reason(error)}",
             where="--model",
             fix=ANOTHER,
         ) from error

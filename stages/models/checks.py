@@ -32,11 +32,11 @@ def config_problem(source: Source, *, trust_remote_code: bool, build: bool) -> s
             if build:
                 AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # as many kinds as there are architectures
-        return f"its config.json describes no causal language model: {reason_of(error)}"
+        return f"its config.json describes no causal language model: {library_reason(error)}"
     return None
 
 
-def reason_of(error: BaseException) -> str:
+def library_reason(error: BaseException) -> str:
     """What a library's exception says, in one line; some put the matter into their second."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(lines[:2])[:300]

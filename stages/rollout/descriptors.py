@@ -13,7 +13,7 @@ OUT_OF_THE_WAY = 900  # where spares are kept, if that many files may be open: p
 _spares: set[int] = set()
 
 
-def identity(number: int) -> tuple[int, int] | None:
+def file_behind(number: int) -> tuple[int, int] | None:
     """Which file a descriptor leads to; None where it is closed."""
     try:
         found = os.fstat(number)
@@ -26,11 +26,11 @@ class Descriptor:
     """One of ours, whose number may have become that of somebody else's file."""
 
     def __init__(self, number: int):
-        self.number, self.file = number, identity(number)
+        self.number, self.file = number, file_behind(number)
 
     def intact(self) -> bool:
         """True while it leads where it did."""
-        return self.file is not None and identity(self.number) == self.file
+        return self.file is not None and file_behind(self.number) == self.file
 
     def close(self) -> None:
         """Close it, if it is still ours."""
@@ -41,7 +41,7 @@ class Descriptor:
 @contextmanager
 def kept_descriptors() -> Iterator[None]:
     """Have the standard descriptors lead where they did after the block; forked children keep no spares of them."""
-    kept = {number: Descriptor(_spare(number)) for number in STANDARD if identity(number)}
+    kept = {number: Descriptor(_spare(number)) for number in STANDARD if file_behind(number)}
     _spares.update(spare.number for spare in kept.values())
     try:
         yield
@@ -62,10 +62,10 @@ def _spare(number: int) -> int:
 
 
 def _put_back(number: int, spare: Descriptor) -> None:
-    if identity(number) != spare.file:
+    if file_behind(number) != spare.file:
         if spare.intact():
             os.dup2(spare.number, number)
-        elif identity(number) is None:  # nothing is left of it; the next file to be opened shall not take its number
+        elif file_behind(number) is None:  # nothing is left of it; the next file to be opened shall not take its number
             nothing = os.open(os.devnull, os.O_RDWR)
             if nothing != number:
                 os.dup2(nothing, number)

@@ -189,7 +189,7 @@ def publish(
     Raises TrainingStopped where the model has come to give anything but numbers.
     """
     base = roles.base
-    _stop_if_diverged(roles, adapter, step=len(lines) - 1)
+    _stop_if_states_overflow(roles, adapter, step=len(lines) - 1)
     files = save_adapter(run.folder, base, adapter, head)
     check_reload(base, run.folder, adapter, head)
     if critic is not None:
@@ -229,7 +229,7 @@ def publish(
 
 
 @torch.no_grad()
-def _stop_if_diverged(roles: Roles, adapter: Adapter, step: int) -> None:
+def _stop_if_states_overflow(roles: Roles, adapter: Adapter, step: int) -> None:
     """Raise TrainingStopped where a trained adapter makes of a short text states that are not finite."""
     with roles.use(next(role for role, own in roles.adapters.items() if own is adapter)):
         states = roles.base.hidden(probe_sequences(roles.base))
