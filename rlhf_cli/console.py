@@ -13,7 +13,7 @@ from typing import TextIO
 
 from stages.errors import ConfigError
 from stages.launch import read_launch
-from stages.results import Report, Silent
+from stages.results import Reporter, Silent
 
 LIVE_PPO = ("reward_score", "reward_kl", "entropy", "response_length", "tokens_per_second")
 LIVE = ("loss", "eval_loss", "accuracy", "eval_accuracy", "lr")
@@ -53,7 +53,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[Report]:
+def reporting() -> Iterator[Reporter]:
     """The `Report` of one command: a `Console` on rank 0, silence elsewhere; an open phase is closed at the end."""
     if rank():
         yield Silent()

@@ -22,7 +22,7 @@ from stages import __version__
 from stages.config import REQUIRED, STAGES, TrainingKnobs, default_of, knobs, read_recipe, resolve
 from stages.errors import ConfigError, Interrupted, StopRequested, TrainingStopped, UserError, escape_lines, words_of
 from stages.launch import check_docstrings, check_launch
-from stages.results import Report, Result
+from stages.results import Reporter, Result
 
 # A command worth copying for each stage; one without an entry is shown with its required knobs.
 EXAMPLES = {
@@ -158,8 +158,8 @@ def report(
     """Read what the stages wrote about a run."""
 
     def work() -> Result:
-        with speaking() as said:
-            return load("report").run(runs, said)
+        with open_reporter() as reporter:
+            return load("report").run(runs, reporter)
 
     return guarded(work, as_json, debug)
 
@@ -171,17 +171,17 @@ def run_stage(name: str, cls: type, values: dict[str, object]) -> int:
         recipe = read_recipe(str(values["config"]), cls) if values["config"] is not None else {}
         config = resolve(cls, recipe, given(cls, values))
         check_docstrings()
-        with speaking() as said:
+        with open_reporter() as reporter:
             # Whatever can be wrong with the inputs is found before torch is imported.
             inputs = load("inputs").open_inputs(name, config, overwrite=bool(values.get("overwrite")))
             for line in getattr(inputs, "warnings", ()):
-                said.warn(line)
+                reporter.warn(line)
             if getattr(inputs, "done", False):
                 return load("inputs").already_done(name, config, inputs)
             for line in getattr(inputs, "notes", ()):
-                said.note(line)
+                reporter.note(line)
             try:
-                return load(name).run(config, inputs, said, dry_run=bool(values["dry_run"]))
+                return load(name).run(config, inputs, reporter, dry_run=bool(values["dry_run"]))
             finally:
                 if getattr(inputs, "run", None) is not None:
                     inputs.run.release()
@@ -190,10 +190,10 @@ def run_stage(name: str, cls: type, values: dict[str, object]) -> int:
 
 
 @contextlib.contextmanager
-def speaking() -> Iterator[Report]:
+def open_reporter() -> Iterator[Reporter]:
     """A stage's way to speak."""
-    with reporting() as said:
-        yield said
+    with reporting() as reporter:
+        yield reporter
 
 
 def guarded(work: Callable[[], Result], as_json: bool, debug: bool) -> int:

@@ -25,7 +25,7 @@ from stages.places import absolute
 
 AUTO = "auto"
 CRITIC_FREE = ("rloo", "grpo", "reinforce++", "reinforce++-baseline")
-CONDITIONS = (  # what PPO is watched for; see stages/rollout/watchdog.py
+CONDITION_NAMES = (  # what PPO is watched for; see stages/rollout/watchdog.py
     "kl", "negative-kl", "ratio", "entropy", "length", "no-eos", "critic", "dead-groups", "nan", "reward-range",
     "repetition",
 )  # fmt: skip
@@ -46,7 +46,7 @@ class Knob:
     high: float | None = None  # largest value allowed
     choices: tuple[str, ...] = ()
     auto: str = ""  # what `null`/"auto" means, for --help
-    inert: bool = False  # True: does not change the result, so it may differ when a run is resumed
+    may_change_on_resume: bool = False  # True: does not change the result, so it may differ when a run is resumed
     paths: bool = False  # True for a list of files and folders, whose names may hold commas
 
 
@@ -109,11 +109,16 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
     """What every training stage has."""
 
     output: str = knob(
-        REQUIRED, "folder for the checkpoint; the same command again resumes or says it is done", OUTPUT, inert=True
+        REQUIRED,
+        "folder for the checkpoint; the same command again resumes or says it is done",
+        OUTPUT,
+        may_change_on_resume=True,
     )
-    save_every: int = knob(50, "save resume state every N steps", OUTPUT, low=1, inert=True)
-    keep_states: int = knob(2, "resume states kept while training", OUTPUT, low=1, inert=True)
-    keep_state: bool = knob(False, "keep the resume state after the run has finished", OUTPUT, inert=True)
+    save_every: int = knob(50, "save resume state every N steps", OUTPUT, low=1, may_change_on_resume=True)
+    keep_states: int = knob(2, "resume states kept while training", OUTPUT, low=1, may_change_on_resume=True)
+    keep_state: bool = knob(
+        False, "keep the resume state after the run has finished", OUTPUT, may_change_on_resume=True
+    )
 
     eval_dataset: str | None = knob(None, "held-out rows", DATA, auto="eval_fraction of the dataset")
     eval_fraction: float = knob(0.05, "share of prompts held out when no eval_dataset is given", DATA, low=0, high=0.5)
@@ -131,7 +136,7 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
         "rows per forward pass; auto is what memory has room for; changes results by rounding alone",
         TRAINING,
         low=1,
-        inert=True,
+        may_change_on_resume=True,
     )
 
     learning_rate: float = knob(2e-4, "peak learning rate", OPTIMISER, above=0)
@@ -148,7 +153,7 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
         "passes do not fit otherwise (changes results by rounding alone)",
         OPTIMISER,
         choices=(AUTO, "true", "false"),
-        inert=True,
+        may_change_on_resume=True,
     )
 
     lora_rank: int | None = knob(None, "rank of the adapters", LORA, low=1, high=4096, auto="32, or the checkpoint's")
@@ -274,13 +279,15 @@ class RolloutKnobs:
     )
     max_response_tokens: int = knob(128, "longest response in tokens", ROLLOUT, low=1, high=10**6)
     temperature: float = knob(0.7, "sampling temperature; log-probabilities are tempered alike", ROLLOUT, above=0)
-    rollout_batch_size: int | str = knob(AUTO, "responses sampled side by side", ROLLOUT, low=1, inert=True)
+    rollout_batch_size: int | str = knob(
+        AUTO, "responses sampled side by side", ROLLOUT, low=1, may_change_on_resume=True
+    )
     rollout_engine: str = knob(
         AUTO,
         "what samples: our own decoder, or transformers; auto is ours where it gives the base's logits",
         ROLLOUT,
         choices=(AUTO, "native", "transformers"),
-        inert=True,
+        may_change_on_resume=True,
     )
 
 
@@ -300,7 +307,7 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         REWARD,
         low=0,
         high=1e8,
-        inert=True,
+        may_change_on_resume=True,
     )
     missing_eos_penalty: float = knob(1.0, "charge for a response that never ends; 0 turns it off", REWARD, low=0)
     missing_eos: str = knob(
@@ -313,7 +320,10 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
     normalise_scores: bool = knob(False, "divide scores by their running spread, after taking off their mean", REWARD)
     score_clip: float | None = knob(None, "clip scores to +- this", REWARD, above=0, auto="off")
     force: bool = knob(
-        False, "go on with a reward model that is no better than chance on held out pairs", REWARD, inert=True
+        False,
+        "go on with a reward model that is no better than chance on held out pairs",
+        REWARD,
+        may_change_on_resume=True,
     )
     length_penalty: float = knob(0.0, "charge per token beyond length_limit", REWARD, low=0)
     length_limit: int = knob(0, "response length that costs nothing", REWARD, low=0)
@@ -386,8 +396,8 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
         ["kl", "nan"],
         "conditions that end the run, or none; a wrong name lists them all",
         PPO,
-        choices=CONDITIONS,
-        inert=True,
+        choices=CONDITION_NAMES,
+        may_change_on_resume=True,
     )
 
     learning_rate: float = knob(1e-5, "learning rate of the policy at the first update", OPTIMISER, above=0)
@@ -514,7 +524,7 @@ class PpoConfig(RolloutKnobs, TrainingKnobs):
 class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
     __doc__ = "Measure checkpoints: policies on prompts or demonstrations, reward models and DPO on comparisons."
 
-    output: str | None = knob(None, "also write the report to this .json file", OUTPUT, inert=True)
+    output: str | None = knob(None, "also write the report to this .json file", OUTPUT, may_change_on_resume=True)
     reward: list[str] = knob([], "reward source that scores responses", REWARD, paths=True)
     gold: list[str] = knob([], "a second source, reported apart and never trained on", REWARD, paths=True)
     reward_timeout: float = knob(
@@ -523,7 +533,7 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
         REWARD,
         low=0,
         high=1e8,
-        inert=True,
+        may_change_on_resume=True,
     )
     against: str | None = knob(None, "checkpoint or base to compare with, prompt by prompt", EVALUATION)
     reference: str | None = knob(
@@ -547,7 +557,7 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
         EVALUATION,
         paths=True,
     )
-    plot: str | None = knob(None, "draw scores over KL into this .svg file", OUTPUT, inert=True)
+    plot: str | None = knob(None, "draw scores over KL into this .svg file", OUTPUT, may_change_on_resume=True)
     examples: int = knob(3, "prompts shown with their responses", EVALUATION, low=0)
     temperature: float | None = knob(
         None, "sampling temperature", ROLLOUT, above=0, auto="what the policy was trained at, else 1.0"
@@ -1000,5 +1010,5 @@ def _is_stored(value: object, kind: object) -> bool:
 def differing(config: object, other: dict[str, object]) -> list[str]:
     """Names of the knobs that change a result and differ between a config and a stored one."""
     mine = as_dict(config)
-    inert = {name for name, (_, about, _) in knobs(type(config)).items() if about.inert}
+    inert = {name for name, (_, about, _) in knobs(type(config)).items() if about.may_change_on_resume}
     return sorted(n for n in mine.keys() | other.keys() if n not in inert and mine.get(n) != other.get(n))

@@ -15,7 +15,7 @@ from stages.inputs import Inputs
 from stages.maths.preferences import dpo_loss, implicit_reward, ipo_loss, kto_baseline, kto_loss
 from stages.models.roles import Roles, adapter_of, frozen_copy, start_adapter
 from stages.models.tokens import TokenRow
-from stages.results import Report, Result, next_commands
+from stages.results import Reporter, Result, next_commands
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import (
     NO_PAIRS,
@@ -49,19 +49,19 @@ from stages.training.session import (
 REPORT_FILE = "report.json"
 
 
-def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Train a policy on comparisons and publish it with the report that a reward model would get."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config, report)
-    limit = context_limit(config.max_tokens, source, report)
+    text = open_text(source, config, reporter)
+    limit = context_limit(config.max_tokens, source, reporter)
     encode = partial(encode_comparison, text=text, max_tokens=limit)
-    rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
+    rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="comparisons")
     held = encode_all(
-        inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out comparisons"
+        inputs.held_out, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="held-out comparisons"
     )
-    report_cuts(rows, limit, report, "comparisons")
-    report_cuts(held, limit, report, "held-out comparisons")
-    cause = check_coverage(text, inputs.train, report, what="comparisons")
+    report_cuts(rows, limit, reporter, "comparisons")
+    report_cuts(held, limit, reporter, "held-out comparisons")
+    cause = check_coverage(text, inputs.train, reporter, what="comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes, read = [row.size for row in rows], count_targets(flatten(rows))
     work = Work("dpo", sizes, config.batch_size, read=read / sum(sizes), computed=computed_share(rows))
@@ -74,14 +74,14 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     if dry_run:
         return plan_result(config, source, work, total, inputs.rows_left_out)
 
-    base, ranks = open_for_training(source, config, text, work, report)
+    base, ranks = open_for_training(source, config, text, work, reporter)
     roles = Roles(base)
     seed = derive(config.seed, "dpo", "adapter")
     adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)
     roles.add("policy", adapter)
     roles.add("reference", frozen_copy(adapter_of(base, source, trainable=False)))
     progress = open_progress(config, {"policy": roles.parameters("policy")})
-    report.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
+    reporter.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
 
     batches = first_visits(total, len(rows), config)
     visited = [i for batch in batches for i in batch]
@@ -89,7 +89,7 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     @cache  # once the run has its folder, and what an earlier one knew has been looked for there
     def reference_of(which: str) -> Tensor:
         parts = {"train": [flatten([rows[i] for i in batch]) for batch in batches], "held_out": [flatten(held)]}[which]
-        return cached_logprobs(out, which, roles, "reference", source.digest, parts, config.micro_batch_size, report)
+        return cached_logprobs(out, which, roles, "reference", source.digest, parts, config.micro_batch_size, reporter)
 
     @cache
     def known() -> dict[int, Tensor]:
@@ -119,12 +119,12 @@ def run(config: DpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
                 known()  # before the clock of the first step runs
                 asked = count_targets(flatten([rows[i] for i in visited]))
                 loss = -float(reference_of("train").double().sum()) / asked
-                warn_above_uniform(loss, base.vocabulary, "the reference's loss on the responses", cause, report)
+                warn_above_uniform(loss, base.vocabulary, "the reference's loss on the responses", cause, reporter)
             found = held_out_report()
         names = ("accuracy", "log_loss", "margin_mean", "score_length_corr")
         return {f"eval_{name}": found[name] for name in names if name in found}
 
-    train(out, report, ranks, progress, config, title="dpo", total=total, update=update, evaluate=evaluate)
+    train(out, reporter, ranks, progress, config, title="dpo", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("dpo", "done", config.output, {})
     found = held_out_report()

@@ -19,7 +19,7 @@ from stages.models.candidates import Candidate, candidate_of, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.places import absolute
-from stages.results import Report, Result, Table, facts_table, metrics_table
+from stages.results import Reporter, Result, Table, facts_table, metrics_table
 from stages.rollout.contest import SIDE_BY_SIDE, contest, contest_tables
 from stages.rollout.frontier import curve_tables, describe_turn, frontier_plot, turning_point
 from stages.rollout.generate import Sampling, check_engine
@@ -33,13 +33,13 @@ from stages.training.session import check_coverage, context_limit, encode_all, o
 MOST_RESPONSES = 10**7  # held in memory until they are measured
 
 
-def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Measure whatever the model and the dataset allow; writes the report where --output says."""
     source = inputs.source
     output, plot = (absolute(n, f) if n else None for n, f in ((config.output, "--output"), (config.plot, "--plot")))
-    text = open_text(source, config, report)
-    rows = tokenise(config, inputs, text, report)
-    cause = check_coverage(text, inputs.data.rows, report, what="rows")
+    text = open_text(source, config, reporter)
+    rows = tokenise(config, inputs, text, reporter)
+    cause = check_coverage(text, inputs.data.rows, reporter, what="rows")
     if dry_run:
         plan = {name: len(encoded) for name, encoded in rows.items()}
         return Result("evaluate", "dry run", None, {"plan": plan}, (facts_table("evaluate: the plan", plan),))
@@ -49,49 +49,49 @@ def run(config: EvaluateConfig, inputs: Inputs, report: Report, *, dry_run: bool
     tables: tuple[Table, ...] = ()
     if "comparisons" in rows:
         model = replace(candidate_of(config.model, source), reference=inputs.reference)
-        reports = contest(roles, [model, *inputs.also], rows["comparisons"], report)
+        reports = contest(roles, [model, *inputs.also], rows["comparisons"], reporter)
         own = {name: value for name, value in reports[0].items() if name not in SIDE_BY_SIDE}
         found |= {reports[0]["kind"]: own} | ({"compared": reports} if inputs.also else {})
         tables = contest_tables(reports)
     if "demonstrations" in rows:
         roles.add("policy", adapter_of(base, source, trainable=False))
         found["perplexity"] = measure_perplexity(roles, rows["demonstrations"])
-        warn_above_uniform(found["perplexity"]["loss"], base.vocabulary, "the loss", cause, report)
+        warn_above_uniform(found["perplexity"]["loss"], base.vocabulary, "the loss", cause, reporter)
         tables = (metrics_table("perplexity", found["perplexity"]),)
     if "prompts" in rows:
         for line in check_engine(base, config.rollout_engine):
-            report.note(line)
-        found |= measure_policies(config, inputs, roles, text, rows["prompts"], report)
+            reporter.note(line)
+        found |= measure_policies(config, inputs, roles, text, rows["prompts"], reporter)
         tables += policy_tables(found)
     if output:
         write_json(output, found)
     if plot:
         picture = frontier_plot(curve_of(found), found.get("best_of", []), f"{found['prompts']} prompts")
         write_text(plot, picture)
-        report.note(f"drew {config.plot}")
+        reporter.note(f"drew {config.plot}")
     is_policy = source.manifest is not None and source.manifest.stage != "reward"
     further = (f"rlhf export --model {shlex.quote(config.model)} --output DIR",) if is_policy else ()
     return Result("evaluate", "done", config.output, found, tables, further)
 
 
-def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report) -> dict[str, list]:
+def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Reporter) -> dict[str, list]:
     """What will be measured, encoded, by its kind: comparisons; demonstrations, and prompts where they are answered.
 
     Raises DatasetError for rows that do not fit.
     """
     source, data = inputs.source, inputs.data
-    encode = partial(encode_all, skip_bad=config.skip_bad_rows, report=report)
+    encode = partial(encode_all, skip_bad=config.skip_bad_rows, reporter=reporter)
     if data.kind in ("comparison", "rating"):
-        limit = context_limit(config.max_tokens, source, report)
+        limit = context_limit(config.max_tokens, source, reporter)
         comparisons = encode(data.rows, partial(encode_comparison, text=text, max_tokens=limit), what="comparisons")
-        report_cuts(comparisons, limit, report, "comparisons")
+        report_cuts(comparisons, limit, reporter, "comparisons")
         return {"comparisons": comparisons}
     rows: dict[str, list] = {}
     if data.kind == "demonstration":
-        limit = context_limit(config.max_tokens, source, report)
+        limit = context_limit(config.max_tokens, source, reporter)
         read = partial(text.demonstration, mask=config.mask, max_tokens=limit)
         rows["demonstrations"] = encode(data.rows, read, what="demonstrations")
-        report_cuts(rows["demonstrations"], limit, report, "demonstrations")
+        report_cuts(rows["demonstrations"], limit, reporter, "demonstrations")
     if data.kind == "prompt" or inputs.rewards or inputs.gold:
         sampling = sampling_of(source, config)
         longest = min(config.max_prompt_tokens or 2**30, source.context - sampling.max_tokens)
@@ -99,7 +99,7 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, report: Report)
         if not asked:
             raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
         rows["prompts"] = encode(asked, partial(text.prompt, max_tokens=longest), what="prompts")
-        check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"], report)
+        check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"], reporter)
         check_best_of(config.best_of, len(rows["prompts"]))
     return rows
 
@@ -131,7 +131,7 @@ def measure_perplexity(roles: Roles, rows: list[TokenRow]) -> dict[str, float]:
 
 
 def measure_policies(
-    config: EvaluateConfig, inputs: Inputs, roles: Roles, text: Text, prompts: list[PromptRow], report: Report
+    config: EvaluateConfig, inputs: Inputs, roles: Roles, text: Text, prompts: list[PromptRow], reporter: Reporter
 ) -> dict[str, object]:
     """Score, KL, length of --model's responses; beside those of --against and --also, and the best of several."""
     source = inputs.source
@@ -147,8 +147,8 @@ def measure_policies(
     bench = Bench(roles, text, prompts, sampling, rewards, config.seed)
     model = candidate_of(config.model, source)
     sides = {"policy": model} | ({"against": candidate_of(config.against, inputs.against)} if inputs.against else {})
-    warn_of_other_sampling([*sides.values(), *inputs.also], sampling, report)
-    report.begin("evaluate", len(sides) + bool(config.best_of) + len(inputs.also))
+    warn_of_other_sampling([*sides.values(), *inputs.also], sampling, reporter)
+    reporter.begin("evaluate", len(sides) + bool(config.best_of) + len(inputs.also))
     found: dict[str, object] = {"prompts": len(prompts), "temperature": sampling.temperature}
     measured: dict[str, Measured] = {}
     done = 0
@@ -157,11 +157,11 @@ def measure_policies(
         found[name] = summarise(measured[name])
         if name == "policy" and config.best_of:
             found["best_of"] = best_of_rows(bench, measured[name], config.best_of)
-            report.log(done := done + 1, {})
-        report.log(done := done + 1, found[name])
+            reporter.log(done := done + 1, {})
+        reporter.log(done := done + 1, found[name])
     if inputs.also:
-        found |= measure_frontier(bench, [model, *inputs.also], measured["policy"], report, done)
-    report.end()
+        found |= measure_frontier(bench, [model, *inputs.also], measured["policy"], reporter, done)
+    reporter.end()
     if inputs.against is not None:
         scores = {name: side.scores for name, side in measured.items()}
         found["compared_with"] = config.against
@@ -172,7 +172,7 @@ def measure_policies(
     return found
 
 
-def warn_of_other_sampling(candidates: list[Candidate], sampling: Sampling, report: Report) -> None:
+def warn_of_other_sampling(candidates: list[Candidate], sampling: Sampling, reporter: Reporter) -> None:
     """Say where a policy is sampled in another way than it was trained: its KL and scores are not those of training."""
     used = {"temperature": sampling.temperature, "max_response_tokens": sampling.max_tokens}
     for candidate in candidates:
@@ -180,7 +180,7 @@ def warn_of_other_sampling(candidates: list[Candidate], sampling: Sampling, repo
         other = [f"{name} {trained[name]:g}" for name in used if trained[name] not in (None, used[name])]
         if candidate.stage == "ppo" and other:
             now = ", ".join(f"{name} {value:g}" for name, value in used.items())
-            report.note(f"{candidate.name} was trained at {' and '.join(other)}; all are measured at {now}")
+            reporter.note(f"{candidate.name} was trained at {' and '.join(other)}; all are measured at {now}")
 
 
 def answer(bench: Bench, candidate: Candidate) -> Measured:
@@ -193,7 +193,7 @@ def answer(bench: Bench, candidate: Candidate) -> Measured:
 
 
 def measure_frontier(
-    bench: Bench, candidates: list[Candidate], first: Measured, report: Report, done: int
+    bench: Bench, candidates: list[Candidate], first: Measured, reporter: Reporter, done: int
 ) -> dict[str, object]:
     """A row per candidate by rising KL, and where the gold score turns; `first` is what the first one answered."""
     rows, gold = [], {}
@@ -202,7 +202,7 @@ def measure_frontier(
         summary = summarise(measured)
         rows.append({"model": candidate.name, "label": label} | summary)
         gold[candidate.name] = measured.scores.get("gold")
-        report.log(done + number, summary)
+        reporter.log(done + number, summary)
     rows.sort(key=lambda row: row["kl"])
     found: dict[str, object] = {"frontier": rows}
     if bench.judges.keys() >= {"score", "gold"}:

@@ -20,7 +20,7 @@ from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import scored_template
 from stages.models.tokens import PROBE, Text
 from stages.places import absolute
-from stages.results import Report, Result, Table, facts_table
+from stages.results import Reporter, Result, Table, facts_table
 from stages.training.devices import DTYPES, pick_device
 from stages.training.reload import probe_sequences
 from stages.training.session import open_text
@@ -32,10 +32,10 @@ TOLERANCE = {
 }  # of the largest logit; rounding of weights
 
 
-def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+def run(config: ExportConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Write the merged model in the wanted precision, load it back with transformers, and compare."""
     source, output = inputs.source, absolute(config.output, "--output")
-    text = open_text(source, config, report)
+    text = open_text(source, config, reporter)
     own = DTYPES.get(str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32)
     wanted = DTYPES.get(config.dtype, own)
     is_reward = source.manifest.stage == "reward"
@@ -59,7 +59,7 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
             where=source.name,
             fix="train it again with a lower --learning-rate",
         )
-    report.note(f"merging the adapter of {source.name} into {source.base_name}")
+    reporter.note(f"merging the adapter of {source.name} into {source.base_name}")
     merge_and_unwrap(base.model, base.layers, roles.adapters["merged"])
     model = base.model.to(wanted) if head is None else as_classifier(base, head, wanted)
     check_finite(model, where="--dtype")  # a merged weight may be larger than the wanted precision has room for
@@ -67,7 +67,7 @@ def run(config: ExportConfig, inputs: Inputs, report: Report, *, dry_run: bool =
         model.generation_config.eos_token_id = list(text.stop_ids)
     set_special_tokens(model, text)
     if head is not None and text.has_template:
-        end_where_scored(text, report)
+        end_where_scored(text, reporter)
     atomic.clear_leftovers(output.parent, of=output.name)
     with atomic.folder(output) as folder:
         model.save_pretrained(folder, safe_serialization=True)
@@ -111,7 +111,7 @@ def as_classifier(base: Base, head: ScalarHead, dtype: torch.dtype) -> nn.Module
     return model.to(base.device, dtype).eval()
 
 
-def end_where_scored(text: Text, report: Report) -> None:
+def end_where_scored(text: Text, reporter: Reporter) -> None:
     """Let the chat template end a conversation at the token at which the reward model was trained to be read.
 
     A classifier reads the last token, and most templates write a line break after the last turn's end token.
@@ -124,7 +124,7 @@ def end_where_scored(text: Text, report: Report) -> None:
     text.tokenizer.chat_template = scored_template(template, writes_end=judged == ids[: len(judged)])
     if text.encode(text.render(PROBE), rendered=True)[0] != judged:
         last = text.tokenizer.convert_ids_to_tokens(judged[-1])
-        report.warn(f"the score of a conversation is read at {last}; cut what the chat template writes after it")
+        reporter.warn(f"the score of a conversation is read at {last}; cut what the chat template writes after it")
 
 
 def set_special_tokens(model: nn.Module, text: Text) -> None:

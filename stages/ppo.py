@@ -25,7 +25,7 @@ from stages.maths.statistics import correlation, explained_variance, repeated_ng
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
-from stages.results import Report, Result, Table, metrics_table, next_commands
+from stages.results import Reporter, Result, Table, metrics_table, next_commands
 from stages.rollout.clipped import Judged, clipped_steps
 from stages.rollout.estimate import estimate
 from stages.rollout.experience import Experience, Rollout, policy_knew, role_logprobs, role_values, roll_out, rollout_kl
@@ -55,29 +55,31 @@ PTX_TOKENS = 1024
 REPEATED_RUN, REPEATED_WITHIN = 3, 64  # tokens: runs that a response repeats, and how soon
 
 
-def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Train a policy against a reward and publish it, with its critic, as a checkpoint."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config, report)
+    text = open_text(source, config, reporter)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
-    prompts = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
-    held = encode_all(inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out prompts")
+    prompts = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="prompts")
+    held = encode_all(
+        inputs.held_out, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="held-out prompts"
+    )
     limit = min(source.context, PTX_TOKENS)
     learn = partial(text.demonstration, mask="completion", max_tokens=limit)
-    ptx = encode_all(inputs.ptx, learn, skip_bad=config.skip_bad_rows, report=report, what="ptx rows")
-    report_cuts(ptx, limit, report, "ptx rows")
-    check_templates(inputs.rewards, text, prompts, report)
-    check_coverage(text, inputs.train, report, what="prompts")
-    check_coverage(text, inputs.ptx, report, what="ptx rows")
+    ptx = encode_all(inputs.ptx, learn, skip_bad=config.skip_bad_rows, reporter=reporter, what="ptx rows")
+    report_cuts(ptx, limit, reporter, "ptx rows")
+    check_templates(inputs.rewards, text, prompts, reporter)
+    check_coverage(text, inputs.train, reporter, what="prompts")
+    check_coverage(text, inputs.ptx, reporter, what="ptx rows")
     total = config.max_steps or max(1, math.ceil(round(config.epochs * len(prompts) / config.batch_size, 6)))
     work = work_of(config, prompts)
     if dry_run:
         return plan_result(config, source, work, total, inputs.rows_left_out)
 
-    base, ranks = open_for_training(source, config, text, work, report)
+    base, ranks = open_for_training(source, config, text, work, reporter)
     for line in check_engine(base, config.rollout_engine):
-        report.note(line)
+        reporter.note(line)
     at_once = rollout_rows(config, work, source, source_shapes(source, config.load_in_4bit), free_memory(base.device))
     if config.batch_size < ranks.size:
         raise ConfigError(
@@ -94,7 +96,7 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
     bench = Bench(config, roles, text, rewards, ranks, progress, sampling, total, ptx)
     watch = Watch(
         tuple(config.stop_on),
-        report,
+        reporter,
         earlier=lambda: read_metrics(out)[1:],
         half=base.dtype != torch.float32,
         ends_matter=config.missing_eos_penalty > 0,
@@ -114,14 +116,16 @@ def run(config: PpoConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
             out.samples([{"step": step, **sample} for sample in samples])
         return metrics
 
-    report.note(f"{len(prompts)} prompts, {total} updates, {roles.adapters['policy'].size:,} parameters in the policy")
+    reporter.note(
+        f"{len(prompts)} prompts, {total} updates, {roles.adapters['policy'].size:,} parameters in the policy"
+    )
     with ranks.together():
         try_functions(bench, prompts[:2])
-    train(out, report, ranks, progress, config, title="ppo", total=total, update=update, evaluate=evaluate)
+    train(out, reporter, ranks, progress, config, title="ppo", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("ppo", "done", config.output, {})
     if Usable.reason is not None:
-        report.note(f"decoding ran without CUDA graphs: {Usable.reason}")
+        reporter.note(f"decoding ran without CUDA graphs: {Usable.reason}")
     lines = read_metrics(out)
     metrics = {**before_and_after(lines), **{k: lines[-1].get(k) for k in ("reward_score", "reward_kl", "entropy")}}
     alarms = alarms_in(lines)

@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.errors import CheckpointError
 from stages.files.atomic import read_text
 from stages.places import absolute
-from stages.results import Report, Result, Table
+from stages.results import Reporter, Result, Table
 from stages.rollout.frontier import curve_tables
 
 STAGES = ("sft", "reward", "ppo", "dpo")
@@ -30,7 +30,7 @@ MEASURES = (
 )
 
 
-def run(paths: list[str], report: Report) -> Result:
+def run(paths: list[str], reporter: Reporter) -> Result:
     """Tell what is known of every run folder (or single checkpoint folder) in `paths`.
 
     Raises CheckpointError for a folder that is missing or empty of results, and for a file that is not JSON.

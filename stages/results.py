@@ -28,7 +28,7 @@ class Result:
     next: tuple[str, ...] = field(default=())  # commands worth running now
 
 
-class Report(Protocol):
+class Reporter(Protocol):
     """What a stage says while it works; the terminal decides how that looks."""
 
     def note(self, text: str) -> None:

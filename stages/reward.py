@@ -16,7 +16,7 @@ from stages.models.forward import sequence_scores
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
 from stages.models.tokens import Text, TokenRow
-from stages.results import Report, Result, next_commands
+from stages.results import Reporter, Result, next_commands
 from stages.rollout.spread import sample_spread
 from stages.training.baselines import baselines
 from stages.training.batching import batch_at, epoch_at, steps_in
@@ -55,26 +55,26 @@ DEMONSTRATIONS = 256  # rows whose mean score becomes 0
 REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 
 
-def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Train a reward model on comparisons and publish it with a report on held-out ones."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config, report)
-    limit = context_limit(config.max_tokens, source, report)
+    text = open_text(source, config, reporter)
+    limit = context_limit(config.max_tokens, source, reporter)
     encode = partial(encode_comparison, text=text, max_tokens=limit)
-    rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="comparisons")
+    rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="comparisons")
     held = encode_all(
-        inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out comparisons"
+        inputs.held_out, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="held-out comparisons"
     )
-    demonstrations = encode_demonstrations(inputs, text, rows, limit, config.skip_bad_rows, report)
-    report_cuts(rows, limit, report, "comparisons")
-    report_cuts(held, limit, report, "held-out comparisons")
-    check_coverage(text, inputs.train, report, what="comparisons")
+    demonstrations = encode_demonstrations(inputs, text, rows, limit, config.skip_bad_rows, reporter)
+    report_cuts(rows, limit, reporter, "comparisons")
+    report_cuts(held, limit, reporter, "held-out comparisons")
+    check_coverage(text, inputs.train, reporter, what="comparisons")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     work = Work("reward", [row.size for row in rows], config.batch_size, read=0.0, computed=computed_share(rows))
     if dry_run:
         return plan_result(config, source, work, total, inputs.rows_left_out)
 
-    base, ranks = open_for_training(source, config, text, work, report)
+    base, ranks = open_for_training(source, config, text, work, reporter)
     roles = Roles(base)
     seed = derive(config.seed, "reward", "adapter")
     adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)
@@ -99,8 +99,8 @@ def run(config: RewardConfig, inputs: Inputs, report: Report, *, dry_run: bool =
             found = report_on(roles, ROLE, held, config.micro_batch_size)
         return {f"eval_{name}": found[name] for name in ("accuracy", "log_loss", "margin_mean", "score_length_corr")}
 
-    report.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
-    train(out, report, ranks, progress, config, title="reward", total=total, update=update, evaluate=evaluate)
+    reporter.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
+    train(out, reporter, ranks, progress, config, title="reward", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("reward", "done", config.output, {})
     served = centre(roles, demonstrations, config.micro_batch_size)
@@ -200,7 +200,7 @@ def comparison_losses(scores: Tensor, comparisons: list[TokenComparison], config
 
 
 def encode_demonstrations(
-    inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int, skip_bad: bool, report: Report
+    inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int, skip_bad: bool, reporter: Reporter
 ) -> list[TokenRow]:
     """The demonstrations whose mean score becomes 0: those given, else the preferred training responses.
 
@@ -211,11 +211,11 @@ def encode_demonstrations(
         return preferred
     given = inputs.demonstrations.rows[:DEMONSTRATIONS]
     encode = partial(text.judged, max_tokens=limit)
-    encoded = encode_all(given, encode, skip_bad=skip_bad, report=report, what="demonstrations")
+    encoded = encode_all(given, encode, skip_bad=skip_bad, reporter=reporter, what="demonstrations")
     whole = [row for row in encoded if int(row.ids[-1]) in text.stop_ids]
     if len(whole) < len(encoded):
         left = "the others are" if whole else "preferred training responses are"
-        report.warn(
+        reporter.warn(
             f"{len(encoded) - len(whole)} of {len(encoded)} demonstrations lose their end within {limit} tokens; "
             f"{left} centred on"
         )

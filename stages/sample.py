@@ -10,7 +10,7 @@ from stages.files.atomic import to_json, write_text
 from stages.inputs import RESPONSE_KEYS, Inputs
 from stages.models.roles import Roles, adapter_of
 from stages.places import absolute
-from stages.results import Report, Result, Table, facts_table
+from stages.results import Reporter, Result, Table, facts_table
 from stages.rollout.generate import Sampling, check_engine, generate
 from stages.rollout.samples import readable
 from stages.training.session import check_coverage, encode_all, open_base, open_text
@@ -19,33 +19,33 @@ SHOWN = 3
 MOST_RESPONSES = 10**7  # held in memory until the file is written
 
 
-def run(config: SampleConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Sample `responses_per_prompt` responses to every prompt and write them."""
     source, output = inputs.source, absolute(config.output, "--output")
-    text = open_text(source, config, report)
+    text = open_text(source, config, reporter)
     longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
     encode = partial(text.prompt, max_tokens=longest)
-    prompts = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, report=report, what="prompts")
-    check_coverage(text, inputs.data.rows, report, what="prompts")
+    prompts = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="prompts")
+    check_coverage(text, inputs.data.rows, reporter, what="prompts")
     counts = {"prompts": len(prompts), "responses": count_responses(len(prompts), config)}
     if dry_run:
         return Result("sample", "dry run", None, {"plan": counts}, (facts_table("sample: the plan", counts),))
     base, _ = open_base(source, config, text)
     for line in check_engine(base, config.rollout_engine):
-        report.note(line)
+        reporter.note(line)
     roles = Roles(base)
     roles.add("policy", adapter_of(base, source, trainable=False))
     rows, engine = config.rollout_batch_size, config.rollout_engine
     sampling = Sampling(config.temperature, config.max_response_tokens, config.top_p, rows, engine)
     repeated = [(i, k) for i in range(len(prompts)) for k in range(config.responses_per_prompt)]
     keys = [(config.seed, "sample", i, k) for i, k in repeated]
-    report.begin("sample", len(repeated))
+    reporter.begin("sample", len(repeated))
     with roles.use("policy"):
         responses = generate(
             base, [prompts[i].ids for i, _ in repeated], keys, text.stop_ids, sampling,
-            progress=lambda done: report.log(done, {}),
+            progress=lambda done: reporter.log(done, {}),
         )  # fmt: skip
-    report.end()
+    reporter.end()
     rows = [
         {
             "prompt": prompts[i].text,

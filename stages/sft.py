@@ -7,7 +7,7 @@ from functools import partial
 from stages.config import SftConfig
 from stages.inputs import Inputs
 from stages.models.roles import Roles, start_adapter
-from stages.results import Report, Result, metrics_table, next_commands
+from stages.results import Reporter, Result, metrics_table, next_commands
 from stages.rollout.samples import show_samples
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.devices import peak_memory_gb
@@ -30,26 +30,26 @@ from stages.training.session import (
 AFTER_TRAINING = "training diverged (lower --learning-rate), unless the loss was as high before training"
 
 
-def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = False) -> Result:
+def run(config: SftConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Train an adapter on demonstrations and publish it as a checkpoint."""
     source, out = inputs.source, inputs.run
-    text = open_text(source, config, report)
-    limit = context_limit(config.max_tokens, source, report)
+    text = open_text(source, config, reporter)
+    limit = context_limit(config.max_tokens, source, reporter)
     encode = partial(text.demonstration, mask=config.mask, max_tokens=limit)
-    rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, report=report, what="demonstrations")
+    rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="demonstrations")
     held = encode_all(
-        inputs.held_out, encode, skip_bad=config.skip_bad_rows, report=report, what="held-out demonstrations"
+        inputs.held_out, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="held-out demonstrations"
     )
-    report_cuts(rows, limit, report, "rows")
-    report_cuts(held, limit, report, "held-out rows")
-    cause = check_coverage(text, inputs.train, report, what="demonstrations")
+    report_cuts(rows, limit, reporter, "rows")
+    report_cuts(held, limit, reporter, "held-out rows")
+    cause = check_coverage(text, inputs.train, reporter, what="demonstrations")
     total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
     sizes = [len(row.ids) for row in rows]
     work = Work("sft", sizes, config.batch_size, read=count_targets(rows) / sum(sizes))
     if dry_run:
         return plan_result(config, source, work, total, inputs.rows_left_out)
 
-    base, ranks = open_for_training(source, config, text, work, report)
+    base, ranks = open_for_training(source, config, text, work, reporter)
     roles = Roles(base)
     seed = derive(config.seed, "sft", "adapter")
     adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)
@@ -64,7 +64,7 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
             loss = add_gradients(roles, ranks, mine)
         loss = ranks.sum_floats({"loss": loss}, base.device)["loss"]
         if step == 0 and not held:
-            warn_above_uniform(loss, base.vocabulary, "the loss of the first batch before training", cause, report)
+            warn_above_uniform(loss, base.vocabulary, "the loss of the first batch before training", cause, reporter)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
         return {
@@ -83,14 +83,14 @@ def run(config: SftConfig, inputs: Inputs, report: Report, *, dry_run: bool = Fa
         if held and step in (0, total):
             when = "before training" if step == 0 else "after training"
             why = cause or (AFTER_TRAINING if step else "")
-            warn_above_uniform(found["eval_loss"], base.vocabulary, f"the held-out loss {when}", why, report)
+            warn_above_uniform(found["eval_loss"], base.vocabulary, f"the held-out loss {when}", why, reporter)
         prompts = [prompt for prompt in map(prompt_of, inputs.held_out) if prompt is not None][: config.samples]
         with ranks.together():
             show_samples(out, roles, "policy", text, prompts, step, config.seed, ranks)
         return found
 
-    report.note(f"{len(rows)} demonstrations, {total} steps, {adapter.size:,} trainable parameters")
-    train(out, report, ranks, progress, config, title="sft", total=total, update=update, evaluate=evaluate)
+    reporter.note(f"{len(rows)} demonstrations, {total} steps, {adapter.size:,} trainable parameters")
+    train(out, reporter, ranks, progress, config, title="sft", total=total, update=update, evaluate=evaluate)
     if not ranks.first:
         return Result("sft", "done", config.output, {})
     lines = read_metrics(out)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from stages.config import CONDITIONS as NAMES
+from stages.config import CONDITION_NAMES as NAMES
 from stages.errors import TrainingStopped
 from stages.results import Silent
 from stages.rollout.watchdog import CONDITIONS, Course, watch

@@ -83,7 +83,7 @@ def stop():
 
 def test_every_step_is_made_logged_and_evaluated_when_it_is_due(tmp_path):
     report = Notes()
-    _, updated, evaluated, run = run_it(tmp_path / "out", report=report)
+    _, updated, evaluated, run = run_it(tmp_path / "out", reporter=report)
     assert updated == [0, 1, 2, 3, 4, 5]
     assert evaluated == [0, 3, 6]
     lines = read_metrics(run)
@@ -118,7 +118,7 @@ def test_a_run_stopped_in_an_update_ends_as_if_it_had_not_been(tmp_path, step):
     assert caught.value.exit_code == 143 and str(folder) in str(caught.value)
     assert steps_of(folder) == list(range(step + 1))  # the step that was cut off is no step
     report = Notes()
-    weight, updated, _, _ = run_it(folder, report=report)
+    weight, updated, _, _ = run_it(folder, reporter=report)
     assert torch.equal(weight, expected)
     assert updated == list(range(step, 6)) and steps_of(folder) == list(range(7))
     assert report.notes == [f"resuming after step {step} of 6"] and report.phases == [("sft", 6, step)]
@@ -168,7 +168,7 @@ def test_a_users_mistake_in_the_middle_saves_what_there_is(tmp_path):
 
     report = Notes()
     with pytest.raises(RewardError):
-        run_it(folder, at={3: fail}, save_every=100, report=report)
+        run_it(folder, at={3: fail}, save_every=100, reporter=report)
     assert report.notes == [f"state of step 3 saved in {folder}"]
     weight, updated, _, _ = run_it(folder, save_every=100)
     assert updated == [3, 4, 5] and torch.equal(weight, run_it(tmp_path / "whole")[0])
@@ -217,7 +217,7 @@ def test_a_signal_after_the_first_optimiser_step_waits_for_the_end_of_the_update
     """Half an update is no state to go on from: the rest is made, the third step saved, and nothing is lost."""
     report = Notes()
     with pytest.raises(Interrupted, match="state of step 3 saved"):
-        run_of_two_steps(tmp_path / "out", between=stop, report=report)
+        run_of_two_steps(tmp_path / "out", between=stop, reporter=report)
     assert report.notes == [signals.FINISHING]
     assert torch.equal(run_of_two_steps(tmp_path / "out"), run_of_two_steps(tmp_path / "whole"))
     assert steps_of(tmp_path / "out") == list(range(5))
@@ -229,7 +229,7 @@ def test_a_failure_after_the_first_optimiser_step_leaves_the_last_saved_state(tm
 
     report = Notes()
     with pytest.raises(RewardError):
-        run_of_two_steps(tmp_path / "out", between=fail, report=report)
+        run_of_two_steps(tmp_path / "out", between=fail, reporter=report)
     assert report.notes == [] and sorted(p.name for p in (tmp_path / "out" / "state").iterdir()) == ["step-000002"]
     assert torch.equal(run_of_two_steps(tmp_path / "out"), run_of_two_steps(tmp_path / "whole"))
 

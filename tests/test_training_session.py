@@ -58,21 +58,21 @@ def encode(row):
 
 def test_a_row_that_cannot_be_used_is_named(capsys):
     with pytest.raises(DatasetError) as caught:
-        encode_all([Row(2), Row(1)], encode, skip_bad=False, report=Notes(), what="rows")
+        encode_all([Row(2), Row(1)], encode, skip_bad=False, reporter=Notes(), what="rows")
     assert (caught.value.what, caught.value.where, caught.value.fix) == ("it is odd", "d.jsonl:1", "make it even")
 
 
 def test_bad_rows_are_dropped_and_counted_when_asked():
     report = Notes()
-    assert encode_all([Row(n) for n in (2, 3, 4, 5)], encode, skip_bad=True, report=report, what="rows") == [20, 40]
+    assert encode_all([Row(n) for n in (2, 3, 4, 5)], encode, skip_bad=True, reporter=report, what="rows") == [20, 40]
     ((kind, text),) = report.said
     assert kind == "warn" and text.startswith("2 of 4 rows") and "d.jsonl:3" in text
-    assert encode_all([], encode, skip_bad=True, report=report, what="rows") == []
+    assert encode_all([], encode, skip_bad=True, reporter=report, what="rows") == []
 
 
 def test_a_dataset_of_bad_rows_alone_is_refused():
     with pytest.raises(DatasetError, match="none of the 2 rows can be used; it is odd"):
-        encode_all([Row(3), Row(5)], encode, skip_bad=True, report=Notes(), what="rows")
+        encode_all([Row(3), Row(5)], encode, skip_bad=True, reporter=Notes(), what="rows")
 
 
 def test_rows_are_no_longer_than_the_context(model_folder):

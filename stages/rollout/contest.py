@@ -10,7 +10,7 @@ from torch import Tensor
 from stages.maths.preferences import implicit_reward
 from stages.models.candidates import Candidate, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter, head_of
-from stages.results import Report, Table
+from stages.results import Reporter, Table
 from stages.training.comparing import TokenComparison, describe_pairs, pairs_of, report_of, report_tables, score_rows
 from stages.training.implicit import flatten, summed_logprobs
 
@@ -42,22 +42,22 @@ def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenCompari
 
 
 def contest(
-    roles: Roles, candidates: list[Candidate], rows: list[TokenComparison], report: Report
+    roles: Roles, candidates: list[Candidate], rows: list[TokenComparison], reporter: Reporter
 ) -> list[dict[str, object]]:
     """Each candidate's report on the comparisons, with how often it agrees with the first; the first is always 1."""
-    report.begin("evaluate", len(candidates))
+    reporter.begin("evaluate", len(candidates))
     pairs, first = pairs_of(rows), None
     found = []
     for done, (candidate, label) in enumerate(zip(candidates, labels_of(candidates), strict=True), 1):
         if candidate.stage == "ppo" and candidate.knobs.get("kl_target"):
-            report.note(f"{candidate.name}: kl_coef moved in training; its margins are scaled by the first one")
+            reporter.note(f"{candidate.name}: kl_coef moved in training; its margins are scaled by the first one")
         scores = candidate_scores(roles, candidate, rows)
         delta = scores[pairs.better] - scores[pairs.worse]
         first = delta if first is None else first
         about = {"model": candidate.name, "label": label, "kind": kind_of(candidate)}
         found.append(about | report_of(scores, rows) | {"agreement": agreement(first, delta)})
-        report.log(done, {name: found[-1][name] for name in ("accuracy", "log_loss")})
-    report.end()
+        reporter.log(done, {name: found[-1][name] for name in ("accuracy", "log_loss")})
+    reporter.end()
     return found
 
 

@@ -17,7 +17,7 @@ from stages.models.forward import sequence_scores
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import stored_template
 from stages.models.tokens import PromptRow, Text
-from stages.results import Report
+from stages.results import Reporter
 from stages.rollout.specs import Spec, UserFunction, python_file, reason_of
 from stages.rollout.user_code import ClosedFiles, TookTooLong, too_slow, user_code
 from stages.training.passes import collect
@@ -27,14 +27,14 @@ LARGEST = torch.finfo(torch.float32).max
 CULPRIT_SECONDS = 30.0  # spent at most on finding the response at which a function fails
 
 
-def check_templates(specs: list[Spec], text: Text, prompts: list[PromptRow], report: Report) -> None:
+def check_templates(specs: list[Spec], text: Text, prompts: list[PromptRow], reporter: Reporter) -> None:
     """Warn of a reward model that was trained on conversations in another chat template than they are scored in."""
     if all(isinstance(prompt.text, str) for prompt in prompts):
         return
     for spec in specs:
         theirs = stored_template(spec.checkpoint.tokenizer) if spec.checkpoint is not None else None
         if isinstance(theirs, str) and theirs.strip() != str(text.tokenizer.chat_template).strip():
-            report.warn(
+            reporter.warn(
                 f"{spec.flag} {spec.name} was trained with another chat template than the policy's, so it reads "
                 "conversations in a form that it does not know; train it on the policy, without --chat-template"
             )

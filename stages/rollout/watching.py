@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stages.errors import TrainingStopped
-from stages.results import Report, Table
+from stages.results import Reporter, Table
 from stages.rollout.watchdog import CONDITIONS, IN_A_ROW, Alarm, Course, Metrics, watch
 
 FLAG = "alarm_"  # and a condition's name: 1 in the metrics of an update at which it holds
@@ -21,7 +21,7 @@ class Watch:
     """
 
     stop_on: tuple[str, ...]
-    report: Report
+    reporter: Reporter
     earlier: Callable[[], list[Metrics]]
     half: bool = False
     ends_matter: bool = True
@@ -61,7 +61,7 @@ class Watch:
         before = self.lines[-IN_A_ROW:]
         for alarm in alarms:
             if not self._stops(alarm) and not any(line.get(flag(alarm.condition)) for line in before):
-                self.report.warn(f"update {step + 1}: {alarm}")
+                self.reporter.warn(f"update {step + 1}: {alarm}")
         for alarm in alarms:
             if self._stops(alarm):
                 raise stopped(alarm, step)

@@ -16,7 +16,7 @@ from stages.models.forward import read_targets
 from stages.models.quantised import is_four_bit
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
-from stages.results import Report
+from stages.results import Reporter
 from stages.training.comparing import TokenComparison
 from stages.training.passes import collect
 
@@ -58,7 +58,7 @@ def cached_logprobs(
     digest: str,
     parts: list[list[TokenRow]],
     micro_batch_size: int | str,
-    report: Report,
+    reporter: Reporter,
 ) -> Tensor:
     """`summed_logprobs` of a frozen role, kept beside the run's resume state under `name` for when it is resumed.
 
@@ -74,7 +74,7 @@ def cached_logprobs(
         try:
             known = _read_cache(path, key, len(rows))
         except CheckpointError as error:
-            report.warn(f"{path} is damaged and is made again ({error.what})")
+            reporter.warn(f"{path} is damaged and is made again ({error.what})")
         else:
             if known is not None:
                 return known

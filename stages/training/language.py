@@ -12,7 +12,7 @@ from stages.maths.losses import token_nll
 from stages.models.forward import read_targets
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
-from stages.results import Report
+from stages.results import Reporter
 from stages.training.passes import accumulate, collect
 
 
@@ -57,7 +57,7 @@ def held_out_loss(roles: Roles, role: str, rows: list[TokenRow], micro_batch_siz
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 
-def warn_above_uniform(loss: float, vocabulary: int, what: str, cause: str, report: Report) -> None:
+def warn_above_uniform(loss: float, vocabulary: int, what: str, cause: str, reporter: Reporter) -> None:
     """Warn where a loss in nats per token is above that of a uniform guess; `cause` is what is known of the text."""
     uniform = math.log(vocabulary)
     if not loss > uniform:
@@ -66,7 +66,7 @@ def warn_above_uniform(loss: float, vocabulary: int, what: str, cause: str, repo
         "the base is untrained or damaged, its tokenizer belongs to another model, or it expects a beginning-of-text "
         "token that the rows do not have"
     )
-    report.warn(
+    reporter.warn(
         f"{what} is {loss:.2f} nats per token, above ln({vocabulary}) = {uniform:.2f}, the loss of a uniform guess "
         f"over the vocabulary: this loss and its perplexity mean nothing. Likely cause: {likely}"
     )

@@ -24,7 +24,7 @@ from stages.errors import (
 from stages.files.run import Run
 from stages.files.states import AHEAD
 from stages.models.roles import Roles
-from stages.results import Report
+from stages.results import Reporter
 from stages.training import signals
 from stages.training.devices import Ranks
 from stages.training.optimizer import AdamW, clip, learning_rate_at
@@ -90,7 +90,7 @@ class Progress:
 
 def train(
     run: Run,
-    report: Report,
+    reporter: Reporter,
     ranks: Ranks,
     progress: Progress,
     config: TrainingKnobs,
@@ -109,7 +109,7 @@ def train(
     No copy of the weights is kept. What ends an update before its first optimiser step leaves the state from before it,
     which is saved. After that step a signal waits for the end of the update; a failure leaves the last saved state.
     """
-    done, ahead = _resume(run, report, ranks, progress, config, total)
+    done, ahead = _resume(run, reporter, ranks, progress, config, total)
     saved = done if done >= 0 else None
     whole = 1
 
@@ -124,9 +124,9 @@ def train(
     def may_stop() -> bool:
         return progress.intact and (ranks.size == 1 or ranks.exchanging)
 
-    report.begin(title, total, max(done, 0))
+    reporter.begin(title, total, max(done, 0))
     try:
-        with signals.listening(may_stop, report.note, save=save_now, echo=ranks.size > 1):
+        with signals.listening(may_stop, reporter.note, save=save_now, echo=ranks.size > 1):
             try:
                 for step in range(done, total):
                     progress.mark()
@@ -141,9 +141,9 @@ def train(
                         _stop_if_diverged(metrics, step + 1)
                     if divisor() > whole:
                         whole = divisor()
-                        report.warn(f"step {step + 1}: memory ran out; {SMALLER.format(whole)}")
+                        reporter.warn(f"step {step + 1}: memory ran out; {SMALLER.format(whole)}")
                     with ranks.together():
-                        _record(run, report, ranks, step + 1, metrics)
+                        _record(run, reporter, ranks, step + 1, metrics)
                         done, ahead = step + 1, None
                         # A bad step may come of weights that are bad already: the state before them is worth keeping.
                         if done and (done % config.save_every == 0 or done == total) and not progress.bad_steps:
@@ -167,16 +167,16 @@ def train(
             except UserError as error:  # a reward function that failed, perhaps only this once, or memory that ran out
                 # Where a log could not be written, only a state from before fits it.
                 if not isinstance(error, OutputError) and save_now():
-                    report.note(f"state of step {done} saved in {run.folder}")
+                    reporter.note(f"state of step {done} saved in {run.folder}")
                 if isinstance(error, OutOfMemory):
                     raise _with_plan(error, run.stage, config) from None
                 raise
     finally:
-        report.end()
+        reporter.end()
 
 
 def _resume(
-    run: Run, report: Report, ranks: Ranks, progress: Progress, config: TrainingKnobs, total: int
+    run: Run, reporter: Reporter, ranks: Ranks, progress: Progress, config: TrainingKnobs, total: int
 ) -> tuple[int, dict[str, float] | None]:
     """Take the folder, and go on from its state, which the first rank reads for all.
 
@@ -188,19 +188,19 @@ def _resume(
         run.start()
         state = run.resume() if ranks.first else None
         for warning in run.warnings:
-            report.warn(warning)
+            reporter.warn(warning)
         if state is not None:
             found = {"step": state.step, "ahead": state.facts.pop(AHEAD, None), "facts": state.facts}
             progress.restore(state.tensors, state.facts)
             if run.extending and 0 < state.step < total:
-                warn_of_schedule(read_metrics(run), config, state.step, total, report)
+                warn_of_schedule(read_metrics(run), config, state.step, total, reporter)
     found = ranks.from_first(found)
     if found is None:
         return -1, None
     if not ranks.first:
         progress.restore(progress.tensors(), found["facts"])
     ranks.copy_from_first(progress.tensors().values())
-    report.note(f"resuming after step {found['step']} of {total}")
+    reporter.note(f"resuming after step {found['step']} of {total}")
     return found["step"], found["ahead"]
 
 
@@ -256,10 +256,10 @@ def _stop_if_diverged(metrics: dict[str, float], step: int) -> None:
             raise diverged(f"{name} is {metrics[name]}", step)
 
 
-def _record(run: Run, report: Report, ranks: Ranks, step: int, metrics: dict[str, float]) -> None:
+def _record(run: Run, reporter: Reporter, ranks: Ranks, step: int, metrics: dict[str, float]) -> None:
     if ranks.first:
         run.log(step, metrics)
-    report.log(step, metrics)
+    reporter.log(step, metrics)
 
 
 def _save(run: Run, progress: Progress, step: int, ahead: dict[str, float] | None = None) -> None:
@@ -347,13 +347,13 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
 
 
 def warn_of_schedule(
-    lines: list[dict[str, float]], config: TrainingKnobs, done: int, total: int, report: Report
+    lines: list[dict[str, float]], config: TrainingKnobs, done: int, total: int, reporter: Reporter
 ) -> None:
     """Say where a later end makes the learning rate rise: schedules are stretched over all steps."""
     before = next((line.get("lr") for line in reversed(lines) if line["step"] == done), None)
     after = learning_rate_at(done, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
     if before is not None and after > before:
-        report.warn(
+        reporter.warn(
             f"the learning rate rises from {before:.3g} at step {done} to {after:.3g} at step {done + 1}: lr_schedule "
             f"{config.lr_schedule} now ends at step {total}; the result is not that of a run of {total} steps from the "
             "start"

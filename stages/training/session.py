@@ -23,7 +23,7 @@ from stages.models.lora import Adapter
 from stages.models.roles import Roles, save_adapter
 from stages.models.source import Source
 from stages.models.tokens import Text, TokenRow, load_text
-from stages.results import Report
+from stages.results import Reporter
 from stages.training.comparing import TokenComparison
 from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device, pick_dtype
 from stages.training.loop import Progress, diverged
@@ -36,7 +36,7 @@ Row = TypeVar("Row")
 Out = TypeVar("Out")
 
 
-def open_text(source: Source, config: Any, report: Report | None = None) -> Text:
+def open_text(source: Source, config: Any, reporter: Reporter | None = None) -> Text:
     """The tokenizer of a source, with the chat template that the config asks for; odd ones are warned of.
 
     Raises CheckpointError where a checkpoint's stop tokens are none of the vocabulary.
@@ -57,13 +57,13 @@ def open_text(source: Source, config: Any, report: Report | None = None) -> Text
             where=str(source.folder),
             fix="copy the checkpoint again, or run the command that made it with --overwrite",
         )
-    for line in text.warnings if report is not None else ():
-        report.warn(line)
+    for line in text.warnings if reporter is not None else ():
+        reporter.warn(line)
     return text
 
 
 def encode_all(
-    rows: list[Row], encode: Callable[[Row], Out], *, skip_bad: bool, report: Report, what: str
+    rows: list[Row], encode: Callable[[Row], Out], *, skip_bad: bool, reporter: Reporter, what: str
 ) -> list[Out]:
     """Tokenise rows; a row that cannot be used is an error, or dropped and counted with --skip-bad-rows."""
     out: list[Out] = []
@@ -83,32 +83,32 @@ def encode_all(
         )
     if problems:
         first = f"{problems[0].where}: {problems[0].what}"
-        report.warn(f"{len(problems)} of {len(rows)} {what} cannot be used and were dropped; {first}")
+        reporter.warn(f"{len(problems)} of {len(rows)} {what} cannot be used and were dropped; {first}")
     return out
 
 
-def report_cuts(rows: Sequence[TokenRow | TokenComparison], limit: int, report: Report, what: str) -> None:
+def report_cuts(rows: Sequence[TokenRow | TokenComparison], limit: int, reporter: Reporter, what: str) -> None:
     """Say how many rows were too long and lost a part."""
     cut = sum(row.cut for row in rows)
     if cut:
-        report.note(f"{cut} of {len(rows)} {what} were cut to {limit} tokens")
+        reporter.note(f"{cut} of {len(rows)} {what} were cut to {limit} tokens")
 
 
-def check_coverage(text: Text, rows: list, report: Report, *, what: str) -> str:
+def check_coverage(text: Text, rows: list, reporter: Reporter, *, what: str) -> str:
     """Warn of rows in a language that the tokenizer does not know; returns why they are unreadable, empty if not."""
     cause = measure_coverage(text.tokenizer, sample_texts(rows)).cause
     if cause:
-        report.warn(
+        reporter.warn(
             f"the base can hardly read the {what}: {cause}. Losses, scores and responses on them mean little; choose a "
             "base whose tokenizer was made for this language"
         )
     return cause
 
 
-def context_limit(wanted: int, source: Source, report: Report) -> int:
+def context_limit(wanted: int, source: Source, reporter: Reporter) -> int:
     """Longest row in tokens: what was asked for, or what the base's context allows."""
     if wanted > source.context:
-        report.note(f"the base attends over {source.context} tokens; max_tokens is {source.context}")
+        reporter.note(f"the base attends over {source.context} tokens; max_tokens is {source.context}")
     return min(wanted, source.context)
 
 
@@ -136,7 +136,7 @@ def open_base(source: Source, config: Any, text: Text) -> tuple[Base, Ranks]:
     return base, Ranks(device)
 
 
-def open_for_training(source: Source, config: Any, text: Text, work: Work, report: Report) -> tuple[Base, Ranks]:
+def open_for_training(source: Source, config: Any, text: Text, work: Work, reporter: Reporter) -> tuple[Base, Ranks]:
     """`open_base`, and passes of the size that the plan of `work` finds room for beside it.
 
     Raises ModelError for a base whose adapters could not be saved in the end.
@@ -151,10 +151,10 @@ def open_for_training(source: Source, config: Any, text: Text, work: Work, repor
         except ModelError as error:
             if config.gradient_checkpointing is True:
                 raise
-            report.note(f"memory is short, but {error.what}")
+            reporter.note(f"memory is short, but {error.what}")
             passes = choose_passes(replace(config, gradient_checkpointing=False), work, source, shapes, free)
         else:
-            report.note(f"activations are computed again, in passes of up to {passes.tokens} tokens")
+            reporter.note(f"activations are computed again, in passes of up to {passes.tokens} tokens")
     limit_tokens(passes.tokens)
     return base, ranks
 
