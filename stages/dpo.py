@@ -102,11 +102,11 @@ def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     def update(step: int) -> dict[str, float]:
         numbers = batch_at(step, len(rows), config.batch_size, config.seed, "dpo")
         with ranks.together():
-            batch = [Known(rows[i], known()[i]) for i in numbers]
+            batch = [ReferencedComparison(rows[i], known()[i]) for i in numbers]
             crossed = cross_batch(rows, numbers) if config.loss == "kto" else []
             shifts = policy_shifts(roles, ranks.share(crossed), config.micro_batch_size)
         baseline = kto_baseline(shifts.to(base.device), ranks.sum) if crossed else None
-        mine = partial(backward, roles, ranks.share(batch), len(batch), config, baseline)
+        mine = partial(backward_dpo, roles, ranks.share(batch), len(batch), config, baseline)
         sums = ranks.sum_floats(add_gradients(roles, ranks, mine), base.device)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {"policy": rate}, config.max_grad_norm, ranks, step + 1)
@@ -149,7 +149,7 @@ def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
 
 
 @dataclass(frozen=True)
-class Known:
+class ReferencedComparison:
     """A comparison and what the reference says of its responses."""
 
     comparison: TokenComparison
@@ -172,8 +172,8 @@ def implicit_scores(roles: Roles, rows: list[TokenComparison], reference: Tensor
     return implicit_reward(policy - reference, config.beta)
 
 
-def backward(
-    roles: Roles, rows: list[Known], denominator: int, config: DpoConfig, baseline: Tensor | None
+def backward_dpo(
+    roles: Roles, rows: list[ReferencedComparison], denominator: int, config: DpoConfig, baseline: Tensor | None
 ) -> dict[str, float]:
     """Add the gradient of sum(comparison losses) / denominator; returns sums over pairs.
 
@@ -185,7 +185,7 @@ def backward(
         reference = torch.cat([row.reference for row in chosen]).to(roles.base.device)
         ratios = logprob_sums(roles, flatten([row.comparison for row in chosen])) - reference
         comparisons = [row.comparison for row in chosen]
-        loss = comparison_losses(ratios, comparisons, config, baseline).sum() / denominator
+        loss = preference_losses(ratios, comparisons, config, baseline).sum() / denominator
         return loss, pair_sums(loss, implicit_reward(ratios, config.beta), pairs_of(comparisons))
 
     with roles.use("policy"):
@@ -193,7 +193,7 @@ def backward(
         return NO_PAIRS | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
 
 
-def comparison_losses(
+def preference_losses(
     ratios: Tensor, comparisons: list[TokenComparison], config: DpoConfig, baseline: Tensor | None
 ) -> Tensor:
     """Losses (pairs,), each weighted 1 / (pairs of its comparison).

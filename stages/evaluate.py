@@ -30,7 +30,7 @@ from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
 from stages.training.session import check_coverage, context_limit, encode_all, open_base, open_text, report_cuts
 
-MOST_RESPONSES = 10**7  # held in memory until they are measured
+MOST_BEST_OF_RESPONSES = 10**7  # held in memory until they are measured
 
 
 def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
@@ -107,10 +107,10 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Repor
 def check_best_of(counts: list[int], prompts: int) -> None:
     """Raise ConfigError for more responses than memory holds at once."""
     wanted = max(counts, default=1) * prompts
-    if wanted > MOST_RESPONSES:
+    if wanted > MOST_BEST_OF_RESPONSES:
         raise ConfigError(
             f"the best of {max(counts):,} responses to {prompts:,} prompts takes {wanted:,} responses; "
-            f"the most is {MOST_RESPONSES:,}",
+            f"the most is {MOST_BEST_OF_RESPONSES:,}",
             where="--best-of",
             fix="lower it, or measure fewer prompts with --limit-rows",
         )
@@ -153,14 +153,14 @@ def measure_policies(
     measured: dict[str, Measured] = {}
     done = 0
     for name, candidate in sides.items():
-        measured[name] = answer(bench, candidate)
+        measured[name] = measure_candidate(bench, candidate)
         found[name] = summarise(measured[name])
         if name == "policy" and config.best_of:
             found["best_of"] = best_of_rows(bench, measured[name], config.best_of)
             reporter.log(done := done + 1, {})
         reporter.log(done := done + 1, found[name])
     if inputs.also:
-        found |= measure_frontier(bench, [model, *inputs.also], measured["policy"], reporter, done)
+        found |= measure_kl_curve(bench, [model, *inputs.also], measured["policy"], reporter, done)
     reporter.end()
     if inputs.against is not None:
         scores = {name: side.scores for name, side in measured.items()}
@@ -183,7 +183,7 @@ def warn_of_other_sampling(candidates: list[Candidate], sampling: Sampling, repo
             reporter.note(f"{candidate.name} was trained at {' and '.join(other)}; all are measured at {now}")
 
 
-def answer(bench: Bench, candidate: Candidate) -> Measured:
+def measure_candidate(bench: Bench, candidate: Candidate) -> Measured:
     """A candidate's response to every prompt; raises NotFiniteError, with its name, if it computes no numbers."""
     bench.roles.add("policy", candidate_adapter(bench.roles.base, candidate))
     try:
@@ -192,13 +192,13 @@ def answer(bench: Bench, candidate: Candidate) -> Measured:
         raise NotFiniteError(error.what, where=candidate.name, fix=error.fix) from None
 
 
-def measure_frontier(
+def measure_kl_curve(
     bench: Bench, candidates: list[Candidate], first: Measured, reporter: Reporter, done: int
 ) -> dict[str, object]:
     """A row per candidate by rising KL, and where the gold score turns; `first` is what the first one answered."""
     rows, gold = [], {}
     for number, (candidate, label) in enumerate(zip(candidates, labels_of(candidates), strict=True)):
-        measured = first if not rows else answer(bench, candidate)
+        measured = first if not rows else measure_candidate(bench, candidate)
         summary = summarise(measured)
         rows.append({"model": candidate.name, "label": label} | summary)
         gold[candidate.name] = measured.scores.get("gold")
@@ -252,13 +252,13 @@ def policy_tables(found: dict) -> tuple[Table, ...]:
               "eos_rate": "ended by itself", "duplicate_rate": "duplicates", "distinct_1": "distinct-1",
               "distinct_2": "distinct-2"}  # fmt: skip
     rows = [
-        (label, *(_cell(found[name], key) for name in contenders))
+        (label, *(format_with_error(found[name], key) for name in contenders))
         for key, label in labels.items()
         if any(key in found[name] for name in contenders)
     ]
     for name, rate in found.get("win_rate", {}).items():
         rows.append((f"win rate by {name}", "", f"{rate['rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"))
-    heads = side_names(str(found.get("compared_with")), str(found["model"])) if len(contenders) > 1 else {}
+    heads = head_columns(str(found.get("compared_with")), str(found["model"])) if len(contenders) > 1 else {}
     main = Table(f"{found['prompts']} prompts", ("measure", *(heads.get(n, "value") for n in contenders)), tuple(rows))
     tables = (main, *curve_tables(found))
     shown = tuple(
@@ -270,13 +270,13 @@ def policy_tables(found: dict) -> tuple[Table, ...]:
     return *tables, Table("examples", ("prompt", *(heads.get(n, "response") for n in contenders)), shown)
 
 
-def side_names(against: str, policy: str) -> dict[str, str]:
+def head_columns(against: str, policy: str) -> dict[str, str]:
     """Headings for what is compared: the folders' names where they tell them apart, else what was given."""
     short = {"against": Path(against).name, "policy": Path(policy).name}
     return short if short["against"] != short["policy"] else {"against": against, "policy": policy}
 
 
-def _cell(measures: dict[str, float], key: str) -> str:
+def format_with_error(measures: dict[str, float], key: str) -> str:
     if key not in measures:
         return ""
     error = f" ± {measures[f'{key}_error']:.3f}" if f"{key}_error" in measures else ""

@@ -93,7 +93,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     progress.facts["kl_coef"] = config.kl_coef
     law = config.temperature, config.max_response_tokens
     sampling = Sampling(*law, rows_at_once=at_once, engine=config.rollout_engine)
-    bench = Bench(config, roles, text, rewards, ranks, progress, sampling, total, ptx)
+    bench = PpoSetup(config, roles, text, rewards, ranks, progress, sampling, total, ptx)
     watch = Watch(
         tuple(config.stop_on),
         reporter,
@@ -159,7 +159,7 @@ def keep_state(
 
 
 @dataclass(frozen=True)
-class Bench:
+class PpoSetup:
     """What every update works with."""
 
     config: PpoConfig
@@ -202,7 +202,7 @@ def work_of(config: PpoConfig, prompts: list[PromptRow]) -> Work:
     )
 
 
-def try_functions(bench: Bench, prompts: list[PromptRow]) -> None:
+def try_functions(bench: PpoSetup, prompts: list[PromptRow]) -> None:
     """Score a few short responses, so that a reward function that cannot work is found before anything is written."""
     if any(spec.function for spec in bench.rewards.specs):
         keys = [(bench.config.seed, "ppo", "try", i) for i in range(len(prompts))]
@@ -264,7 +264,7 @@ def prompts_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
     return [orders[place // n][place % n] for place in places]
 
 
-def ppo_update(bench: Bench, watch: Watch, prompts: list[PromptRow], step: int) -> dict[str, float]:
+def ppo_update(bench: PpoSetup, watch: Watch, prompts: list[PromptRow], step: int) -> dict[str, float]:
     """One PPO update, in the order of Huang et al. 2024; returns its metrics.
 
     Raises TrainingStopped where a watched condition says so: of the rollout, before anything is learned from it.
@@ -283,7 +283,7 @@ def ppo_update(bench: Bench, watch: Watch, prompts: list[PromptRow], step: int) 
     score = final_score(bench, experience)
     groups = torch.arange(len(score), device=bench.device) // config.responses_per_prompt
     advantages, returns = estimate(config, experience, score, kl_coef, groups, ranks.sum)
-    metrics = summarise(bench, experience, score, returns, kl_coef, groups)
+    metrics = summarise_rollout(bench, experience, score, returns, kl_coef, groups)
     watch.stop_before_learning(step, metrics)
     rate = learning_rate_at(step, bench.total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
     judged = Judged(experience, advantages, returns, kl_coef, train_policy=step >= config.critic_warmup)
@@ -303,7 +303,7 @@ def ppo_update(bench: Bench, watch: Watch, prompts: list[PromptRow], step: int) 
     return metrics | watch.look(step, metrics)
 
 
-def sample(bench: Bench, prompts: list[PromptRow], step: int) -> Rollout:
+def sample(bench: PpoSetup, prompts: list[PromptRow], step: int) -> Rollout:
     """This rank's responses, `responses_per_prompt` to each prompt."""
     config = bench.config
     numbered = [
@@ -319,7 +319,7 @@ def head_on_policy(config: PpoConfig) -> str | None:
     return "critic" if config.advantage == "gae" and config.critic == "shared" else None
 
 
-def judge(bench: Bench, rollout: Rollout) -> Experience:
+def judge(bench: PpoSetup, rollout: Rollout) -> Experience:
     """What policy, reference, critic and reward say of a rollout, in one pass each at most."""
     config, roles, device = bench.config, bench.roles, bench.device
     how = rollout, config.temperature, config.micro_batch_size
@@ -334,7 +334,7 @@ def judge(bench: Bench, rollout: Rollout) -> Experience:
     return Experience(rollout, mask, known.logprobs, reference, values, score, known.entropy, mismatch)
 
 
-def final_score(bench: Bench, experience: Experience) -> Tensor:
+def final_score(bench: PpoSetup, experience: Experience) -> Tensor:
     """Scores (B,) as they enter the rewards: normalised, charged for length and for a missing end, then clipped."""
     config, score = bench.config, experience.score
     if config.normalise_scores:
@@ -348,7 +348,7 @@ def final_score(bench: Bench, experience: Experience) -> Tensor:
     return score if config.score_clip is None else clip_score(score, config.score_clip)
 
 
-def normalise(bench: Bench, score: Tensor) -> Tensor:
+def normalise(bench: PpoSetup, score: Tensor) -> Tensor:
     """Scores (B,) by the running mean and spread of all that were seen, these included."""
     facts = bench.progress.facts
     names = ("scores_count", "scores_mean", "scores_m2")
@@ -357,7 +357,7 @@ def normalise(bench: Bench, score: Tensor) -> Tensor:
     return moments.normalise(score)
 
 
-def charge_of(bench: Bench, ended: Tensor) -> str:
+def charge_of(bench: PpoSetup, ended: Tensor) -> str:
     """What `missing_eos` auto means for this run, decided by its first rollout.
 
     A floor keeps a policy that ends its responses from giving that up for a higher score. Where responses do not end
@@ -370,7 +370,7 @@ def charge_of(bench: Bench, ended: Tensor) -> str:
     return "floor" if facts["responses_end"] else "subtract"
 
 
-def language_step(bench: Bench, step: int, number: int) -> dict[str, float]:
+def language_step(bench: PpoSetup, step: int, number: int) -> dict[str, float]:
     """Add the gradient of ptx_coef x language-modelling loss on as many demonstrations as a minibatch has prompts.
 
     Returns the loss of this rank's rows, to be summed over ranks. Source: PPO-ptx of Ouyang et al. 2022, eq. 2.
@@ -386,8 +386,8 @@ def language_step(bench: Bench, step: int, number: int) -> dict[str, float]:
         return {"ptx_loss": learn_rows(bench.roles, rows, tokens, config.micro_batch_size, config.ptx_coef)}
 
 
-def summarise(
-    bench: Bench, experience: Experience, score: Tensor, returns: Tensor, kl_coef: float, groups: Tensor
+def summarise_rollout(
+    bench: PpoSetup, experience: Experience, score: Tensor, returns: Tensor, kl_coef: float, groups: Tensor
 ) -> dict[str, float]:
     """What is worth knowing of a rollout, over all ranks."""
     rollout, mask = experience.rollout, experience.mask
@@ -427,7 +427,7 @@ def summarise(
         "shared_response_rate": shared_response_rate(texts, asked),
         "repetition_rate": float(all_ranks["repeated"].sum() / all_ranks["runs"].sum().clamp(min=1)),
         "score_length_corr": correlation(all_ranks["score"], all_ranks["length"]),
-        **({"explained_variance": explained(bench, experience, returns)} if critic else {}),
+        **({"explained_variance": measure_explained_variance(bench, experience, returns)} if critic else {}),
         **({"dead_group_rate": dead_groups(score, groups, bench.ranks.sum)} if grouped else {}),
         "sampling_mismatch": bench.ranks.max(experience.mismatch, bench.device),
         "tokens": float(all_ranks["tokens"].sum()),
@@ -435,7 +435,7 @@ def summarise(
     }
 
 
-def explained(bench: Bench, experience: Experience, returns: Tensor) -> float:
+def measure_explained_variance(bench: PpoSetup, experience: Experience, returns: Tensor) -> float:
     """How much of the returns' variance the critic foresaw, over the tokens of all ranks."""
     of_tokens = (x[experience.mask].tolist() for x in (experience.values, returns))
     values, goals = (torch.tensor(bench.ranks.gather(numbers), dtype=torch.float64) for numbers in of_tokens)
@@ -445,7 +445,7 @@ def explained(bench: Bench, experience: Experience, returns: Tensor) -> float:
 # --- held-out prompts
 
 
-def held_out_metrics(bench: Bench, prompts: list[PromptRow], shown: int) -> tuple[dict[str, float], list[dict]]:
+def held_out_metrics(bench: PpoSetup, prompts: list[PromptRow], shown: int) -> tuple[dict[str, float], list[dict]]:
     """Score, KL to the reference and length on held-out prompts, sampled with the same noise every time."""
     if not prompts:
         return {}, []

@@ -16,12 +16,12 @@ from stages.places import absolute
 from stages.results import Reporter, Result, Table
 from stages.rollout.frontier import curve_tables
 
-STAGES = ("sft", "reward", "ppo", "dpo")
-MANIFEST, EVALUATION = "checkpoint.json", "evaluate.json"
+REPORTED_STAGES = ("sft", "reward", "ppo", "dpo")
+MANIFEST, EVALUATION_FILE = "checkpoint.json", "evaluate.json"
 ABSENT = "-"
-SHOWN = 600  # characters of an example in a table
+SHOWN_CHARACTERS = 600  # characters of an example in a table
 # Key in evaluate.json, what it means, decimals, whether it is a share shown in per cent.
-MEASURES = (
+REPORT_MEASURES = (
     ("score", "score by the reward model", 3, False),
     ("gold", "score by the gold source (never trained on)", 3, False),
     ("kl", "KL to the reference, nats per response", 3, False),
@@ -45,7 +45,7 @@ def run(paths: list[str], reporter: Reporter) -> Result:
         tables += [comparison_table(label, found), *curve_tables(found["evaluation"], label)]
         # Whole responses of several runs would bury the numbers; they stay in --json.
         tables += [examples_table(label, found)] if len(runs) == 1 else []
-    advice = tuple(line for path, found in runs.items() for line in next_commands(path, found))
+    advice = tuple(line for path, found in runs.items() for line in suggest_next_command(path, found))
     return Result(
         command="report",
         status="done",
@@ -69,23 +69,23 @@ def read_run(path: str) -> dict[str, object]:
         raise CheckpointError(
             "no such folder", where=path, fix="give the folder that holds sft/, reward/, ppo/ or dpo/"
         )
-    manifests = {stage: read_json(folder / stage / MANIFEST) for stage in STAGES}
-    own = read_json(folder / MANIFEST)
+    manifests = {stage: read_optional_json(folder / stage / MANIFEST) for stage in REPORTED_STAGES}
+    own = read_optional_json(folder / MANIFEST)
     if own:
         manifests[str(own.get("stage", "checkpoint"))] = own
     stages = {stage: manifest for stage, manifest in manifests.items() if manifest}
-    evaluation = read_json(folder / EVALUATION)
+    evaluation = read_optional_json(folder / EVALUATION_FILE)
     if not stages and not evaluation:
-        unfinished = [stage for stage in STAGES if (folder / stage).is_dir()]
+        unfinished = [stage for stage in REPORTED_STAGES if (folder / stage).is_dir()]
         raise CheckpointError(
             f"{' and '.join(unfinished)} did not finish yet" if unfinished else "nothing to report here",
             where=path,
-            fix=f"the report needs {path}/sft, reward, ppo or dpo with a {MANIFEST}, or {path}/{EVALUATION}",
+            fix=f"the report needs {path}/sft, reward, ppo or dpo with a {MANIFEST}, or {path}/{EVALUATION_FILE}",
         )
     return {"stages": stages, "evaluation": evaluation}
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_optional_json(path: Path) -> dict[str, object]:
     """A JSON object from a file, {} where there is no such file; raises CheckpointError for anything else."""
     try:
         found = json.loads(read_text(path))
@@ -113,31 +113,35 @@ def stage_table(label: str, found: dict) -> Table:
     """What each stage started from and how long it took."""
     rows = []
     for stage, manifest in found["stages"].items():
-        speed = number(inner(manifest, "throughput", "tokens_per_second"), 0)
+        speed = format_number(inner(manifest, "throughput", "tokens_per_second"), 0)
         base = inner(manifest, "base", "name")
-        steps, seconds = number(manifest.get("steps"), 0), number(manifest.get("seconds"), 1)
+        steps, seconds = format_number(manifest.get("steps"), 0), format_number(manifest.get("seconds"), 1)
         rows.append((stage, str(base) if base else ABSENT, steps, seconds, speed))
     return Table(f"{label}the stages", ("stage", "base", "steps", "seconds", "tokens/s"), tuple(rows))
 
 
 def held_out_table(label: str, found: dict) -> Table:
     """What each stage does on rows it was not trained on."""
-    sft, reward, ppo, dpo = (part(found["stages"], stage, "metrics") for stage in STAGES)
+    sft, reward, ppo, dpo = (part(found["stages"], stage, "metrics") for stage in REPORTED_STAGES)
     rows = []
     if is_number(sft.get("eval_loss")):
         rows.append(("SFT: loss per token", change(sft, "eval_loss"), "lower is better"))
     if is_number(sft.get("eval_perplexity")):
-        rows.append(("SFT: perplexity", number(sft["eval_perplexity"], 2), "1 would be certain of every token"))
+        rows.append(("SFT: perplexity", format_number(sft["eval_perplexity"], 2), "1 would be certain of every token"))
     if is_number(reward.get("accuracy")):
         pairs = reward.get("eval_pairs")
-        counted = f" of {number(pairs, 0)} comparisons" if is_number(pairs) else ""
+        counted = f" of {format_number(pairs, 0)} comparisons" if is_number(pairs) else ""
         accuracy = share(reward["accuracy"], reward.get("accuracy_low"), reward.get("accuracy_high"))
         rows.append(("reward model: prefers the chosen response", accuracy + counted, "50 % is guessing"))
     if is_number(reward.get("longer_wins_accuracy")):
         longer = share(reward["longer_wins_accuracy"])
         rows.append(("for comparison: always prefer the longer one", longer, "what length alone explains"))
     if is_number(ppo.get("eval_score")):
-        kl = f"at KL {number(ppo['eval_kl'], 2)}" if is_number(ppo.get("eval_kl")) else "by what it was trained on"
+        kl = (
+            f"at KL {format_number(ppo['eval_kl'], 2)}"
+            if is_number(ppo.get("eval_kl"))
+            else "by what it was trained on"
+        )
         rows.append(("PPO: score", change(ppo, "eval_score"), kl))
     if is_number(dpo.get("accuracy")):
         accuracy = share(dpo["accuracy"], dpo.get("accuracy_low"), dpo.get("accuracy_high"))
@@ -148,16 +152,16 @@ def held_out_table(label: str, found: dict) -> Table:
 def comparison_table(label: str, found: dict) -> Table:
     """The evaluated policy, beside what it was compared with where it was, measure by measure."""
     evaluation = found["evaluation"]
-    names = side_names(evaluation)
+    names = name_sides(evaluation)
     sides = [part(evaluation, side) for side in ("against", "policy")][-len(names) :]
     rows = []
-    for key, meaning, digits, percent in MEASURES:
+    for key, meaning, digits, percent in REPORT_MEASURES:
         if any(is_number(side.get(key)) for side in sides):
             rows.append((meaning, *(cell(side, key, digits, percent) for side in sides)))
     for source, meaning in (("reward", "wins by the reward model's score"), ("gold", "wins by the gold score")):
         rate = part(evaluation, "win_rate", source)
         if is_number(rate.get("rate")):
-            counted = f", n {number(rate['n'], 0)}" if is_number(rate.get("n")) else ""
+            counted = f", n {format_number(rate['n'], 0)}" if is_number(rate.get("n")) else ""
             wins = share(rate["rate"], rate.get("low"), rate.get("high"), counted)
             rows.append((meaning, *[ABSENT] * (len(names) - 1), wins))
     return Table(label + " against ".join(names), ("measure", *names), tuple(rows))
@@ -166,11 +170,11 @@ def comparison_table(label: str, found: dict) -> Table:
 def examples_table(label: str, found: dict) -> Table:
     """The same prompts answered by each side, with their scores."""
     evaluation = found["evaluation"]
-    names = side_names(evaluation)
+    names = name_sides(evaluation)
     keys = (("against", "against_score", "against_gold"), ("response", "score", "gold"))[-len(names) :]
     listed = evaluation.get("examples")
     examples = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
-    rows = [(ending(readable(e.get("prompt"))), *(answer(e, *side) for side in keys)) for e in examples]
+    rows = [(ending(format_cell(e.get("prompt"))), *(format_response(e, *side) for side in keys)) for e in examples]
     return Table(f"{label}the same prompts, answered by {' and '.join(names)}", ("prompt", *names), tuple(rows))
 
 
@@ -181,9 +185,9 @@ def overview(runs: dict[str, dict]) -> Table:
         sft, reward = (part(found["stages"], stage, "metrics") for stage in ("sft", "reward"))
         policy, against = (part(found["evaluation"], side) for side in ("policy", "against"))
         win = part(found["evaluation"], "win_rate", "reward")
-        loss, accuracy = number(sft.get("eval_loss"), 3), share(reward.get("accuracy"))
-        scores = (number(against.get("score"), 3), number(policy.get("score"), 3))
-        rows.append((path, loss, accuracy, *scores, number(policy.get("kl"), 3), share(win.get("rate"))))
+        loss, accuracy = format_number(sft.get("eval_loss"), 3), share(reward.get("accuracy"))
+        scores = (format_number(against.get("score"), 3), format_number(policy.get("score"), 3))
+        rows.append((path, loss, accuracy, *scores, format_number(policy.get("kl"), 3), share(win.get("rate"))))
     columns = ("run", "SFT loss", "RM accuracy", "score SFT", "score PPO", "KL", "PPO wins")
     return Table("all runs", columns, tuple(rows))
 
@@ -209,7 +213,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
 
 
-def number(value: object, digits: int) -> str:
+def format_number(value: object, digits: int) -> str:
     """A number with so many decimals, or a dash."""
     if not is_number(value):
         return ABSENT
@@ -219,7 +223,7 @@ def number(value: object, digits: int) -> str:
 def change(metrics: dict, name: str) -> str:
     """A measure before training, where it was taken, and after."""
     before = metrics.get(f"{name}_before")
-    return (f"{number(before, 3)} -> " if is_number(before) else "") + number(metrics[name], 3)
+    return (f"{format_number(before, 3)} -> " if is_number(before) else "") + format_number(metrics[name], 3)
 
 
 def share(rate: object, low: object = None, high: object = None, note: str = "") -> str:
@@ -236,27 +240,29 @@ def cell(side: dict, key: str, digits: int, percent: bool) -> str:
     if percent:
         return share(side.get(key))
     error = side.get(f"{key}_error")
-    return number(side.get(key), digits) + (f" ± {number(error, digits)}" if is_number(error) else "")
+    return format_number(side.get(key), digits) + (f" ± {format_number(error, digits)}" if is_number(error) else "")
 
 
-def answer(example: dict, text: str, score: str, gold: str) -> str:
+def format_response(example: dict, text: str, score: str, gold: str) -> str:
     """A response with its scores in a line below."""
-    scores = [f"{name} {number(example[key], 2)}" for name, key in (("score", score), ("gold", gold))
+    scores = [f"{name} {format_number(example[key], 2)}" for name, key in (("score", score), ("gold", gold))
               if is_number(example.get(key))]  # fmt: skip
-    return "\n".join(filter(None, [beginning(readable(example.get(text))), f"[{', '.join(scores)}]" if scores else ""]))
+    return "\n".join(
+        filter(None, [beginning(format_cell(example.get(text))), f"[{', '.join(scores)}]" if scores else ""])
+    )
 
 
 def beginning(text: str) -> str:
     """As much of a response as a table bears; --json has all of it."""
-    return text if len(text) <= SHOWN else text[:SHOWN].rstrip() + " ..."
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " ..."
 
 
 def ending(text: str) -> str:
     """As much of a prompt as a table bears: its end, which is what was answered."""
-    return text if len(text) <= SHOWN else "... " + text[-SHOWN:].lstrip()
+    return text if len(text) <= SHOWN_CHARACTERS else "... " + text[-SHOWN_CHARACTERS:].lstrip()
 
 
-def readable(value: object) -> str:
+def format_cell(value: object) -> str:
     """A prompt or response as text; a list of messages as `role: content` lines."""
     if isinstance(value, list):
         turns = [m for m in value if isinstance(m, dict)]
@@ -264,13 +270,13 @@ def readable(value: object) -> str:
     return ABSENT if value is None else str(value).strip() or "(empty)"
 
 
-def side_names(evaluation: dict) -> tuple[str, ...]:
+def name_sides(evaluation: dict) -> tuple[str, ...]:
     """What is compared: SFT and PPO, unless the folders are called otherwise; PPO alone where nothing was compared."""
     paths = [inner(evaluation, key) for key in ("compared_with", "model")]
     names = [Path(path).name if isinstance(path, str) else "" for path in paths]
     if names[0] and names[0] == names[1]:  # two runs of one stage: only the whole path tells them apart
         return str(paths[0]), str(paths[1])
-    sft, ppo = (name.upper() if name in STAGES else name for name in names)
+    sft, ppo = (name.upper() if name in REPORTED_STAGES else name for name in names)
     alone = not (sft or part(evaluation, "against"))
     return (ppo or "PPO",) if alone else (sft or "SFT", ppo or "PPO")
 
@@ -278,10 +284,10 @@ def side_names(evaluation: dict) -> tuple[str, ...]:
 # --- what to do next ----------------------------------------------------------------------------------------------
 
 
-def next_commands(path: str, found: dict) -> list[str]:
+def suggest_next_command(path: str, found: dict) -> list[str]:
     """The command that brings a run one step further; none where everything is there."""
     stages, folder = found["stages"], Path(path)
-    here = {stage: shlex.quote(str(folder / stage)) for stage in STAGES}
+    here = {stage: shlex.quote(str(folder / stage)) for stage in REPORTED_STAGES}
     if found["evaluation"] or not (folder / "sft" / MANIFEST).is_file():
         return []
     if "reward" not in stages:
@@ -294,7 +300,7 @@ def next_commands(path: str, found: dict) -> list[str]:
     prompts = inner(stages.get("ppo"), "config", "dataset")
     prompts = shlex.quote(prompts) if isinstance(prompts, str) else "PROMPTS"
     also = f" --also {here['dpo']}" if len(policies) > 1 else ""
-    target = shlex.quote(str(folder / EVALUATION))
+    target = shlex.quote(str(folder / EVALUATION_FILE))
     return [
         f"rlhf evaluate --model {here[policies[0]]}{also} --against {here['sft']} --reward {here['reward']}"
         f" --dataset {prompts} --output {target}"

@@ -51,7 +51,7 @@ from stages.training.session import (
 from stages.training.verdict import judge
 
 ROLE = "reward"
-DEMONSTRATIONS = 256  # rows whose mean score becomes 0
+CENTRING_ROWS = 256  # rows whose mean score becomes 0
 REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 
 
@@ -86,7 +86,7 @@ def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
         numbers = batch_at(step, len(rows), config.batch_size, config.seed, "reward")
         batch = [rows[i] for i in numbers]
         with roles.use(ROLE):
-            sums = add_gradients(roles, ranks, partial(backward, roles, ranks.share(batch), len(batch), config))
+            sums = add_gradients(roles, ranks, partial(backward_reward, roles, ranks.share(batch), len(batch), config))
         sums = ranks.sum_floats(sums, base.device)
         rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
         stepped = apply_gradients(progress, {ROLE: rate}, config.max_grad_norm, ranks, step + 1)
@@ -106,7 +106,7 @@ def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     served = centre(roles, demonstrations, config.micro_batch_size)
     found = final_report(roles, inputs, rows, held, served, config.micro_batch_size)
     if config.sft_samples and held:
-        found |= spread_on_samples(roles, text, inputs, config)
+        found |= check_policy_scores(roles, text, inputs, config)
     verdict = judge(found)
     found["verdict"] = verdict.stored()
     write_json(out.folder / REPORT_FILE, found)
@@ -148,7 +148,7 @@ def final_report(
     return found | ({"annotator_agreement": agreed / both, "annotator_pairs": both} if both else {})
 
 
-def spread_on_samples(roles: Roles, text: Text, inputs: Inputs, config: RewardConfig) -> dict[str, object]:
+def check_policy_scores(roles: Roles, text: Text, inputs: Inputs, config: RewardConfig) -> dict[str, object]:
     """How the answers of the policy that training started from score; empty where --model is no policy."""
     source = inputs.source
     if source.manifest is not None and source.manifest.stage == "reward":
@@ -168,7 +168,9 @@ def start_head(roles: Roles, inputs: Inputs, seed: int) -> ScalarHead:
     return ScalarHead(roles.base.width).randomise(derive(seed, "reward", "head")).to(roles.base.device)
 
 
-def backward(roles: Roles, rows: list[TokenComparison], denominator: int, config: RewardConfig) -> dict[str, float]:
+def backward_reward(
+    roles: Roles, rows: list[TokenComparison], denominator: int, config: RewardConfig
+) -> dict[str, float]:
     """Add the gradient of sum(comparison losses) / denominator under the active role; returns sums over pairs.
 
     All pairs of a prompt stay in one forward pass, each weighing 1 / (number of its pairs).
@@ -177,14 +179,14 @@ def backward(roles: Roles, rows: list[TokenComparison], denominator: int, config
     def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
         chosen = [rows[i] for i in micro]
         scores = sequence_scores(roles, ROLE, [row.ids for c in chosen for row in c.responses])
-        loss = comparison_losses(scores, chosen, config).sum() / denominator
+        loss = reward_losses(scores, chosen, config).sum() / denominator
         return loss, pair_sums(loss, scores, pairs_of(chosen))
 
     on_cuda = roles.base.device.type == "cuda"
     return NO_PAIRS | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
 
 
-def comparison_losses(scores: Tensor, comparisons: list[TokenComparison], config: RewardConfig) -> Tensor:
+def reward_losses(scores: Tensor, comparisons: list[TokenComparison], config: RewardConfig) -> Tensor:
     """Losses (pairs,), each weighted 1 / (pairs of its comparison).
 
     scores (R,): one per response, comparison by comparison.
@@ -206,10 +208,10 @@ def encode_demonstrations(
 
     Read as PPO reads responses, at their end token; given ones too long to keep it are left out.
     """
-    preferred = [row.best for row in rows[:DEMONSTRATIONS]]
+    preferred = [row.best for row in rows[:CENTRING_ROWS]]
     if inputs.demonstrations is None:
         return preferred
-    given = inputs.demonstrations.rows[:DEMONSTRATIONS]
+    given = inputs.demonstrations.rows[:CENTRING_ROWS]
     encode = partial(text.judged, max_tokens=limit)
     encoded = encode_all(given, encode, skip_bad=skip_bad, reporter=reporter, what="demonstrations")
     whole = [row for row in encoded if int(row.ids[-1]) in text.stop_ids]

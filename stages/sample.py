@@ -15,8 +15,8 @@ from stages.rollout.generate import Sampling, check_engine, generate
 from stages.rollout.samples import readable
 from stages.training.session import check_coverage, encode_all, open_base, open_text
 
-SHOWN = 3
-MOST_RESPONSES = 10**7  # held in memory until the file is written
+SHOWN_RESPONSES = 3
+MOST_SAMPLED_RESPONSES = 10**7  # held in memory until the file is written
 
 
 def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
@@ -60,17 +60,17 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     write_text(output, "".join(to_json(row) + "\n" for row in rows))
     ended = sum(row["ended"] for row in rows) / len(rows)
     data = {**counts, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
-    shown = tuple((readable(row["prompt"]), row["response"]) for row in rows[:SHOWN])
+    shown = tuple((readable(row["prompt"]), row["response"]) for row in rows[:SHOWN_RESPONSES])
     return Result("sample", "done", config.output, data, (Table("samples", ("prompt", "response"), shown),))
 
 
 def count_responses(prompts: int, config: SampleConfig) -> int:
     """How many responses are asked for. Raises ConfigError for more than memory holds until the file is written."""
     wanted = prompts * config.responses_per_prompt
-    if wanted > MOST_RESPONSES:
+    if wanted > MOST_SAMPLED_RESPONSES:
         raise ConfigError(
             f"{config.responses_per_prompt:,} responses to each of {prompts:,} prompts are {wanted:,}; "
-            f"the most in one file is {MOST_RESPONSES:,}",
+            f"the most in one file is {MOST_SAMPLED_RESPONSES:,}",
             where="--responses-per-prompt",
             fix="lower it, or take fewer prompts at a time with --limit-rows",
         )

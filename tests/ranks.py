@@ -79,7 +79,7 @@ def reward_step(base, ranks):
     progress = open_progress(config, {"reward": roles.parameters("reward")})
     rows = token_comparisons()[1:]  # three: one rank has two of them
     with roles.use("reward"):
-        sums = reward.backward(roles, ranks.share(rows), len(rows), config)
+        sums = reward.backward_reward(roles, ranks.share(rows), len(rows), config)
     apply_gradients(progress, {"reward": 1e-2}, 1.0, ranks, 1)
     found = {f"reward {name}": value for name, value in ranks.sum_floats(sums, CPU).items()}
     return found | {"reward weights": progress.optimizers["reward"].weights}
@@ -93,10 +93,12 @@ def kto_step(base, ranks, count):
     config = DpoConfig(model="m", dataset="d", output="o", loss="kto", beta=0.5, adam_eps=1e-3, micro_batch_size=2)
     progress = open_progress(config, {"policy": roles.parameters("policy")})
     rows, numbers = token_comparisons(), [2, 0, 3][:count]
-    batch = [dpo.Known(rows[i], summed_logprobs(roles, "policy", rows[i].responses, 2) - 1) for i in numbers]
+    batch = [
+        dpo.ReferencedComparison(rows[i], summed_logprobs(roles, "policy", rows[i].responses, 2) - 1) for i in numbers
+    ]
     shifts = dpo.policy_shifts(roles, ranks.share(dpo.cross_batch(rows, numbers)), 2)
     baseline = kto_baseline(shifts, ranks.sum)
-    sums = dpo.backward(roles, ranks.share(batch), count, config, baseline)
+    sums = dpo.backward_dpo(roles, ranks.share(batch), count, config, baseline)
     apply_gradients(progress, {"policy": 1e-2}, 1.0, ranks, 1)
     found = {f"kto {count} {name}": value for name, value in ranks.sum_floats(sums, CPU).items()}
     found[f"kto {count} baseline"] = float(baseline)

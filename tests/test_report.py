@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from stages.errors import CheckpointError
-from stages.report import ABSENT, beginning, ending, readable, run, share, side_names
+from stages.report import ABSENT, beginning, ending, format_cell, name_sides, run, share
 from stages.results import Silent
 
 SIDE = {"score": 0.25, "score_error": 0.0512, "gold": -1.5, "kl": 3.14159, "length": 41.26, "eos_rate": 0.975}
@@ -149,7 +149,7 @@ def test_numbers_that_are_not_finite_are_shown_as_they_are(tmp_path):
     ],
 )
 def test_the_sides_are_named_after_what_was_compared(evaluation, names):
-    assert side_names(evaluation) == names
+    assert name_sides(evaluation) == names
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_shares(arguments, text):
 
 
 def test_a_prompt_that_is_neither_text_nor_messages_is_shown_anyway():
-    assert (readable(None), readable(5), readable(["x", {"role": "user"}])) == (ABSENT, "5", "user: ")
+    assert (format_cell(None), format_cell(5), format_cell(["x", {"role": "user"}])) == (ABSENT, "5", "user: ")
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_dpo_stands_beside_ppo(tmp_path):
     assert held["DPO: prefers the chosen response"] == ("70.0 % (60.0 to 79.0)", "by its implicit reward")
     (line,) = result.next
     assert f"--model {tmp_path / 'ppo'} --also {tmp_path / 'dpo'} --against {tmp_path / 'sft'}" in line
-    assert side_names({"model": "runs/x/dpo", "compared_with": "runs/x/sft"}) == ("SFT", "DPO")
+    assert name_sides({"model": "runs/x/dpo", "compared_with": "runs/x/sft"}) == ("SFT", "DPO")
 
 
 def test_dpo_without_ppo_is_evaluated_next(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.config import DpoConfig
-from stages.dpo import comparison_losses, first_visits
+from stages.dpo import first_visits, preference_losses
 from stages.files.comparisons import Pair
 from stages.models.tokens import TokenRow
 from stages.training.batching import batch_at
@@ -69,7 +69,7 @@ def test_kto_on_soft_labels_is_the_expectation_over_hard_ones():
     rows = [TokenRow(torch.arange(3), torch.arange(3) > 0, False)] * 2
 
     def loss(pair: Pair) -> float:
-        return comparison_losses(ratios, [TokenComparison(rows, (pair,))], config, z0).item()
+        return preference_losses(ratios, [TokenComparison(rows, (pair,))], config, z0).item()
 
     hard, turned = loss(Pair(0, 1)), loss(Pair(1, 0))
     assert abs(hard - turned) > 0.1

@@ -48,7 +48,7 @@ def sft_gradient(roles, size):
 
 def reward_gradient(roles, size, **knobs):
     with roles.use("reward"):
-        sums = reward.backward(roles, token_comparisons(), 4, reward_config(micro_batch_size=size, **knobs))
+        sums = reward.backward_reward(roles, token_comparisons(), 4, reward_config(micro_batch_size=size, **knobs))
     return sums, gradient(roles.parameters("reward"))
 
 
