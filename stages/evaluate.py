@@ -20,11 +20,18 @@ from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.places import absolute
 from stages.results import Reporter, Result, Table, facts_table, metrics_table
-from stages.rollout.contest import SIDE_BY_SIDE, contest, contest_tables
-from stages.rollout.frontier import curve_tables, describe_turn, frontier_plot, turning_point
+from stages.rollout.contest import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
+from stages.rollout.frontier import curve_tables, describe_over_optimisation, plot_kl_curve, turning_point
 from stages.rollout.generate import Sampling, check_engine
-from stages.rollout.measure import Bench, Measured, best_of_rows, measure, sampling_of, summarise
-from stages.rollout.samples import readable
+from stages.rollout.measure import (
+    EvaluationSetup,
+    ScoredRollout,
+    best_of_rows,
+    measure,
+    sampling_of,
+    summarise_responses,
+)
+from stages.rollout.samples import flatten_text
 from stages.rollout.sources import Rewards, check_templates
 from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
@@ -49,10 +56,10 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
     tables: tuple[Table, ...] = ()
     if "comparisons" in rows:
         model = replace(candidate_of(config.model, source), reference=inputs.reference)
-        reports = contest(roles, [model, *inputs.also], rows["comparisons"], reporter)
+        reports = evaluate_on_comparisons(roles, [model, *inputs.also], rows["comparisons"], reporter)
         own = {name: value for name, value in reports[0].items() if name not in SIDE_BY_SIDE}
         found |= {reports[0]["kind"]: own} | ({"compared": reports} if inputs.also else {})
-        tables = contest_tables(reports)
+        tables = comparison_evaluation_tables(reports)
     if "demonstrations" in rows:
         roles.add("policy", adapter_of(base, source, trainable=False))
         found["perplexity"] = measure_perplexity(roles, rows["demonstrations"])
@@ -66,7 +73,7 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
     if output:
         write_json(output, found)
     if plot:
-        picture = frontier_plot(curve_of(found), found.get("best_of", []), f"{found['prompts']} prompts")
+        picture = plot_kl_curve(curve_of(found), found.get("best_of", []), f"{found['prompts']} prompts")
         write_text(plot, picture)
         reporter.note(f"drew {config.plot}")
     is_policy = source.manifest is not None and source.manifest.stage != "reward"
@@ -144,23 +151,23 @@ def measure_policies(
     if inputs.reference is not None:
         roles.add("reference", adapter_of(roles.base, inputs.reference, trainable=False))
     sampling = sampling_of(source, config)
-    bench = Bench(roles, text, prompts, sampling, rewards, config.seed)
+    setup = EvaluationSetup(roles, text, prompts, sampling, rewards, config.seed)
     model = candidate_of(config.model, source)
     sides = {"policy": model} | ({"against": candidate_of(config.against, inputs.against)} if inputs.against else {})
     warn_of_other_sampling([*sides.values(), *inputs.also], sampling, reporter)
     reporter.begin("evaluate", len(sides) + bool(config.best_of) + len(inputs.also))
     found: dict[str, object] = {"prompts": len(prompts), "temperature": sampling.temperature}
-    measured: dict[str, Measured] = {}
+    measured: dict[str, ScoredRollout] = {}
     done = 0
     for name, candidate in sides.items():
-        measured[name] = measure_candidate(bench, candidate)
-        found[name] = summarise(measured[name])
+        measured[name] = measure_candidate(setup, candidate)
+        found[name] = summarise_responses(measured[name])
         if name == "policy" and config.best_of:
-            found["best_of"] = best_of_rows(bench, measured[name], config.best_of)
+            found["best_of"] = best_of_rows(setup, measured[name], config.best_of)
             reporter.log(done := done + 1, {})
         reporter.log(done := done + 1, found[name])
     if inputs.also:
-        found |= measure_kl_curve(bench, [model, *inputs.also], measured["policy"], reporter, done)
+        found |= measure_kl_curve(setup, [model, *inputs.also], measured["policy"], reporter, done)
     reporter.end()
     if inputs.against is not None:
         scores = {name: side.scores for name, side in measured.items()}
@@ -183,32 +190,32 @@ def warn_of_other_sampling(candidates: list[Candidate], sampling: Sampling, repo
             reporter.note(f"{candidate.name} was trained at {' and '.join(other)}; all are measured at {now}")
 
 
-def measure_candidate(bench: Bench, candidate: Candidate) -> Measured:
+def measure_candidate(setup: EvaluationSetup, candidate: Candidate) -> ScoredRollout:
     """A candidate's response to every prompt; raises NotFiniteError, with its name, if it computes no numbers."""
-    bench.roles.add("policy", candidate_adapter(bench.roles.base, candidate))
+    setup.roles.add("policy", candidate_adapter(setup.roles.base, candidate))
     try:
-        return measure(bench, [0])
+        return measure(setup, [0])
     except NotFiniteError as error:
         raise NotFiniteError(error.what, where=candidate.name, fix=error.fix) from None
 
 
 def measure_kl_curve(
-    bench: Bench, candidates: list[Candidate], first: Measured, reporter: Reporter, done: int
+    setup: EvaluationSetup, candidates: list[Candidate], first: ScoredRollout, reporter: Reporter, done: int
 ) -> dict[str, object]:
     """A row per candidate by rising KL, and where the gold score turns; `first` is what the first one answered."""
     rows, gold = [], {}
     for number, (candidate, label) in enumerate(zip(candidates, labels_of(candidates), strict=True)):
-        measured = first if not rows else measure_candidate(bench, candidate)
-        summary = summarise(measured)
+        measured = first if not rows else measure_candidate(setup, candidate)
+        summary = summarise_responses(measured)
         rows.append({"model": candidate.name, "label": label} | summary)
         gold[candidate.name] = measured.scores.get("gold")
         reporter.log(done + number, summary)
     rows.sort(key=lambda row: row["kl"])
     found: dict[str, object] = {"frontier": rows}
-    if bench.judges.keys() >= {"score", "gold"}:
+    if setup.judges.keys() >= {"score", "gold"}:
         turn = turning_point(rows)
         _, error = mean_with_error(gold[turn[0]["model"]] - gold[turn[1]["model"]]) if turn else (0.0, None)
-        found["over_optimisation"] = describe_turn(rows, error)
+        found["over_optimisation"] = describe_over_optimisation(rows, error)
     return found
 
 
@@ -229,7 +236,7 @@ def win_rate(mine: Tensor, other: Tensor, prompts: list[PromptRow]) -> dict[str,
     return {"rate": float(wins.mean()), "low": low, "high": high, "n": len(mine)}
 
 
-def examples(prompts: list[PromptRow], measured: dict[str, Measured], count: int) -> list[dict[str, object]]:
+def examples(prompts: list[PromptRow], measured: dict[str, ScoredRollout], count: int) -> list[dict[str, object]]:
     """The first prompts with each side's response and scores."""
     rows = []
     for i, prompt in enumerate(prompts[:count]):
@@ -262,7 +269,7 @@ def policy_tables(found: dict) -> tuple[Table, ...]:
     main = Table(f"{found['prompts']} prompts", ("measure", *(heads.get(n, "value") for n in contenders)), tuple(rows))
     tables = (main, *curve_tables(found))
     shown = tuple(
-        (readable(row["prompt"]), *((str(row["against"]),) if "against" in row else ()), str(row["response"]))
+        (flatten_text(row["prompt"]), *((str(row["against"]),) if "against" in row else ()), str(row["response"]))
         for row in found["examples"]
     )
     if not shown:

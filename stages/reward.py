@@ -17,7 +17,7 @@ from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
 from stages.models.tokens import Text, TokenRow
 from stages.results import Reporter, Result, next_commands
-from stages.rollout.spread import sample_spread
+from stages.rollout.spread import score_policy_responses
 from stages.training.baselines import baselines
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import (
@@ -155,7 +155,7 @@ def check_policy_scores(roles: Roles, text: Text, inputs: Inputs, config: Reward
         return {}
     roles.add("policy", frozen_copy(adapter_of(roles.base, source, trainable=False)))
     prompts = [Prompt(row.where, row.prompt) for row in inputs.held_out]
-    spread = sample_spread(roles, text, prompts, config.sft_samples, config.seed, config.micro_batch_size)
+    spread = score_policy_responses(roles, text, prompts, config.sft_samples, config.seed, config.micro_batch_size)
     roles.remove("policy")
     return {"samples": spread} if spread else {}
 

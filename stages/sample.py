@@ -12,7 +12,7 @@ from stages.models.roles import Roles, adapter_of
 from stages.places import absolute
 from stages.results import Reporter, Result, Table, facts_table
 from stages.rollout.generate import Sampling, check_engine, generate
-from stages.rollout.samples import readable
+from stages.rollout.samples import flatten_text
 from stages.training.session import check_coverage, encode_all, open_base, open_text
 
 SHOWN_RESPONSES = 3
@@ -60,7 +60,7 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     write_text(output, "".join(to_json(row) + "\n" for row in rows))
     ended = sum(row["ended"] for row in rows) / len(rows)
     data = {**counts, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
-    shown = tuple((readable(row["prompt"]), row["response"]) for row in rows[:SHOWN_RESPONSES])
+    shown = tuple((flatten_text(row["prompt"]), row["response"]) for row in rows[:SHOWN_RESPONSES])
     return Result("sample", "done", config.output, data, (Table("samples", ("prompt", "response"), shown),))
 
 

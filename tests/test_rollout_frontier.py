@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.rollout.frontier import by_run, describe_turn, frontier_plot, turning_point
+from stages.rollout.frontier import by_run, describe_over_optimisation, plot_kl_curve, turning_point
 
 
 def rows(*numbers):
@@ -15,10 +15,10 @@ def test_gold_peaks_while_the_score_goes_on():
     found = rows((0, 1.0, 0.0), (2, 2.0, 0.8), (5, 3.0, 0.7), (9, 4.0, 0.25), (12, 3.5, 0.3))
     peak, beyond = turning_point(found)
     assert (peak["model"], beyond["model"]) == ("m1", "m3")
-    said = describe_turn(found, 0.05)
+    said = describe_over_optimisation(found, 0.05)
     assert "peaks at KL 2.00 (m1)" in said and "to KL 9.00 (m3)" in said
     assert "rises by 2.000" in said and "falls by 0.550 ± 0.050" in said and "chance" not in said
-    assert "it may be chance" in describe_turn(found, 0.3)
+    assert "it may be chance" in describe_over_optimisation(found, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_gold_peaks_while_the_score_goes_on():
 )
 def test_nothing_turns(numbers):
     assert turning_point(rows(*numbers)) is None
-    assert "no over-optimisation" in describe_turn(rows(*numbers), None)
+    assert "no over-optimisation" in describe_over_optimisation(rows(*numbers), None)
 
 
 def test_rows_without_gold_are_passed_over():
@@ -52,5 +52,5 @@ def test_the_states_of_a_run_are_one_line_with_its_checkpoint():
 
 
 def test_a_picture_needs_no_gold():
-    picture = frontier_plot([{"model": "m", "kl": 1.0, "score": 2.0}], [], "a < b")
+    picture = plot_kl_curve([{"model": "m", "kl": 1.0, "score": 2.0}], [], "a < b")
     assert "score, checkpoints" in picture and "gold" not in picture and "a &lt; b" in picture

@@ -9,7 +9,7 @@ from stages.files.rows import Prompt
 from stages.models.forward import sequence_scores
 from stages.rollout.experience import roll_out
 from stages.rollout.generate import Sampling
-from stages.rollout.spread import sample_spread
+from stages.rollout.spread import score_policy_responses
 from tests.parts import open_tiny_text, roles_on
 
 PROMPTS = [
@@ -28,7 +28,7 @@ def parts(model_folder, open_tiny):
 def test_scores_of_two_answers_to_each_prompt_that_fits(parts):
     """The first two prompts that leave room, answered twice at temperature 1, and scored one by one."""
     roles, text = parts
-    found = sample_spread(roles, text, PROMPTS, 2, 5, "auto")
+    found = score_policy_responses(roles, text, PROMPTS, 2, 5, "auto")
     rows = [text.prompt(PROMPTS[i], 64) for i in (0, 0, 2, 2)]
     keys = [(5, "reward", "spread", i, k) for i in (0, 1) for k in (0, 1)]
     rollout = roll_out(roles, "policy", text, rows, keys, Sampling(1.0, 64))
@@ -44,4 +44,8 @@ def test_scores_of_two_answers_to_each_prompt_that_fits(parts):
 
 
 def test_no_prompt_that_fits_gives_nothing(parts):
-    assert sample_spread(*parts, PROMPTS[1:2], 32, 0, "auto") == {} == sample_spread(*parts, PROMPTS, 0, 0, "auto")
+    assert (
+        score_policy_responses(*parts, PROMPTS[1:2], 32, 0, "auto")
+        == {}
+        == score_policy_responses(*parts, PROMPTS, 0, 0, "auto")
+    )

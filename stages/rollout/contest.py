@@ -41,7 +41,7 @@ def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenCompari
     return implicit_reward(sums[0] - sums[1], candidate.beta)
 
 
-def contest(
+def evaluate_on_comparisons(
     roles: Roles, candidates: list[Candidate], rows: list[TokenComparison], reporter: Reporter
 ) -> list[dict[str, object]]:
     """Each candidate's report on the comparisons, with how often it agrees with the first; the first is always 1."""
@@ -66,7 +66,7 @@ def agreement(one: Tensor, other: Tensor) -> float:
     return float((0.5 + 0.5 * torch.sign(one) * torch.sign(other)).double().mean())
 
 
-def contest_tables(found: list[dict[str, object]]) -> tuple[Table, ...]:
+def comparison_evaluation_tables(found: list[dict[str, object]]) -> tuple[Table, ...]:
     """The first one's report in full; before it, where there are more, a row each."""
     title = {"reward_model": "reward model", "implicit_reward": "implicit reward, beta x log(policy / reference)"}
     main, *rest = report_tables(found[0])

@@ -42,7 +42,7 @@ def curve_tables(evaluation: dict[str, object], label: str = "") -> tuple[Table,
     best, rows = rows_of(evaluation.get("best_of"), "n"), rows_of(evaluation.get("frontier"), "model")
     tables = (best_of_table(best, f"{label}best of n by score"),) if best else ()
     if rows:
-        tables += (frontier_table(rows, best, f"{label}by KL to the reference"),)
+        tables += (kl_curve_table(rows, best, f"{label}by KL to the reference"),)
     turn = evaluation.get("over_optimisation")
     if isinstance(turn, str):
         tables += (Table("", (f"{label}over-optimisation",), ((turn,),)),)
@@ -54,7 +54,7 @@ def best_of_table(rows: list[Row], title: str) -> Table:
     return _table(title, "n", [(str(row["n"]), row) for row in rows], {"kl": "KL (at most)"})
 
 
-def frontier_table(rows: list[Row], best_of: list[Row], title: str) -> Table:
+def kl_curve_table(rows: list[Row], best_of: list[Row], title: str) -> Table:
     """Policies, and the best of n of the first one where that was measured, by rising KL."""
     named = [(str(row.get("label", row["model"])), row) for row in rows]
     named += [(f"best of {row['n']}", row) for row in best_of]
@@ -64,11 +64,11 @@ def frontier_table(rows: list[Row], best_of: list[Row], title: str) -> Table:
 def _table(title: str, first: str, named: list[tuple[str, Row]], headings: dict[str, str] | None = None) -> Table:
     measures = [m for m in MEASURES if any(is_number(row.get(m[0])) for _, row in named)]
     columns = (first, *((headings or {}).get(key, heading) for key, heading, _ in measures))
-    cells = [(name, *(_cell(row, key, digits) for key, _, digits in measures)) for name, row in named]
+    cells = [(name, *(_with_error(row, key, digits) for key, _, digits in measures)) for name, row in named]
     return Table(title, columns, tuple(cells))
 
 
-def _cell(row: Row, key: str, digits: int) -> str:
+def _with_error(row: Row, key: str, digits: int) -> str:
     if not is_number(row.get(key)):
         return ABSENT
     error = row.get(f"{key}_error")
@@ -91,7 +91,7 @@ def turning_point(rows: list[Row]) -> tuple[Row, Row] | None:
     return (peak, max(beyond, key=lambda row: row["score"])) if beyond else None
 
 
-def describe_turn(rows: list[Row], loss_error: float | None) -> str:
+def describe_over_optimisation(rows: list[Row], loss_error: float | None) -> str:
     """One sentence on over-optimisation; `loss_error` is the standard error of the gold score's fall over prompts."""
     turn = turning_point(rows)
     if turn is None:
@@ -114,7 +114,7 @@ def _name(row: Row) -> str:
 # --- the picture ----------------------------------------------------------------------------------------------------
 
 
-def frontier_plot(rows: list[Row], best_of: list[Row], title: str) -> str:
+def plot_kl_curve(rows: list[Row], best_of: list[Row], title: str) -> str:
     """Score (solid) and gold score (dashed) over the KL to the reference, as SVG: a line for each run with states."""
     series = []
     for colour, (kind, points) in enumerate([*by_run(rows).items(), ("best of n", best_of)]):

@@ -21,7 +21,7 @@ DEFAULT_RESPONSE_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvaluationSetup:
     """What every policy is measured with."""
 
     roles: Roles  # with the role "reference" where KL is measured
@@ -37,7 +37,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScoredRollout:
     """Responses and what is known of each."""
 
     rollout: Rollout
@@ -54,24 +54,24 @@ def sampling_of(source: Source, config: EvaluateConfig) -> Sampling:
     return Sampling(temperature, tokens, rows_at_once=config.rollout_batch_size, engine=config.rollout_engine)
 
 
-def measure(bench: Bench, draws: list[int]) -> Measured:
+def measure(setup: EvaluationSetup, draws: list[int]) -> ScoredRollout:
     """Responses of the role "policy": number `k` to every prompt, for each k of `draws`, prompt by prompt.
 
     Noise depends on prompt and k alone, so every policy answers with the same.
     """
-    rows = [(i, k) for i in range(len(bench.prompts)) for k in draws]
-    keys = [(bench.seed, "evaluate", i, k) if k else (bench.seed, "evaluate", i) for i, k in rows]
-    asked = [bench.prompts[i] for i, _ in rows]
-    rollout = roll_out(bench.roles, "policy", bench.text, asked, keys, bench.sampling)
+    rows = [(i, k) for i in range(len(setup.prompts)) for k in draws]
+    keys = [(setup.seed, "evaluate", i, k) if k else (setup.seed, "evaluate", i) for i, k in rows]
+    asked = [setup.prompts[i] for i, _ in rows]
+    rollout = roll_out(setup.roles, "policy", setup.text, asked, keys, setup.sampling)
     scores = {
         name: judge.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
-        for name, judge in bench.judges.items()
+        for name, judge in setup.judges.items()
     }
-    kl = rollout_kl(bench.roles, rollout, bench.sampling.temperature, "auto") if bench.measures_kl else None
-    return Measured(rollout, scores, None if kl is None else kl.double().cpu())
+    kl = rollout_kl(setup.roles, rollout, setup.sampling.temperature, "auto") if setup.measures_kl else None
+    return ScoredRollout(rollout, scores, None if kl is None else kl.double().cpu())
 
 
-def summarise(measured: Measured) -> dict[str, float]:
+def summarise_responses(measured: ScoredRollout) -> dict[str, float]:
     """Means over one response to each prompt, with standard errors, and how much responses repeat themselves."""
     rollout = measured.rollout
     out: dict[str, float] = {}
@@ -81,10 +81,10 @@ def summarise(measured: Measured) -> dict[str, float]:
         out["kl"], out["kl_error"] = mean_with_error(measured.kl)
     out["length"] = sum(rollout.lengths) / len(rollout.lengths)
     out["eos_rate"] = float(rollout.ended.double().mean())
-    return out | repetition(said(rollout))
+    return out | repetition(split_texts_and_tokens(rollout))
 
 
-def said(rollout: Rollout) -> list[tuple[str, list[int]]]:
+def split_texts_and_tokens(rollout: Rollout) -> list[tuple[str, list[int]]]:
     """Text and tokens of every response, without the token that ends it."""
     ends = rollout.ended.tolist()
     tokens = [response.tolist()[: -1 if end else None] for response, end in zip(rollout.responses, ends, strict=True)]
@@ -104,14 +104,14 @@ def repetition(responses: list[tuple[str, list[int]]]) -> dict[str, float]:
 # --- the best of several
 
 
-def best_of_rows(bench: Bench, first: Measured, counts: list[int]) -> list[dict[str, float]]:
+def best_of_rows(setup: EvaluationSetup, first: ScoredRollout, counts: list[int]) -> list[dict[str, float]]:
     """What the best of n responses by score is like, for every n of `counts`, from max(counts) responses per prompt.
 
     `first` holds response number 0 to every prompt. Means take every response into account (`best_of_weights`).
     """
     size = max(counts)
-    groups = [first] if size == 1 else [first, measure(bench, list(range(1, size)))]
-    columns = {name: _side_by_side(groups, name) for name in ("score", "gold", "kl", "length", "ended")}
+    groups = [first] if size == 1 else [first, measure(setup, list(range(1, size)))]
+    columns = {name: _column_by_response(groups, name) for name in ("score", "gold", "kl", "length", "ended")}
     measures = {name: values for name, values in columns.items() if values is not None}
     return [best_of_row(n, measures) | _repetition_of_best(n, groups, measures["score"]) for n in sorted(set(counts))]
 
@@ -135,7 +135,7 @@ def best_of_row(n: int, measures: dict[str, Tensor]) -> dict[str, float]:
     return row
 
 
-def _side_by_side(groups: list[Measured], name: str) -> Tensor | None:
+def _column_by_response(groups: list[ScoredRollout], name: str) -> Tensor | None:
     """A measure as (P, N) float64, response number 0 in the first column; None where it was not taken."""
     prompts = len(groups[0].rollout.texts)
     parts = []
@@ -150,12 +150,12 @@ def _side_by_side(groups: list[Measured], name: str) -> Tensor | None:
     return torch.cat(parts, dim=1)
 
 
-def _repetition_of_best(n: int, groups: list[Measured], scores: Tensor) -> dict[str, float]:
+def _repetition_of_best(n: int, groups: list[ScoredRollout], scores: Tensor) -> dict[str, float]:
     """`repetition` of the best of n, averaged over as many disjoint sets of n responses as there are."""
     prompts, size = scores.shape
     per_prompt: list[list[tuple[str, list[int]]]] = [[] for _ in range(prompts)]
     for group in groups:
-        responses = said(group.rollout)
+        responses = split_texts_and_tokens(group.rollout)
         each = len(responses) // prompts
         for i, mine in enumerate(per_prompt):
             mine += responses[i * each : (i + 1) * each]

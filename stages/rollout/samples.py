@@ -37,7 +37,7 @@ def show_samples(
     )
 
 
-def readable(prompt: object) -> str:
+def flatten_text(prompt: object) -> str:
     """A prompt as a person reads it: its text, or a conversation in lines of `role: content`."""
     if isinstance(prompt, str):
         return prompt

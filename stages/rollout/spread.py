@@ -14,7 +14,7 @@ TOKENS = 64
 RESPONSES = 2  # to each prompt
 
 
-def sample_spread(
+def score_policy_responses(
     roles: Roles, text: Text, prompts: list[Prompt], limit: int, seed: int, micro_batch_size: int | str
 ) -> dict[str, float]:
     """Scores under the role "reward" of two answers each by the role "policy" to the first `limit` prompts that fit.
