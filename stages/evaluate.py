@@ -32,7 +32,7 @@ from stages.rollout.measure import (
     summarise_responses,
 )
 from stages.rollout.samples import flatten_text
-from stages.rollout.sources import Rewards, check_templates
+from stages.rollout.sources import RewardSources, check_templates
 from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
 from stages.training.session import check_coverage, context_limit, encode_all, open_base, open_text, report_cuts
@@ -144,7 +144,7 @@ def measure_policies(
     source = inputs.source
     judges = {"score": inputs.rewards, "gold": inputs.gold}
     rewards = {
-        name: Rewards(specs, roles, "auto", prefix=f"{name} ", timeout=config.reward_timeout)
+        name: RewardSources(specs, roles, "auto", prefix=f"{name} ", timeout=config.reward_timeout)
         for name, specs in judges.items()
         if specs
     }

@@ -39,7 +39,7 @@ from stages.models.candidates import Candidate, candidate_of, open_candidates
 from stages.models.source import Source, adapter_beside, open_source, read_adapter_shape, same_base
 from stages.places import absolute
 from stages.results import Result, metrics_table, next_commands
-from stages.rollout.specs import Spec, open_rewards
+from stages.rollout.specs import RewardSpec, open_rewards
 
 POLICIES = ("sft", "ppo", "dpo")
 RESPONSE_KEYS = ("prompt", "response", "index", "ended", "tokens")  # of a line that `rlhf sample` writes
@@ -56,8 +56,8 @@ class Inputs:
     train: list = field(default_factory=list)
     held_out: list = field(default_factory=list)  # at most eval_limit
     run: Run | None = None  # the output folder of a training stage
-    rewards: list[Spec] = field(default_factory=list)
-    gold: list[Spec] = field(default_factory=list)
+    rewards: list[RewardSpec] = field(default_factory=list)
+    gold: list[RewardSpec] = field(default_factory=list)
     demonstrations: Rows | None = None
     against: Source | None = None
     reference: Source | None = None

@@ -31,7 +31,7 @@ from stages.rollout.estimate import estimate
 from stages.rollout.experience import Experience, Rollout, policy_knew, role_logprobs, role_values, roll_out, rollout_kl
 from stages.rollout.generate import ROWS_AT_ONCE, Sampling, check_engine
 from stages.rollout.graphs import Usable
-from stages.rollout.sources import Rewards, check_templates
+from stages.rollout.sources import RewardSources, check_templates
 from stages.rollout.watching import Watch, alarm_table, alarms_in, kept
 from stages.training.batching import batch_at
 from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device
@@ -88,7 +88,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
             fix=f"give at least {ranks.size}, or start fewer ranks",
         )
     roles = open_roles(Roles(base), config, inputs)
-    rewards = Rewards(inputs.rewards, roles, config.micro_batch_size, timeout=config.reward_timeout)
+    rewards = RewardSources(inputs.rewards, roles, config.micro_batch_size, timeout=config.reward_timeout)
     progress = open_progress(config, trained_parameters(roles, config))
     progress.facts["kl_coef"] = config.kl_coef
     law = config.temperature, config.max_response_tokens
@@ -165,7 +165,7 @@ class PpoSetup:
     config: PpoConfig
     roles: Roles
     text: Text
-    rewards: Rewards
+    rewards: RewardSources
     ranks: Ranks
     progress: Progress
     sampling: Sampling

@@ -14,8 +14,8 @@ from stages.models.roles import Roles
 from stages.models.source import open_source
 from stages.models.tokens import PromptRow
 from stages.rollout import sources
-from stages.rollout.sources import Rewards, call_function
-from stages.rollout.specs import Spec, load_function
+from stages.rollout.sources import RewardSources, call_function
+from stages.rollout.specs import RewardSpec, load_function
 from tests.parts import publish_checkpoint, random_adapter, random_head, sequences_of
 
 ROWS = [
@@ -26,7 +26,7 @@ TEXTS = ["4", " three"]
 
 
 def function_spec(function, weight=1.0, name="f.py:score"):
-    return Spec(name, weight, None, function, "")
+    return RewardSpec(name, weight, None, function, "")
 
 
 def call(function):
@@ -160,7 +160,7 @@ def roles(base):
 def reward_spec(base, folder, seed, weight):
     adapter, head = random_adapter(base, seed), random_head(base.width, seed)
     publish_checkpoint(folder, base, "reward", adapter, head=head)
-    return Spec(str(folder), weight, open_source(str(folder), stages=("reward",), what="--reward"), None, ""), (
+    return RewardSpec(str(folder), weight, open_source(str(folder), stages=("reward",), what="--reward"), None, ""), (
         adapter,
         head,
     )
@@ -180,7 +180,7 @@ RESPONSES = [torch.tensor([40, 41, 2]), torch.tensor([50, 2])]
 def test_scores_are_added_up_with_their_weights(base, roles, tmp_path):
     first, one = reward_spec(base, tmp_path / "a", 5, 0.5)
     second, other = reward_spec(base, tmp_path / "b", 6, -2.0)
-    rewards = Rewards([first, function_spec(lambda p, r: [10.0, 20.0], 0.1), second], roles, "auto")
+    rewards = RewardSources([first, function_spec(lambda p, r: [10.0, 20.0], 0.1), second], roles, "auto")
     found = rewards.score(ROWS, RESPONSES, TEXTS, torch.tensor([True, True]))
     ends = [2, 6]
     for row, (prompt, response) in enumerate(zip(ROWS, RESPONSES, strict=True)):
@@ -193,7 +193,7 @@ def test_scores_are_added_up_with_their_weights(base, roles, tmp_path):
 def test_a_reward_model_reads_the_end_that_it_was_trained_on(base, roles, tmp_path):
     """Several tokens may stop a response; the one that this prompt's template writes is what is read."""
     spec, model = reward_spec(base, tmp_path / "a", 5, 1.0)
-    rewards = Rewards([spec], roles, "auto")
+    rewards = RewardSources([spec], roles, "auto")
     stopped_by_2 = rewards.score(ROWS, RESPONSES, TEXTS, torch.tensor([True, True]))
     by_6 = [torch.cat([r[:-1], torch.tensor([6])]) for r in RESPONSES]
     assert torch.equal(rewards.score(ROWS, by_6, TEXTS, torch.tensor([True, True])), stopped_by_2)
@@ -209,7 +209,7 @@ def test_scores_do_not_depend_on_the_cut(base, roles, tmp_path, size):
     spec, model = reward_spec(base, tmp_path / "a", 5, 1.0)
     prompts = [PromptRow(ids, "", 2, {}, "") for ids in sequences_of([5, 2, 9])]
     responses = sequences_of([3, 8, 1], seed=1)
-    found = Rewards([spec], roles, size).score(prompts, responses, [""] * 3, torch.tensor([False] * 3))
+    found = RewardSources([spec], roles, size).score(prompts, responses, [""] * 3, torch.tensor([False] * 3))
     expected = [score_by_hand(base, *model, torch.cat([p.ids, r])) for p, r in zip(prompts, responses, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -218,8 +218,8 @@ def test_sources_of_two_lists_stand_side_by_side(base, roles, tmp_path):
     first, _ = reward_spec(base, tmp_path / "a", 5, 1.0)
     second, _ = reward_spec(base, tmp_path / "b", 6, 1.0)
     ended = torch.tensor([True, True])
-    alone = Rewards([first], roles, "auto").score(ROWS, RESPONSES, TEXTS, ended)
-    rewards, gold = Rewards([first], roles, "auto"), Rewards([second, first], roles, "auto", prefix="gold")
+    alone = RewardSources([first], roles, "auto").score(ROWS, RESPONSES, TEXTS, ended)
+    rewards, gold = RewardSources([first], roles, "auto"), RewardSources([second, first], roles, "auto", prefix="gold")
     assert torch.equal(rewards.score(ROWS, RESPONSES, TEXTS, ended), alone)
     assert not torch.equal(gold.score(ROWS, RESPONSES, TEXTS, ended), alone)
     assert not any(p.requires_grad for role in ("reward", "gold", "gold1") for p in roles.parameters(role))

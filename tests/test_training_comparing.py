@@ -16,7 +16,7 @@ from stages.models.roles import Roles
 from stages.models.source import open_source
 from stages.models.tokens import TokenRow
 from stages.rollout.experience import lay_out, role_values
-from stages.rollout.sources import Rewards
+from stages.rollout.sources import RewardSources
 from stages.rollout.specs import open_rewards
 from stages.training import comparing
 from stages.training.comparing import (
@@ -251,7 +251,7 @@ def test_served_scores_of_demonstrations_have_mean_0_and_the_critic_begins_there
     prompts = prompt_rows([r.ids[:at] for r, at in zip(demonstrations, splits, strict=True)])
     responses = [r.ids[at:] for r, at in zip(demonstrations, splits, strict=True)]
     ended = torch.tensor([False] * len(responses))
-    served = Rewards(specs, roles, "auto").score(prompts, responses, [""] * len(responses), ended)
+    served = RewardSources(specs, roles, "auto").score(prompts, responses, [""] * len(responses), ended)
     assert abs(served.mean().item()) <= 1e-5
     assert (served - (before - before.mean())).abs().max() <= 1e-5
     longer = [torch.cat([r, r[:1]]) for r in responses]  # the value before one token more is the score of the rest

@@ -15,7 +15,7 @@ from stages.models.source import Source
 from stages.models.tokens import PromptRow, Text
 from stages.rollout.experience import Rollout, roll_out, rollout_kl
 from stages.rollout.generate import Sampling
-from stages.rollout.sources import Rewards
+from stages.rollout.sources import RewardSources
 
 DEFAULT_RESPONSE_TOKENS = 128
 
@@ -28,7 +28,7 @@ class EvaluationSetup:
     text: Text
     prompts: list[PromptRow]
     sampling: Sampling
-    judges: dict[str, Rewards]  # "score" and "gold", as far as they are given
+    judges: dict[str, RewardSources]  # "score" and "gold", as far as they are given
     seed: int
 
     @property

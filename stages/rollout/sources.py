@@ -18,16 +18,16 @@ from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import stored_template
 from stages.models.tokens import PromptRow, Text
 from stages.results import Reporter
-from stages.rollout.specs import Spec, UserFunction, python_file, reason_of
+from stages.rollout.specs import RewardSpec, UserFunction, python_file, reason_of
 from stages.rollout.user_code import ClosedFiles, TookTooLong, too_slow, user_code
 from stages.training.passes import collect
 
-SHOWN = 500  # characters of a value in a message
-LARGEST = torch.finfo(torch.float32).max
+SHOWN_VALUE = 500  # characters of a value in a message
+LARGEST_SCORE = torch.finfo(torch.float32).max
 CULPRIT_SECONDS = 30.0  # spent at most on finding the response at which a function fails
 
 
-def check_templates(specs: list[Spec], text: Text, prompts: list[PromptRow], reporter: Reporter) -> None:
+def check_templates(specs: list[RewardSpec], text: Text, prompts: list[PromptRow], reporter: Reporter) -> None:
     """Warn of a reward model that was trained on conversations in another chat template than they are scored in."""
     if all(isinstance(prompt.text, str) for prompt in prompts):
         return
@@ -40,12 +40,12 @@ def check_templates(specs: list[Spec], text: Text, prompts: list[PromptRow], rep
             )
 
 
-class Rewards:
+class RewardSources:
     """Scores responses with every source and adds them up, weighted."""
 
     def __init__(
         self,
-        specs: list[Spec],
+        specs: list[RewardSpec],
         roles: Roles,
         micro_batch_size: int | str,
         prefix: str = "reward",
@@ -176,7 +176,7 @@ def _number(value: object) -> float | None:
         if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
             return None
         number = float(value)
-        return number if abs(number) <= LARGEST else None
+        return number if abs(number) <= LARGEST_SCORE else None
     except (Exception, SystemExit):
         return None
 
@@ -186,7 +186,7 @@ def _shown(value: object) -> str:
         text = " ".join(repr(value).split())
     except (Exception, SystemExit):
         return f"a {type(value).__name__} that cannot be printed"
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    return text if len(text) <= SHOWN_VALUE else text[: SHOWN_VALUE - 3] + "..."
 
 
 def _for(prompt: PromptRow, text: str) -> str:

@@ -25,7 +25,7 @@ from stages.rollout.user_code import ClosedFiles, user_code
 
 
 @dataclass(frozen=True)
-class Spec:
+class RewardSpec:
     """A --reward flag taken apart: a checkpoint, or a function in a file, and its weight."""
 
     name: str
@@ -52,7 +52,7 @@ def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
 
 def open_rewards(
     flags: list[str], policy: Source | None, *, what: str = "--reward", trust_remote_code: bool = False
-) -> list[Spec]:
+) -> list[RewardSpec]:
     """Find and check every reward source before a model loads.
 
     Raises CheckpointError where a reward checkpoint does not share the policy's base, RewardError where a function
@@ -62,7 +62,9 @@ def open_rewards(
     for flag in flags:
         name, weight = parse_reward(flag, what)
         if is_function(name):
-            specs.append(Spec(name, weight, None, load_function(name, what), file_digest(python_file(name)), what))
+            specs.append(
+                RewardSpec(name, weight, None, load_function(name, what), file_digest(python_file(name)), what)
+            )
             continue
         source = open_source(name, stages=("reward",), what=what, trust_remote_code=trust_remote_code)
         if source.manifest is None:
@@ -73,7 +75,7 @@ def open_rewards(
             )
         if policy is not None:
             same_base(policy, source, first_flag="--model", second_flag=what)
-        specs.append(Spec(name, weight, source, None, source.digest, what))
+        specs.append(RewardSpec(name, weight, source, None, source.digest, what))
     return specs
 
 
