@@ -14,8 +14,8 @@ from stages.models.base import Base
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, new_adapter
 from stages.models.tokens import PromptRow, TokenRow
-from stages.rollout.clipped import Judged, clipped_steps
-from stages.rollout.estimate import estimate
+from stages.rollout.clipped import ExperienceWithAdvantages, clipped_steps
+from stages.rollout.estimate import estimate_advantages
 from stages.rollout.experience import Experience, lay_out, role_logprobs, role_values
 from stages.rollout.generate import ROWS_AT_ONCE, Sampling, generate
 from stages.rollout.sources import model_scores
@@ -146,7 +146,7 @@ def decode(model: Model, rows: int, sizes: Sizes, limit: Ceilings) -> dict[str, 
 
     def run(tokens: int) -> None:
         with model.roles.use("policy"):
-            generate(model.base, prompts, keys, NEVER, Sampling(1.0, tokens, rows_at_once=rows))
+            generate(model.base, prompts, keys, NEVER, Sampling(1.0, tokens, rollout_batch_size=rows))
 
     run(2)
     first = seconds_of(lambda: run(1), model.device)
@@ -229,7 +229,7 @@ def iterate(model: Model, it: Iteration, limit: Ceilings) -> dict[str, object]:
 
     def sample() -> object:
         with roles.use("policy"):
-            return generate(model.base, prompts, keys, NEVER, Sampling(1.0, it.response, rows_at_once=rows))
+            return generate(model.base, prompts, keys, NEVER, Sampling(1.0, it.response, rollout_batch_size=rows))
 
     phase("rollout", sample)
     rollout = lay_out(asked, found["rollout"], [""] * it.prompts, torch.zeros(it.prompts, dtype=torch.bool))
@@ -244,8 +244,8 @@ def iterate(model: Model, it: Iteration, limit: Ceilings) -> dict[str, object]:
     groups = torch.arange(it.prompts, device=device)
 
     def update() -> object:
-        advantages, returns = estimate(config, experience, score, config.kl_coef, groups, lambda x: x)
-        judged = Judged(experience, advantages, returns, config.kl_coef)
+        advantages, returns = estimate_advantages(config, experience, score, config.kl_coef, groups, lambda x: x)
+        judged = ExperienceWithAdvantages(experience, advantages, returns, config.kl_coef)
         return clipped_steps(config, roles, Ranks(device), model.progress, judged, 0.0, 0)
 
     phase("update", update)

@@ -26,9 +26,17 @@ from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.results import Reporter, Result, Table, metrics_table, next_commands
-from stages.rollout.clipped import Judged, clipped_steps
-from stages.rollout.estimate import estimate
-from stages.rollout.experience import Experience, Rollout, policy_knew, role_logprobs, role_values, roll_out, rollout_kl
+from stages.rollout.clipped import ExperienceWithAdvantages, clipped_steps
+from stages.rollout.estimate import estimate_advantages
+from stages.rollout.experience import (
+    Experience,
+    Rollout,
+    collect_token_stats,
+    role_logprobs,
+    role_values,
+    rollout_kl,
+    sample_rollout,
+)
 from stages.rollout.generate import ROWS_AT_ONCE, Sampling, check_engine
 from stages.rollout.graphs import Usable
 from stages.rollout.sources import RewardSources, check_templates
@@ -92,7 +100,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     progress = open_progress(config, trained_parameters(roles, config))
     progress.facts["kl_coef"] = config.kl_coef
     law = config.temperature, config.max_response_tokens
-    sampling = Sampling(*law, rows_at_once=at_once, engine=config.rollout_engine)
+    sampling = Sampling(*law, rollout_batch_size=at_once, engine=config.rollout_engine)
     bench = PpoSetup(config, roles, text, rewards, ranks, progress, sampling, total, ptx)
     watch = Watch(
         tuple(config.stop_on),
@@ -207,7 +215,7 @@ def try_functions(bench: PpoSetup, prompts: list[PromptRow]) -> None:
     if any(spec.function for spec in bench.rewards.specs):
         keys = [(bench.config.seed, "ppo", "try", i) for i in range(len(prompts))]
         sampling = replace(bench.sampling, max_tokens=min(TRY_TOKENS, bench.sampling.max_tokens))
-        rollout = roll_out(bench.roles, "policy", bench.text, prompts, keys, sampling)
+        rollout = sample_rollout(bench.roles, "policy", bench.text, prompts, keys, sampling)
         bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
 
 
@@ -282,11 +290,13 @@ def ppo_update(bench: PpoSetup, watch: Watch, prompts: list[PromptRow], step: in
     kl_coef = bench.progress.facts["kl_coef"]
     score = final_score(bench, experience)
     groups = torch.arange(len(score), device=bench.device) // config.responses_per_prompt
-    advantages, returns = estimate(config, experience, score, kl_coef, groups, ranks.sum)
+    advantages, returns = estimate_advantages(config, experience, score, kl_coef, groups, ranks.sum)
     metrics = summarise_rollout(bench, experience, score, returns, kl_coef, groups)
     watch.stop_before_learning(step, metrics)
     rate = learning_rate_at(step, bench.total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
-    judged = Judged(experience, advantages, returns, kl_coef, train_policy=step >= config.critic_warmup)
+    judged = ExperienceWithAdvantages(
+        experience, advantages, returns, kl_coef, train_policy=step >= config.critic_warmup
+    )
     learned_from = time.perf_counter()
     also = partial(language_step, bench, step)
     metrics |= clipped_steps(config, bench.roles, ranks, bench.progress, judged, rate, step, also)
@@ -311,7 +321,7 @@ def sample(bench: PpoSetup, prompts: list[PromptRow], step: int) -> Rollout:
     ]
     keys = [(config.seed, "ppo", "rollout", step, i, k) for i, k in numbered]
     asked = [prompts[i] for i, _ in numbered]
-    return roll_out(bench.roles, "policy", bench.text, asked, keys, bench.sampling, head=head_on_policy(config))
+    return sample_rollout(bench.roles, "policy", bench.text, asked, keys, bench.sampling, head=head_on_policy(config))
 
 
 def head_on_policy(config: PpoConfig) -> str | None:
@@ -323,7 +333,7 @@ def judge(bench: PpoSetup, rollout: Rollout) -> Experience:
     """What policy, reference, critic and reward say of a rollout, in one pass each at most."""
     config, roles, device = bench.config, bench.roles, bench.device
     how = rollout, config.temperature, config.micro_batch_size
-    known, mismatch = policy_knew(roles, *how, head=head_on_policy(config))
+    known, mismatch = collect_token_stats(roles, *how, head=head_on_policy(config))
     at_start = roles.alike("policy", "reference")
     reference = known.logprobs if at_start else role_logprobs(roles, "reference", *how)[0]
     values = known.values
@@ -456,7 +466,7 @@ def held_out_metrics(bench: PpoSetup, prompts: list[PromptRow], shown: int) -> t
     samples: list[dict] = []
     with ranks.together():
         if mine:
-            rollout = roll_out(roles, "policy", bench.text, [prompts[i] for i in mine], keys, bench.sampling)
+            rollout = sample_rollout(roles, "policy", bench.text, [prompts[i] for i in mine], keys, bench.sampling)
             experience_kl = rollout_kl(roles, rollout, config.temperature, config.micro_batch_size)
             score = bench.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended).tolist()
             lengths = [float(n) for n in rollout.lengths]

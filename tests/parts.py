@@ -17,8 +17,8 @@ from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
 from stages.models.roles import Roles, new_adapter, save_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow, load_text
-from stages.rollout.clipped import Judged, Minibatch
-from stages.rollout.experience import Experience, role_logprobs, role_values, roll_out
+from stages.rollout.clipped import ExperienceWithAdvantages, Minibatch
+from stages.rollout.experience import Experience, role_logprobs, role_values, sample_rollout
 from stages.rollout.generate import Sampling
 from stages.training.comparing import TokenComparison
 
@@ -139,7 +139,7 @@ def experience_of(
 ) -> Experience:
     """Experience sampled by the policy; scores are the responses' lengths."""
     keys = [(seed, i) for i in range(len(prompts))]
-    rollout = roll_out(roles, "policy", text, prompts, keys, Sampling(temperature, tokens))
+    rollout = sample_rollout(roles, "policy", text, prompts, keys, Sampling(temperature, tokens))
     logprobs, spread = role_logprobs(roles, "policy", rollout, temperature, "auto", want_entropy=True)
     reference, _ = role_logprobs(roles, "reference", rollout, temperature, "auto")
     values = role_values(roles, "critic", "critic", rollout, "auto")
@@ -147,14 +147,14 @@ def experience_of(
     return Experience(rollout, rollout.mask, logprobs, reference, values, score, spread)
 
 
-def judged_at_random(experience: Experience, seed: int = 0) -> Judged:
+def judged_at_random(experience: Experience, seed: int = 0) -> ExperienceWithAdvantages:
     """Experience with advantages and returns drawn at random, zero off-mask."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(2, *experience.mask.shape, generator=generator) * experience.mask
-    return Judged(experience, draws[0], draws[1] + experience.values)
+    return ExperienceWithAdvantages(experience, draws[0], draws[1] + experience.values)
 
 
-def all_rows(judged: Judged) -> Minibatch:
+def all_rows(judged: ExperienceWithAdvantages) -> Minibatch:
     """The whole batch as one minibatch."""
     mask = judged.experience.mask
     return Minibatch(judged, list(range(len(mask))), float(mask.sum()), float(len(mask)))

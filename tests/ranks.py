@@ -20,7 +20,7 @@ from stages.maths.tensors import whiten
 from stages.models.base import load_base
 from stages.models.roles import Roles
 from stages.models.source import open_source
-from stages.rollout.clipped import Judged, clipped_steps
+from stages.rollout.clipped import ExperienceWithAdvantages, clipped_steps
 from stages.rollout.experience import Experience, lay_out
 from stages.training.devices import Ranks
 from stages.training.implicit import summed_logprobs
@@ -124,7 +124,7 @@ def ppo_step(base, ranks, folder, name, minibatches, several):
     return found | {f"{name} {role} weights": progress.optimizers[role].weights for role in ("policy", "critic")}
 
 
-def part_of(judged: Judged, rows: list[int]) -> Judged:
+def part_of(judged: ExperienceWithAdvantages, rows: list[int]) -> ExperienceWithAdvantages:
     """Some rows of a batch, as a rank that sampled only these would hold them."""
     whole = judged.experience
     r = whole.rollout
@@ -137,7 +137,7 @@ def part_of(judged: Judged, rows: list[int]) -> Judged:
     experience = Experience(
         rollout, rollout.mask, logprobs, reference, values, whole.score[rows], whole.entropy[rows, :width]
     )
-    return Judged(experience, judged.advantages[rows, :width], judged.returns[rows, :width])
+    return ExperienceWithAdvantages(experience, judged.advantages[rows, :width], judged.returns[rows, :width])
 
 
 def talk(ranks):

@@ -9,7 +9,7 @@ import torch
 
 from stages.models.roles import Roles
 from stages.rollout import clipped
-from stages.rollout.clipped import Minibatch, backward, clipped_steps, over_steps
+from stages.rollout.clipped import Minibatch, backward_minibatch, clipped_steps, over_steps
 from stages.rollout.experience import role_logprobs
 from stages.training.devices import Ranks
 from stages.training.session import open_progress
@@ -88,9 +88,9 @@ def test_the_ratio_is_1_in_the_first_minibatch_of_every_update(open_tiny, text, 
     progress = progress_of(roles, config)
     for step in range(3):
         judged = judged_at_random(experience_of(roles, text, PROMPTS, seed=step), seed=step)
-        same = backward(ppo_config(), roles, RANKS, all_rows(judged))
+        same = backward_minibatch(ppo_config(), roles, RANKS, all_rows(judged))
         assert same["ratio_max"] == 1 and same["approx_kl"] == 0  # the very same forward pass
-        found = backward(
+        found = backward_minibatch(
             config, roles, RANKS, Minibatch(judged, [1, 3], float(judged.experience.mask[[1, 3]].sum()), 2.0)
         )
         assert abs(found["ratio_max"] - 1) <= 1e-5 and abs(found["ratio_mean"] - 1) <= 1e-6
@@ -105,7 +105,7 @@ def test_the_ratio_is_1_in_the_first_minibatch_of_every_update(open_tiny, text, 
 def test_at_ratio_1_the_gradient_is_the_policy_gradient(model_folder, roles, judged):
     """Check 4: -E[A grad log pi] over the batch's tokens, from a loop with one forward pass per token."""
     config = ppo_config(value_coef=0.0)
-    backward(config, roles, RANKS, all_rows(judged))
+    backward_minibatch(config, roles, RANKS, all_rows(judged))
     found = gradient(roles.parameters("policy"))
     rollout, mask = judged.experience.rollout, judged.experience.mask
     with roles.use("policy"):
@@ -123,7 +123,7 @@ def test_at_ratio_1_the_gradient_is_the_policy_gradient(model_folder, roles, jud
 def test_the_value_gradient_is_that_of_half_the_squared_error(roles, judged):
     """At the first minibatch nothing is clipped: the gradient is (V - R) grad V, averaged over tokens."""
     config = ppo_config(value_coef=0.3)
-    found = backward(config, roles, RANKS, all_rows(judged))
+    found = backward_minibatch(config, roles, RANKS, all_rows(judged))
     got = gradient(roles.parameters("critic"))
     rollout, loss = judged.experience.rollout, 0.0
     tokens = float(judged.experience.mask.sum())
@@ -153,7 +153,7 @@ def test_the_micro_batch_size_changes_neither_gradient_nor_statistics(roles, jud
     )
     for size in MICRO:
         config = ppo_config(micro_batch_size=size, critic=critic)
-        metrics = backward(config, roles, RANKS, all_rows(dataclasses.replace(judged, experience=old)))
+        metrics = backward_minibatch(config, roles, RANKS, all_rows(dataclasses.replace(judged, experience=old)))
         found[size] = (*both_gradients(roles), metrics)
     for size in MICRO[1:]:
         assert relative(found[size][0], found[1][0]) <= 1e-5
@@ -167,11 +167,11 @@ def test_a_mean_of_means_would_give_another_gradient(roles, judged):
     """Check 25, negative: averaging the means of unequally long rows is off by more than 1 %."""
     config = ppo_config(value_coef=0.0)
     rows = [0, 1, 2, 3]
-    backward(config, roles, RANKS, all_rows(judged))
+    backward_minibatch(config, roles, RANKS, all_rows(judged))
     right = gradient(roles.parameters("policy"))
     for row in rows:
         tokens = float(judged.experience.mask[row].sum())
-        backward(config, roles, RANKS, Minibatch(judged, [row], tokens * len(rows), 1.0))
+        backward_minibatch(config, roles, RANKS, Minibatch(judged, [row], tokens * len(rows), 1.0))
     assert relative(gradient(roles.parameters("policy")), right) > 0.01
 
 
@@ -181,16 +181,16 @@ def test_minibatches_have_their_own_tokens_as_denominator(roles, judged):
     parts = []
     for rows in ([0, 2], [3, 1]):
         tokens = float(mask[rows].sum())
-        backward(config, roles, RANKS, Minibatch(judged, rows, tokens, float(len(rows))))
+        backward_minibatch(config, roles, RANKS, Minibatch(judged, rows, tokens, float(len(rows))))
         parts.append(gradient(roles.parameters("policy")) * tokens)
-    backward(config, roles, RANKS, all_rows(judged))
+    backward_minibatch(config, roles, RANKS, all_rows(judged))
     assert relative(sum(parts) / mask.sum(), gradient(roles.parameters("policy"))) <= 1e-5
 
 
 def test_a_shared_critics_gradient_is_the_sum_of_both(roles, judged):
     roles.heads["critic"] = random_head(roles.base.width, 3)
     config = ppo_config(critic="shared", value_coef=0.3)
-    backward(config, roles, RANKS, all_rows(judged))
+    backward_minibatch(config, roles, RANKS, all_rows(judged))
     trunk = gradient(list(roles.adapters["policy"].parameters()))
     head = gradient(list(roles.heads["critic"].parameters()))
     minibatch = all_rows(judged)
@@ -209,7 +209,7 @@ def test_a_shared_critics_gradient_is_the_sum_of_both(roles, judged):
 
 def test_both_trained_roles_get_gradients_and_nobody_else(roles, judged):
     """Check 52: policy and critic in one update; reference, reward and base in none."""
-    backward(ppo_config(), roles, RANKS, all_rows(judged))
+    backward_minibatch(ppo_config(), roles, RANKS, all_rows(judged))
     frozen = [*roles.parameters("reference"), *roles.parameters("reward"), *roles.base.model.parameters()]
     assert all(p.grad is None for p in frozen)
     for role in ("policy", "critic"):
@@ -250,13 +250,13 @@ def test_the_critic_may_have_a_learning_rate_of_its_own(roles, judged):
 
 def spy_minibatches(monkeypatch, found=None):
     """Records the rows of every minibatch; `found(n)` are the statistics of the n-th instead of a backward pass."""
-    seen, real = [], clipped.backward
+    seen, real = [], clipped.backward_minibatch
 
     def recorded(config, roles, ranks, minibatch):
         seen.append((minibatch.rows, minibatch.tokens))
         return real(config, roles, ranks, minibatch) if found is None else found(len(seen) - 1)
 
-    monkeypatch.setattr(clipped, "backward", recorded)
+    monkeypatch.setattr(clipped, "backward_minibatch", recorded)
     return seen
 
 

@@ -49,7 +49,7 @@ def test_neither_batching_nor_compaction_changes_a_response(open_tiny, rows, mon
     with adapted(base).use("policy"):
         whole = generate(base, PROMPTS, KEYS, stops, Sampling(1.0, 16))
         monkeypatch.setattr(decode, "TOKENS_AT_ONCE_CPU", 10)  # prompts are read a few at a time
-        again = generate(base, PROMPTS, KEYS, stops, Sampling(1.0, 16, rows_at_once=rows))
+        again = generate(base, PROMPTS, KEYS, stops, Sampling(1.0, 16, rollout_batch_size=rows))
     assert [r.tolist() for r in again] == [r.tolist() for r in whole]
 
 
@@ -105,20 +105,20 @@ def test_layers_keep_their_delta_beside_weights_of_half_precision():
     """W = 1 and delta 2^-10 in bfloat16, where their sum would round to 1; of three layers the second has none."""
     weight = torch.ones(2, 2, dtype=torch.bfloat16)
     a, b = torch.tensor([[2.0**-10, 0.0]]), torch.ones(2, 1)
-    layer = decode.steady(
+    layer = decode.stack_linears(
         [Linear(weight, None, a, b, 2.0), Linear(weight, None, None, None), Linear(weight, None, a, b)]
     )
-    out = decode.run(torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16), layer)
+    out = decode.apply_stacked(torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16), layer)
     assert out.tolist() == [[2.0**-9] * 2 + [0.0] * 2 + [2.0**-10] * 2]
 
 
 def test_layers_fold_their_delta_into_fp32_weights():
     weight, bias = torch.tensor([[1.0, 2.0]]), torch.tensor([0.5])
     one = Linear(weight, bias, torch.tensor([[1.0, -1.0]]), torch.tensor([[3.0]]), 2.0)
-    layer = decode.steady([one, one._replace(a=None, b=None)])
+    layer = decode.stack_linears([one, one._replace(a=None, b=None)])
     assert len(layer.weights) == 1 and layer.down is None
     # 1 x 10 + 2 x 20 + 0.5 + 2 x 3 x (10 - 20), and without the delta
-    assert decode.run(torch.tensor([[10.0, 20.0]]), layer).tolist() == [[-9.5, 50.5]]
+    assert decode.apply_stacked(torch.tensor([[10.0, 20.0]]), layer).tolist() == [[-9.5, 50.5]]
 
 
 # --- steps of fixed shape, as CUDA graphs need them

@@ -9,7 +9,7 @@ import torch
 
 from stages.config import PpoConfig
 from stages.maths.tensors import identity
-from stages.rollout.estimate import estimate
+from stages.rollout.estimate import estimate_advantages
 from stages.rollout.experience import Experience
 
 MASK = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
@@ -27,7 +27,7 @@ def experience() -> Experience:
 
 def advantages(advantage: str, **knobs: object) -> tuple[list, list]:
     config = dataclasses.replace(CONFIG, advantage=advantage, whiten_advantages=False, **knobs)
-    found, returns = estimate(config, experience(), SCORE, 0.1, GROUPS, identity)
+    found, returns = estimate_advantages(config, experience(), SCORE, 0.1, GROUPS, identity)
     return [[round(x, 5) for x in row] for row in found.tolist()], returns.tolist()
 
 
@@ -71,7 +71,7 @@ def test_reinforce_pp_baseline_takes_off_the_group_mean():
 )
 def test_only_estimators_that_ask_for_it_are_whitened(advantage, whitened):
     config = dataclasses.replace(CONFIG, advantage=advantage)
-    found, _ = estimate(config, experience(), SCORE, 0.1, GROUPS, identity)
+    found, _ = estimate_advantages(config, experience(), SCORE, 0.1, GROUPS, identity)
     inside = found[MASK]
     assert (abs(float(inside.mean())) < 1e-6 and abs(float(inside.var(unbiased=False)) - 1) < 1e-5) == whitened
 

@@ -10,13 +10,13 @@ from stages.models.forward import read_targets
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, new_adapter
 from stages.rollout.experience import (
+    collect_token_stats,
     lay_out,
-    policy_knew,
     read_values,
     role_logprobs,
     role_values,
-    roll_out,
     rollout_kl,
+    sample_rollout,
 )
 from stages.rollout.generate import Sampling, generate
 from tests.parts import open_tiny_text, prompt_rows, random_adapter, roles_on, sequences_of
@@ -36,7 +36,7 @@ def roles(open_tiny):
 
 
 def roll(roles, text, tokens=10, temperature=0.7):
-    return roll_out(roles, "policy", text, PROMPTS, KEYS, Sampling(temperature, tokens))
+    return sample_rollout(roles, "policy", text, PROMPTS, KEYS, Sampling(temperature, tokens))
 
 
 # --- layout
@@ -73,7 +73,7 @@ def test_responses_are_sampled_under_the_role_and_read_back(roles, text, monkeyp
     assert rollout.prompts is PROMPTS
     bare = Roles(roles.base)
     bare.add("bare", None)
-    other = roll_out(bare, "bare", text, PROMPTS, KEYS, Sampling(1.0, 10))
+    other = sample_rollout(bare, "bare", text, PROMPTS, KEYS, Sampling(1.0, 10))
     assert [r.tolist() for r in other.responses] != [r.tolist() for r in expected]
 
 
@@ -139,11 +139,11 @@ def passes_of(monkeypatch):
 
 def test_what_sampling_knew_is_kept_where_a_spot_check_agrees(roles, text, monkeypatch):
     """One response of four is read again; log-probabilities, entropies and values are those of a whole pass."""
-    rollout = roll_out(roles, "policy", text, PROMPTS, KEYS, Sampling(0.7, 10), head="critic")
+    rollout = sample_rollout(roles, "policy", text, PROMPTS, KEYS, Sampling(0.7, 10), head="critic")
     logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, "auto", want_entropy=True)
     values = role_values(roles, "policy", "critic", rollout, "auto")
     seen = passes_of(monkeypatch)
-    known, apart = policy_knew(roles, rollout, 0.7, "auto", head="critic")
+    known, apart = collect_token_stats(roles, rollout, 0.7, "auto", head="critic")
     assert seen == [1] and 0 <= apart <= 1e-5
     for kept, again in zip((known.logprobs, known.entropy, known.values), (logprobs, entropy, values), strict=True):
         assert (kept - again).abs().max() <= 2e-5
@@ -155,7 +155,7 @@ def test_what_sampling_knew_is_read_again_where_it_is_off(roles, text, monkeypat
     values = role_values(roles, "policy", "critic", rollout, "auto")
     rollout.known.logprobs[0, 3] -= 0.01  # as if sampling had computed in half precision
     seen = passes_of(monkeypatch)
-    known, apart = policy_knew(roles, rollout, 0.7, "auto", head="critic")
+    known, apart = collect_token_stats(roles, rollout, 0.7, "auto", head="critic")
     assert seen == [1, 4, 4] and apart == pytest.approx(0.01, abs=1e-5)
     assert torch.equal(known.logprobs, logprobs) and torch.equal(known.entropy, entropy)
     assert torch.equal(known.values, values)

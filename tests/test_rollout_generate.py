@@ -13,7 +13,7 @@ from stages.maths.tensors import entropy_of
 from stages.models.forward import read_targets
 from stages.models.roles import Roles
 from stages.rollout import generate as sampling
-from stages.rollout.generate import Sampling, generate, log_law
+from stages.rollout.generate import Sampling, compute_log_probs, generate
 from stages.training.seeds import noise
 from tests.parts import PACKING, random_adapter, sequences_of, whole_model
 
@@ -24,7 +24,7 @@ NEVER = (10**6,)  # a stop token that is not in the vocabulary
 
 def draw(logits, uniform, temperature, top_p=1.0):
     """A draw from logits."""
-    return sampling.draw(log_law(logits, temperature), uniform, temperature, top_p)
+    return sampling.draw(compute_log_probs(logits, temperature), uniform, temperature, top_p)
 
 
 def spy(base, monkeypatch):
@@ -92,11 +92,14 @@ def test_a_draw_never_takes_an_impossible_token():
 
 def test_the_law_is_tempered_and_its_entropy_counts_impossible_tokens_for_nothing():
     """Odds 4 : 1 at temperature 0.5 are 16 : 1."""
-    law = log_law(torch.tensor([[4.0, 1.0, 0.0]]).log(), 0.5)
+    law = compute_log_probs(torch.tensor([[4.0, 1.0, 0.0]]).log(), 0.5)
     assert law.exp()[0].tolist() == pytest.approx([16 / 17, 1 / 17, 0.0], abs=1e-6)
     expected = 16 / 17 * math.log(17 / 16) + math.log(17) / 17
     assert float(entropy_of(law)) == pytest.approx(expected, abs=1e-6)
-    assert torch.equal(log_law(law, 0.0), law.log_softmax(-1)) and log_law(law.half(), 1.0).dtype == torch.float32
+    assert (
+        torch.equal(compute_log_probs(law, 0.0), law.log_softmax(-1))
+        and compute_log_probs(law.half(), 1.0).dtype == torch.float32
+    )
 
 
 def test_temperature_0_takes_the_likeliest_token():
@@ -253,7 +256,7 @@ def test_the_noise_is_named_by_the_key_alone(free):
 def test_rows_at_once_is_how_many_share_a_batch(free, monkeypatch, rows, batches):
     base, whole = free
     seen, done = spy(base, monkeypatch), []
-    sampling = Sampling(1.0, 20, rows_at_once=rows)
+    sampling = Sampling(1.0, 20, rollout_batch_size=rows)
     found = generate(base, PROMPTS, KEYS, NEVER, sampling, progress=done.append)
     assert as_lists(found) == as_lists(whole)
     assert [len(logits) for logits in seen[::20]] == batches

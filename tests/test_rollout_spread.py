@@ -7,7 +7,7 @@ import torch
 
 from stages.files.rows import Prompt
 from stages.models.forward import sequence_scores
-from stages.rollout.experience import roll_out
+from stages.rollout.experience import sample_rollout
 from stages.rollout.generate import Sampling
 from stages.rollout.spread import score_policy_responses
 from tests.parts import open_tiny_text, roles_on
@@ -31,7 +31,7 @@ def test_scores_of_two_answers_to_each_prompt_that_fits(parts):
     found = score_policy_responses(roles, text, PROMPTS, 2, 5, "auto")
     rows = [text.prompt(PROMPTS[i], 64) for i in (0, 0, 2, 2)]
     keys = [(5, "reward", "spread", i, k) for i in (0, 1) for k in (0, 1)]
-    rollout = roll_out(roles, "policy", text, rows, keys, Sampling(1.0, 64))
+    rollout = sample_rollout(roles, "policy", text, rows, keys, Sampling(1.0, 64))
     assert len(set(rollout.texts)) == 4 and rollout.ended.all()  # each of its answers differs
     wholes = [torch.cat([p.ids, r[:-1], torch.tensor([2])]) for p, r in zip(rows, rollout.responses, strict=True)]
     with torch.no_grad(), roles.use("reward"):

@@ -175,7 +175,7 @@ def test_groups_whose_responses_all_score_the_same(run):
 
 def plant_inf(monkeypatch, from_step: int) -> None:
     """A planted defect: every gradient from an optimiser step on is infinite."""
-    real, steps = clipped.backward, []
+    real, steps = clipped.backward_minibatch, []
 
     def infinite(config, roles, ranks, minibatch):
         found = real(config, roles, ranks, minibatch)
@@ -184,7 +184,7 @@ def plant_inf(monkeypatch, from_step: int) -> None:
             roles.parameters("policy")[0].grad.fill_(float("inf"))
         return found
 
-    monkeypatch.setattr(clipped, "backward", infinite)
+    monkeypatch.setattr(clipped, "backward_minibatch", infinite)
 
 
 def test_gradients_that_are_not_finite(run, monkeypatch, tmp_path):

@@ -27,7 +27,7 @@ NOT_AVERAGED = ("ratio_max", "ratio_error", "ratio_std", "skipped_steps", "nonfi
 
 
 @dataclass(frozen=True)
-class Judged:
+class ExperienceWithAdvantages:
     """Experience with what is learned from it."""
 
     experience: Experience
@@ -41,7 +41,7 @@ class Judged:
 class Minibatch:
     """The rows of one optimiser step on this rank."""
 
-    judged: Judged
+    judged: ExperienceWithAdvantages
     rows: list[int]
     tokens: float  # response tokens of the step over all ranks: what losses are divided by
     sequences: float  # responses of the step over all ranks
@@ -54,10 +54,10 @@ def clipped_steps(
     roles: Roles,
     ranks: Ranks,
     progress: Progress,
-    judged: Judged,
+    judged: ExperienceWithAdvantages,
     rate: float,
     step: int,
-    also: Callable[[int], dict[str, float]] = lambda number: {},
+    add_extra_gradient: Callable[[int], dict[str, float]] = lambda number: {},
 ) -> dict[str, float]:
     """`ppo_epochs` passes of `minibatches` steps each; ends early once the policy has moved too far.
 
@@ -79,7 +79,7 @@ def clipped_steps(
             if counts["tokens"] == 0:  # more minibatches than there are responses
                 continue
             minibatch = Minibatch(judged, rows, counts["tokens"], counts["sequences"])
-            found = backward(config, roles, ranks, minibatch)
+            found = backward_minibatch(config, roles, ranks, minibatch)
             moved_too_far = config.target_approx_kl and found["approx_kl"] > 1.5 * config.target_approx_kl
             if moved_too_far or found["ratio_mean"] > config.ratio_limit:
                 for optimizer in progress.optimizers.values():
@@ -88,7 +88,7 @@ def clipped_steps(
             else:
                 if judged.train_policy:
                     again = partial(add_minibatch, config, roles, minibatch)
-                    more = add_gradients(roles, ranks, partial(also, len(history)), again=again)
+                    more = add_gradients(roles, ranks, partial(add_extra_gradient, len(history)), again=again)
                     found |= ranks.sum_floats(more, device) if more else {}
                 found |= apply_gradients(progress, rates, config.max_grad_norm, ranks, step + 1, patience=math.inf)
             history.append(found)
@@ -97,7 +97,9 @@ def clipped_steps(
     return {"lr": rate, "early_stop": 0.0, **over_steps(history)}
 
 
-def minibatches_of(config: PpoConfig, ranks: Ranks, judged: Judged, step: int, epoch: int) -> list[list[int]]:
+def minibatches_of(
+    config: PpoConfig, ranks: Ranks, judged: ExperienceWithAdvantages, step: int, epoch: int
+) -> list[list[int]]:
     """This rank's rows of every minibatch of one pass.
 
     All ranks' responses are shuffled as one list, so that a minibatch holds the same ones however many ranks there are.
@@ -111,7 +113,7 @@ def minibatches_of(config: PpoConfig, ranks: Ranks, judged: Judged, step: int, e
     return [[row_at[i] for i in order[a:b] if i in row_at] for a, b in pairwise(ends)]
 
 
-def backward(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch) -> dict[str, float]:
+def backward_minibatch(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch) -> dict[str, float]:
     """Add the gradient of policy loss + value_coef x value loss over a minibatch; returns all ranks' statistics."""
     sums = add_gradients(roles, ranks, partial(add_minibatch, config, roles, minibatch))
     sums = ranks.sum_floats(sums, roles.base.device)
@@ -164,7 +166,7 @@ def both_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: lis
 
 def head_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int]) -> Terms:
     """Value loss of a shared critic's head alone: the policy's states are taken as they are."""
-    _, _, sequences, targets = cut(minibatch, micro)
+    _, _, sequences, targets = select_micro_batch(minibatch, micro)
     with torch.no_grad():
         hidden = roles.base.hidden(sequences, predictors(targets))
     return value_terms(config, roles, minibatch, micro, hidden)
@@ -172,7 +174,7 @@ def head_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: lis
 
 def policy_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int]) -> tuple[Terms, Tensor]:
     """The clipped surrogate of some rows of a minibatch, its sums, and the hidden states (M, H) it was read from."""
-    rows, lengths, sequences, targets = cut(minibatch, micro)
+    rows, lengths, sequences, targets = select_micro_batch(minibatch, micro)
     bonus = config.entropy_coef > 0
     reading = read_targets(roles.base, sequences, targets, temperature=config.temperature, want_entropy=bonus)
     judged = minibatch.judged
@@ -214,7 +216,7 @@ def value_terms(
     config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int], hidden: Tensor | None
 ) -> Terms:
     """value_coef x the clipped value loss of some rows, from given hidden states or a forward pass of its own."""
-    rows, lengths, sequences, targets = cut(minibatch, micro)
+    rows, lengths, sequences, targets = select_micro_batch(minibatch, micro)
     flat = read_values(roles, "critic", sequences, targets) if hidden is None else roles.heads["critic"](hidden)
     old, returns, mask = (
         x[rows, : max(lengths)]
@@ -229,7 +231,7 @@ def value_terms(
     return config.value_coef * found.loss, counted
 
 
-def cut(minibatch: Minibatch, micro: list[int]) -> tuple[Tensor, list[int], list[Tensor], list[Tensor]]:
+def select_micro_batch(minibatch: Minibatch, micro: list[int]) -> tuple[Tensor, list[int], list[Tensor], list[Tensor]]:
     """Row numbers, response lengths, sequences and targets of one forward pass."""
     rollout = minibatch.judged.experience.rollout
     rows = [minibatch.rows[i] for i in micro]

@@ -22,7 +22,7 @@ from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
 from stages.training.passes import out_of_memory
 
 
-class Steady(NamedTuple):
+class StackedLinears(NamedTuple):
     """Linear layers that read the same states, as decoding uses them: x -> all their outputs side by side."""
 
     weights: tuple[Tensor, ...]  # (out, in) each; one where the adapter is folded in
@@ -35,13 +35,13 @@ class Layer(NamedTuple):
     """One block's linear layers under one role."""
 
     block: Block
-    qkv: Steady
-    o: Steady
-    gate_up: Steady
-    down: Steady
+    qkv: StackedLinears
+    o: StackedLinears
+    gate_up: StackedLinears
+    down: StackedLinears
 
 
-def steady(linears: list[Linear]) -> Steady:
+def stack_linears(linears: list[Linear]) -> StackedLinears:
     """Linear layers under a role, made ready for many steps.
 
     In fp32 the delta is folded into copies of the weights; in half precision that would round it away, and it stays
@@ -51,15 +51,15 @@ def steady(linears: list[Linear]) -> Steady:
         weight = torch.cat([folded(linear) for linear in linears])
         biases = [linear.bias for linear in linears]
         bias = None if biases[0] is None else torch.cat(biases)
-        return Steady((weight,), (bias,), None, (None,))
+        return StackedLinears((weight,), (bias,), None, (None,))
     dtype = linears[0].weight.dtype
     downs = [linear.a.to(dtype) for linear in linears if linear.a is not None]
     ups = tuple(None if one.b is None else (one.b.T * one.scale).to(dtype) for one in linears)
     weights, biases = tuple(one.weight for one in linears), tuple(one.bias for one in linears)
-    return Steady(weights, biases, torch.cat(downs) if downs else None, ups)
+    return StackedLinears(weights, biases, torch.cat(downs) if downs else None, ups)
 
 
-def run(x: Tensor, layer: Steady) -> Tensor:
+def apply_stacked(x: Tensor, layer: StackedLinears) -> Tensor:
     """The outputs (R, sum out) of states (R, in)."""
     outs = [functional.linear(x, w, bias) for w, bias in zip(layer.weights, layer.biases, strict=True)]
     if layer.down is not None:
@@ -76,30 +76,30 @@ def layers_of(native: Native) -> list[Layer]:
     return [
         Layer(
             block,
-            steady([block.q.now(), block.k.now(), block.v.now()]),
-            steady([block.o.now()]),
-            steady([block.gate.now(), block.up.now()]),
-            steady([block.down.now()]),
+            stack_linears([block.q.now(), block.k.now(), block.v.now()]),
+            stack_linears([block.o.now()]),
+            stack_linears([block.gate.now(), block.up.now()]),
+            stack_linears([block.down.now()]),
         )
         for block in native.blocks
     ]
 
 
-class Slots:
+class KvCache:
     """Keys and values of the rows being sampled: per layer (rows, kv heads, room, D) each."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]):
         self.keys, self.values = keys, values
 
     @classmethod
-    def empty(cls, native: Native, rows: int, room: int, dtype: torch.dtype, device: torch.device) -> Slots:
+    def empty(cls, native: Native, rows: int, room: int, dtype: torch.dtype, device: torch.device) -> KvCache:
         """Slots for so many rows of up to `room` tokens."""
         shapes = [(rows, len(b.k.weight) // b.head_size, room, b.head_size) for b in native.blocks]
         return cls(*([torch.zeros(s, dtype=dtype, device=device) for s in shapes] for _ in range(2)))
 
-    def first(self, rows: int) -> Slots:
+    def first(self, rows: int) -> KvCache:
         """The first rows, in the same memory."""
-        return Slots([x[:rows] for x in self.keys], [x[:rows] for x in self.values])
+        return KvCache([x[:rows] for x in self.keys], [x[:rows] for x in self.values])
 
     def keep(self, rows: Tensor, *, in_place: bool) -> None:
         """Leave only these rows, in this order; in place they become the first ones, and memory stays as it is."""
@@ -121,9 +121,9 @@ class NativeDecoder:
         self.base, self.native, self.layers = base, base.native, layers
         longest, rows = max(map(len, prompts)), len(prompts)
         room = longest + more
-        self.slots = Slots.empty(self.native, rows, room, base.dtype, base.device)
+        self.cache = KvCache.empty(self.native, rows, room, base.dtype, base.device)
         self.angles = self.native.angles(torch.arange(room, device=base.device))
-        self.places = torch.tensor([len(p) for p in prompts], device=base.device)  # (R,) of each row's next token
+        self.positions = torch.tensor([len(p) for p in prompts], device=base.device)  # (R,) of each row's next token
         self.filled = longest
         self.prompts = prompts
         self.fixed: FixedSteps | None = None
@@ -156,8 +156,8 @@ class NativeDecoder:
         places = places.to(device)
 
         def keep(layer: int, keys: Tensor, values: Tensor) -> None:
-            self.slots.keys[layer][owners, :, positions] = keys[places]
-            self.slots.values[layer][owners, :, positions] = values[places]
+            self.cache.keys[layer][owners, :, positions] = keys[places]
+            self.cache.values[layer][owners, :, positions] = values[places]
 
         return self.native.hidden(row, ends, keep=keep)[again]
 
@@ -166,16 +166,16 @@ class NativeDecoder:
         self.filled += 1
         states = self._in_fixed_shape(ids) if self.fixed is not None else None
         if states is None:
-            slots = self.slots.first(len(ids))
-            states = decode(self.native, self.layers, slots, ids, self.places, self.filled, self.angles)
-        self.places = self.places + 1
+            slots = self.cache.first(len(ids))
+            states = decode(self.native, self.layers, slots, ids, self.positions, self.filled, self.angles)
+        self.positions = self.positions + 1
         return states
 
     def _in_fixed_shape(self, ids: Tensor) -> Tensor | None:
         """The same through a captured step; None, from here on, where steps turn out not to be captured."""
         assert self.fixed is not None
         rows = len(ids)
-        self._inputs[0, :rows], self._inputs[1, :rows] = ids, self.places
+        self._inputs[0, :rows], self._inputs[1, :rows] = ids, self.positions
         self._inputs[1, rows:] = 0  # padding writes to the front of slots that nobody reads any more
         try:
             return self.fixed.run(rows, self.filled)[:rows]
@@ -187,18 +187,18 @@ class NativeDecoder:
 
     def _fixed_step(self, rows: int, filled: int) -> Step:
         ids, places = self._inputs[:, :rows]
-        return partial(decode, self.native, self.layers, self.slots.first(rows), ids, places, filled, self.angles)
+        return partial(decode, self.native, self.layers, self.cache.first(rows), ids, places, filled, self.angles)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
-        self.slots.keep(rows, in_place=self.fixed is not None)
-        self.places = self.places[rows]
+        self.cache.keep(rows, in_place=self.fixed is not None)
+        self.positions = self.positions[rows]
 
 
 def decode(
     native: Native,
     layers: list[Layer],
-    slots: Slots,
+    slots: KvCache,
     ids: Tensor,
     places: Tensor,
     filled: int,
@@ -215,14 +215,14 @@ def decode(
     x = native.embedding(ids)
     for number, (block, qkv, o, gate_up, down) in enumerate(layers):
         keys, values = slots.keys[number], slots.values[number]
-        q, k, v = _heads(block, run(normed(x, *_of(block.before_attention))[0], qkv), keys.shape[1])
+        q, k, v = _heads(block, apply_stacked(normed(x, *_of(block.before_attention))[0], qkv), keys.shape[1])
         keys[rows, :, places], values[rows, :, places] = turned(k, cos, sin), v
         mixed = _attend(
             turned(q, cos, sin), keys[:, :, :filled], values[:, :, :filled], masks[block.window], block.scale
         )
-        x = x + run(mixed, o)
-        gate, up = run(normed(x, *_of(block.before_mlp))[0], gate_up).chunk(2, dim=-1)
-        x = x + run(functional.silu(gate).mul_(up), down)
+        x = x + apply_stacked(mixed, o)
+        gate, up = apply_stacked(normed(x, *_of(block.before_mlp))[0], gate_up).chunk(2, dim=-1)
+        x = x + apply_stacked(functional.silu(gate).mul_(up), down)
     return normed(x, *_of(native.norm))[0]
 
 

@@ -16,7 +16,7 @@ ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 WHITENED = ("gae", "reinforce++", "reinforce++-baseline")
 
 
-def estimate(
+def estimate_advantages(
     config: PpoConfig, experience: Experience, score: Tensor, kl_coef: float, groups: Tensor, reduce: Reduce
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns (B, T) of a rollout; returns are zero without a critic.

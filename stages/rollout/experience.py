@@ -21,7 +21,7 @@ AGREE = 1e-4  # nats per token up to which what sampling knew is taken for what 
 
 
 @dataclass(frozen=True)
-class Known:
+class TokenStats:
     """What the policy said of each response token, (B, T) fp32 each, zero off-mask."""
 
     logprobs: Tensor  # tempered
@@ -40,7 +40,7 @@ class Rollout:
     sequences: list[Tensor]  # B of (P_i + L_i,) int64: prompt and response
     targets: list[Tensor]  # B of (P_i + L_i,) bool: True on the response
     mask: Tensor  # (B, T) bool
-    known: Known | None = None  # what sampling knew of each token
+    known: TokenStats | None = None  # what sampling knew of each token
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -67,7 +67,7 @@ class Experience:
     mismatch: float = 0.0  # nats by which sampling and training differ at a token, the most that was found
 
 
-def roll_out(
+def sample_rollout(
     roles: Roles,
     role: str,
     text: Text,
@@ -85,7 +85,7 @@ def roll_out(
     with roles.use(role):
         found = respond(roles.base, [p.ids for p in prompts], keys, text.stop_ids, sampling, head=value_head)
     facts = zip(*((r.logprobs, r.entropy, r.values) for r in found), strict=True)
-    known = Known(*(pad_sequence(list(column), batch_first=True).to(roles.base.device) for column in facts))
+    known = TokenStats(*(pad_sequence(list(column), batch_first=True).to(roles.base.device) for column in facts))
     responses = [r.tokens for r in found]
     texts = [text.response_text(p.ids, r) for p, r in zip(prompts, responses, strict=True)]
     stops = set(text.stop_ids)
@@ -94,7 +94,7 @@ def roll_out(
 
 
 def lay_out(
-    prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor, known: Known | None = None
+    prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor, known: TokenStats | None = None
 ) -> Rollout:
     """A rollout from its parts: sequences, targets and mask follow."""
     sequences = [torch.cat([p.ids, r]) for p, r in zip(prompts, responses, strict=True)]
@@ -103,27 +103,27 @@ def lay_out(
     return Rollout(prompts, responses, texts, ended, sequences, targets, mask, known)
 
 
-def policy_knew(
+def collect_token_stats(
     roles: Roles, rollout: Rollout, temperature: float, micro_batch_size: int | str, *, head: str | None = None
-) -> tuple[Known, float]:
+) -> tuple[TokenStats, float]:
     """What the role "policy" says of its rollout, with the values of `head`; and how far sampling was from it (nats).
 
     Sampling knew it already. A few responses are read again: where they agree to `AGREE`, nothing else is.
     """
     known, rows = rollout.known, list(range(0, len(rollout.responses), CHECKED))
-    apart = 0.0
+    mismatch = 0.0
     if known is not None:
         again, _ = role_logprobs(roles, "policy", rollout, temperature, micro_batch_size, rows)
         width = again.shape[1]
         mask = rollout.mask[rows, :width].to(again.device)
-        apart = float((known.logprobs[rows, :width] - again).masked_fill(~mask, 0).abs().max())
-        if apart <= AGREE:
-            return known, apart
+        mismatch = float((known.logprobs[rows, :width] - again).masked_fill(~mask, 0).abs().max())
+        if mismatch <= AGREE:
+            return known, mismatch
     logprobs, entropy = role_logprobs(roles, "policy", rollout, temperature, micro_batch_size, want_entropy=True)
     values = torch.zeros_like(logprobs)
     if head is not None:
         values = role_values(roles, "policy", head, rollout, micro_batch_size)
-    return Known(logprobs, entropy, values), apart
+    return TokenStats(logprobs, entropy, values), mismatch
 
 
 def role_logprobs(

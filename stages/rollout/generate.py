@@ -30,7 +30,7 @@ class Sampling:
     temperature: float
     max_tokens: int
     top_p: float = 1.0
-    rows_at_once: int | str = "auto"
+    rollout_batch_size: int | str = "auto"
     engine: str = "auto"  # "native", "transformers", or the first of them that the base can do
 
 
@@ -89,7 +89,7 @@ def respond(
     Prompts are taken in order of length. Raises ModelError where the native engine is asked for and cannot be had,
     NotFiniteError where the active role gives log-probabilities that are no numbers.
     """
-    rows = sampling.rows_at_once
+    rows = sampling.rollout_batch_size
     size = rows if isinstance(rows, int) else ROWS_AT_ONCE[base.device.type]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     out: list[Response | None] = [None] * len(prompts)
@@ -162,29 +162,29 @@ def _sample_batch(
     )
     stops = torch.tensor(stop_ids, device=device)
     tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
-    known = torch.zeros(3, len(prompts), limit, device=device)  # log-probabilities, entropies, values
-    alive = torch.arange(len(prompts), device=device)  # rows still in the batch
+    recorded = torch.zeros(3, len(prompts), limit, device=device)  # log-probabilities, entropies, values
+    active = torch.arange(len(prompts), device=device)  # rows still in the batch
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     states = decoder.start()
     for step in range(limit):
         signals.check()
-        law = log_law(base.logits(states), sampling.temperature)
-        drawn = draw(law, uniform[alive, step], sampling.temperature, sampling.top_p)
-        logprobs, entropy = law.gather(-1, drawn[:, None])[:, 0], entropy_of(law)
+        log_probs = compute_log_probs(base.logits(states), sampling.temperature)
+        drawn = draw(log_probs, uniform[active, step], sampling.temperature, sampling.top_p)
+        logprobs, entropy = log_probs.gather(-1, drawn[:, None])[:, 0], entropy_of(log_probs)
         values = head(states) if head is not None else torch.zeros_like(logprobs)
-        tokens[alive, step] = drawn  # what a row that has ended draws is cut off in the end
-        known[:, alive, step] = torch.stack([logprobs.float(), entropy.float(), values.float()])
-        ended[alive] |= torch.isin(drawn, stops)
-        going = ~ended[alive]
+        tokens[active, step] = drawn  # what a row that has ended draws is cut off in the end
+        recorded[:, active, step] = torch.stack([logprobs.float(), entropy.float(), values.float()])
+        ended[active] |= torch.isin(drawn, stops)
+        going = ~ended[active]
         left = int(going.sum())
         if left == 0 or step + 1 == limit:
             break
-        if left <= len(alive) * 3 // 4:
+        if left <= len(active) * 3 // 4:
             kept = going.nonzero().squeeze(-1)
             decoder.keep(kept)
-            alive, drawn = alive[kept], drawn[kept]
+            active, drawn = active[kept], drawn[kept]
         states = decoder.step(drawn)
-    return _cut(tokens, known, ended, stops, step + 1)
+    return _cut(tokens, recorded, ended, stops, step + 1)
 
 
 def _decoder_of_transformers(base: Base, prompts: list[Tensor]) -> Decoder:
@@ -194,33 +194,33 @@ def _decoder_of_transformers(base: Base, prompts: list[Tensor]) -> Decoder:
     return BandedDecoder(base, prompts) if base.bands.differ else TransformersDecoder(base, prompts)
 
 
-def _cut(tokens: Tensor, known: Tensor, ended: Tensor, stops: Tensor, generated: int) -> list[Response]:
+def _cut(tokens: Tensor, recorded: Tensor, ended: Tensor, stops: Tensor, generated: int) -> list[Response]:
     """Each row up to and including its first stop token."""
     is_stop = torch.isin(tokens, stops) & ended[:, None]
     first = torch.where(ended, is_stop.long().argmax(dim=1) + 1, generated).tolist()
-    rows = zip(tokens.cpu(), known.cpu().unbind(1), first, strict=True)
+    rows = zip(tokens.cpu(), recorded.cpu().unbind(1), first, strict=True)
     return [Response(row[:n].clone(), *(x[:n].clone() for x in facts)) for row, facts, n in rows]
 
 
-def log_law(logits: Tensor, temperature: float) -> Tensor:
+def compute_log_probs(logits: Tensor, temperature: float) -> Tensor:
     """Log-probabilities (B, V) of softmax(logits / temperature), in fp32 at least; at temperature 0 of the logits."""
-    heat = temperature + 1e-7 if temperature not in (0.0, 1.0) else 1.0
-    return (at_least_fp32(logits) / heat).log_softmax(-1)
+    divisor = temperature + 1e-7 if temperature not in (0.0, 1.0) else 1.0
+    return (at_least_fp32(logits) / divisor).log_softmax(-1)
 
 
-def draw(law: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+def draw(log_probs: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """One token per row (B,) by inverting the cumulative distribution at `uniform`, which is summed in fp64.
 
     law (B, V) log-probabilities, uniform (B,) in [0, 1). Temperature 0 takes the likeliest token. With top_p < 1 the
     smallest set of likeliest tokens whose probability reaches top_p is kept and renormalised (Holtzman et al. 2020).
     """
     if temperature == 0:
-        return law.argmax(-1)
-    probabilities = law.exp()
+        return log_probs.argmax(-1)
+    probabilities = log_probs.exp()
     if top_p < 1.0:
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         ranked = ranked * (ranked.cumsum(-1, dtype=torch.float64) - ranked < top_p)
         probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     target = uniform.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=law.shape[-1] - 1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=log_probs.shape[-1] - 1)

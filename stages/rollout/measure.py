@@ -13,7 +13,7 @@ from stages.maths.statistics import distinct_ngrams, mean_with_error
 from stages.models.roles import Roles
 from stages.models.source import Source
 from stages.models.tokens import PromptRow, Text
-from stages.rollout.experience import Rollout, roll_out, rollout_kl
+from stages.rollout.experience import Rollout, rollout_kl, sample_rollout
 from stages.rollout.generate import Sampling
 from stages.rollout.sources import RewardSources
 
@@ -51,7 +51,7 @@ def sampling_of(source: Source, config: EvaluateConfig) -> Sampling:
     default = min(DEFAULT_RESPONSE_TOKENS, source.context // 2)
     tokens = config.max_response_tokens or trained.get("max_response_tokens") or default
     temperature = config.temperature or trained.get("temperature") or 1.0
-    return Sampling(temperature, tokens, rows_at_once=config.rollout_batch_size, engine=config.rollout_engine)
+    return Sampling(temperature, tokens, rollout_batch_size=config.rollout_batch_size, engine=config.rollout_engine)
 
 
 def measure(setup: EvaluationSetup, draws: list[int]) -> ScoredRollout:
@@ -62,7 +62,7 @@ def measure(setup: EvaluationSetup, draws: list[int]) -> ScoredRollout:
     rows = [(i, k) for i in range(len(setup.prompts)) for k in draws]
     keys = [(setup.seed, "evaluate", i, k) if k else (setup.seed, "evaluate", i) for i, k in rows]
     asked = [setup.prompts[i] for i, _ in rows]
-    rollout = roll_out(setup.roles, "policy", setup.text, asked, keys, setup.sampling)
+    rollout = sample_rollout(setup.roles, "policy", setup.text, asked, keys, setup.sampling)
     scores = {
         name: judge.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
         for name, judge in setup.judges.items()

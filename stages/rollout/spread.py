@@ -6,7 +6,7 @@ from stages.errors import DatasetError
 from stages.files.rows import Prompt
 from stages.models.roles import Roles
 from stages.models.tokens import PromptRow, Text
-from stages.rollout.experience import roll_out
+from stages.rollout.experience import sample_rollout
 from stages.rollout.generate import Sampling
 from stages.rollout.sources import model_scores
 
@@ -35,7 +35,7 @@ def score_policy_responses(
         return {}
     keys = [(seed, "reward", "spread", i, k) for i in range(len(rows)) for k in range(RESPONSES)]
     asked = [row for row in rows for _ in range(RESPONSES)]
-    rollout = roll_out(roles, "policy", text, asked, keys, Sampling(1.0, room))
+    rollout = sample_rollout(roles, "policy", text, asked, keys, Sampling(1.0, room))
     scores = model_scores(roles, "reward", asked, rollout.responses, rollout.ended, micro_batch_size).double()
     within = scores.view(len(rows), RESPONSES).var(dim=1, unbiased=False).mean().sqrt()
     return {

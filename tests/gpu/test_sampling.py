@@ -17,7 +17,7 @@ TOKENS = 16
 def responses(base, roles, rows_at_once, chosen=EVERY):
     prompts = sequences_of(PROMPTS)
     keys = [("test", i) for i in chosen]
-    sampling = Sampling(1.0, TOKENS, rows_at_once=rows_at_once)
+    sampling = Sampling(1.0, TOKENS, rollout_batch_size=rows_at_once)
     with roles.use("policy"):
         return generate(base, [prompts[i] for i in chosen], keys, (2, 3), sampling)
 
