@@ -220,13 +220,13 @@ def train(bench: Bench, run: Run) -> Path:
 
 def outcome_of(run: Run, folder: Path) -> Outcome:
     """A finished run, with the update at which each condition begins by the present thresholds."""
-    from stages.rollout.watchdog import Course, watch
+    from stages.rollout.watchdog import MetricsHistory, check_conditions
 
     lines = [line for line in read_rows(folder / "metrics.jsonl") if "reward_score" in line]
     ends_matter = run.task == "tiny"  # where a missing end is charged
     alarms: dict[str, int] = {}
     for update in range(1, len(lines) + 1):
-        for alarm in watch(Course(lines[:update], ends_matter=ends_matter)):
+        for alarm in check_conditions(MetricsHistory(lines[:update], eos_expected=ends_matter)):
             alarms.setdefault(alarm.condition, update)
     texts: dict[int, list[str]] = {}
     if (folder / "samples.jsonl").exists():
@@ -237,10 +237,10 @@ def outcome_of(run: Run, folder: Path) -> Outcome:
 
 def write_results(bench: Bench, outcomes: list[Outcome]) -> None:
     """Tables as Markdown, with what they were measured on, and the commands of every step."""
-    from stages.rollout.watchdog import CONDITIONS
+    from stages.rollout.watchdog import CONDITION_CHECKS
 
     about = ", ".join(f"{name} {value}" for name, value in machine().items())
-    text = f"{about}\n\n{tables(outcomes, tuple(CONDITIONS))}"
+    text = f"{about}\n\n{tables(outcomes, tuple(CONDITION_CHECKS))}"
     (bench.folder / "alarms.md").write_text(text, encoding="utf-8")
     (bench.folder / "commands.txt").write_text("\n".join(bench.commands) + "\n", encoding="utf-8")
 

@@ -40,7 +40,7 @@ from stages.rollout.experience import (
 from stages.rollout.generate import ROWS_AT_ONCE, Sampling, check_engine
 from stages.rollout.graphs import Usable
 from stages.rollout.sources import RewardSources, check_templates
-from stages.rollout.watching import Watch, alarm_table, alarms_in, kept
+from stages.rollout.watching import Watchdog, add_resume_advice, alarm_table, alarms_in
 from stages.training.batching import batch_at
 from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device
 from stages.training.language import count_targets, learn_rows
@@ -102,12 +102,12 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     law = config.temperature, config.max_response_tokens
     sampling = Sampling(*law, rollout_batch_size=at_once, engine=config.rollout_engine)
     bench = PpoSetup(config, roles, text, rewards, ranks, progress, sampling, total, ptx)
-    watch = Watch(
+    watch = Watchdog(
         tuple(config.stop_on),
         reporter,
         earlier=lambda: read_metrics(out)[1:],
-        half=base.dtype != torch.float32,
-        ends_matter=config.missing_eos_penalty > 0,
+        half_precision=base.dtype != torch.float32,
+        eos_expected=config.missing_eos_penalty > 0,
     )
 
     def update(step: int) -> dict[str, float]:
@@ -159,11 +159,11 @@ def keep_state(
     What stops an update after its first optimiser step leaves the last saved state.
     """
     if not progress.intact:
-        return kept(stop, None, config.output, config.stop_on)
+        return add_resume_advice(stop, None, config.output, config.stop_on)
     progress.go_back()
     with ranks.together():  # a rank that left earlier would take the one that saves with it
         out.save_state(step, progress.tensors(), progress.stored())
-    return kept(stop, step, config.output, config.stop_on)
+    return add_resume_advice(stop, step, config.output, config.stop_on)
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def prompts_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
     return [orders[place // n][place % n] for place in places]
 
 
-def ppo_update(bench: PpoSetup, watch: Watch, prompts: list[PromptRow], step: int) -> dict[str, float]:
+def ppo_update(bench: PpoSetup, watch: Watchdog, prompts: list[PromptRow], step: int) -> dict[str, float]:
     """One PPO update, in the order of Huang et al. 2024; returns its metrics.
 
     Raises TrainingStopped where a watched condition says so: of the rollout, before anything is learned from it.
@@ -310,7 +310,7 @@ def ppo_update(bench: PpoSetup, watch: Watch, prompts: list[PromptRow], step: in
             kl_coef, metrics["reward_kl"], config.kl_target, episodes, config.kl_horizon
         )
     metrics["nonfinite_in_a_row"] = float(bench.progress.bad_steps)
-    return metrics | watch.look(step, metrics)
+    return metrics | watch.check_update(step, metrics)
 
 
 def sample(bench: PpoSetup, prompts: list[PromptRow], step: int) -> Rollout:

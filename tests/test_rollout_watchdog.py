@@ -9,8 +9,8 @@ import pytest
 from stages.config import CONDITION_NAMES as NAMES
 from stages.errors import TrainingStopped
 from stages.results import Silent
-from stages.rollout.watchdog import CONDITIONS, Course, watch
-from stages.rollout.watching import Watch, alarms_in, kept
+from stages.rollout.watchdog import CONDITION_CHECKS, MetricsHistory, check_conditions
+from stages.rollout.watching import Watchdog, add_resume_advice, alarms_in
 
 HEALTHY = {
     "reward_score": 0.5, "reward_score_std": 1.0, "reward_kl": 3.0, "reward_kl_std": 2.0, "entropy": 1.5, "loss": 0.1,
@@ -20,18 +20,18 @@ HEALTHY = {
 }  # fmt: skip
 
 
-def course(*changes: dict, count: int = 12, **about: bool) -> Course:
+def course(*changes: dict, count: int = 12, **about: bool) -> MetricsHistory:
     """A healthy run whose last updates differ by these changes, one each."""
     lines = [HEALTHY] * (count - len(changes)) + [HEALTHY | change for change in changes]
-    return Course(lines, **about)
+    return MetricsHistory(lines, **about)
 
 
-def names(found: Course) -> list[str]:
-    return [alarm.condition for alarm in watch(found)]
+def names(found: MetricsHistory) -> list[str]:
+    return [alarm.condition for alarm in check_conditions(found)]
 
 
 def test_the_names_are_those_that_stop_on_takes():
-    assert tuple(CONDITIONS) == NAMES
+    assert tuple(CONDITION_CHECKS) == NAMES
 
 
 @pytest.mark.parametrize("count", [1, 2, 12, 100])
@@ -40,7 +40,7 @@ def test_a_healthy_run_is_quiet(count):
 
 
 def test_one_update_without_any_number_is_quiet():
-    assert names(Course([{}])) == [] and names(Course([{"reward_kl": None}])) == ["nan"]
+    assert names(MetricsHistory([{}])) == [] and names(MetricsHistory([{"reward_kl": None}])) == ["nan"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_one_update_without_any_number_is_quiet():
 def test_how_far_is_too_far_grows_with_the_response(tokens, warns, stops):
     def found(nats: float) -> list[tuple[str, bool]]:
         exact = {"reward_kl": nats, "reward_kl_std": 0.0, "response_length": tokens}
-        return [(a.condition, a.grave) for a in watch(course(exact))]
+        return [(a.condition, a.may_stop) for a in check_conditions(course(exact))]
 
     assert found(warns) == [] and found(warns + 0.1) == [("kl", False)]
     assert found(stops) == [("kl", False)] and found(stops + 0.1) == [("kl", True)]
@@ -62,7 +62,7 @@ def test_a_kl_that_is_too_far_by_chance_is_waited_for():
     assert names(course(noisy)) == [] and names(course(*[noisy] * 2)) == []
     assert names(course(*[noisy] * 3)) == ["kl"] and names(course(noisy | {"reward_kl": 30.1})) == ["kl"]
     outlier = {"reward_kl": 60.0, "reward_kl_std": 456.0}  # one response of 64 at 3680 nats, the others at 2.5
-    assert names(course(outlier)) == [] and [a.grave for a in watch(course(*[outlier] * 3))] == [True]
+    assert names(course(outlier)) == [] and [a.may_stop for a in check_conditions(course(*[outlier] * 3))] == [True]
     unmeasured = {"reward_kl": 20.1, "reward_kl_std": None}
     assert names(course(unmeasured)) == ["kl"]
 
@@ -86,15 +86,15 @@ def test_the_first_ratio_by_precision():
     off = {"ratio_first_error": 2e-3, "ratio_first_std": 0.04}
     assert names(course(off)) == ["ratio"] and names(course(off | {"ratio_first_error": 9e-4})) == []
     coarse = {"ratio_first_error": 0.8, "ratio_first_std": 0.04}  # single tokens in bf16
-    assert names(course(coarse, half=True)) == []
-    assert names(course(coarse | {"ratio_first_std": 0.06}, half=True)) == ["ratio"]
+    assert names(course(coarse, half_precision=True)) == []
+    assert names(course(coarse | {"ratio_first_std": 0.06}, half_precision=True)) == ["ratio"]
 
 
 def test_entropy_is_compared_with_the_first_update():
     assert names(course(*[{"entropy": 0.14}] * 3)) == ["entropy"]  # under a tenth of 1.5
     assert names(course(*[{"entropy": 0.14}] * 2)) == [] and names(course(*[{"entropy": 0.16}] * 3)) == []
     sure = [HEALTHY | {"entropy": 0.04}] + [HEALTHY | {"entropy": 0.001}] * 5
-    assert names(Course(sure)) == []  # it never had any to lose
+    assert names(MetricsHistory(sure)) == []  # it never had any to lose
 
 
 def test_length_alarms_where_scores_follow_it_and_it_grew():
@@ -125,7 +125,7 @@ def test_length_alarms_where_all_responses_have_come_to_one_length():
 
 def test_missing_ends_alarm_where_they_matter():
     cut = [{"truncated_rate": 0.11}] * 3
-    assert names(course(*cut)) == ["no-eos"] and names(course(*cut, ends_matter=False)) == []
+    assert names(course(*cut)) == ["no-eos"] and names(course(*cut, eos_expected=False)) == []
     assert names(course(*cut[:2])) == [] and names(course(*[{"truncated_rate": 0.1}] * 3)) == []
 
 
@@ -143,11 +143,11 @@ def test_groups_are_dead_where_four_of_five_are():
 
 def test_not_finite_is_said_at_once_and_stops_at_five_in_a_row():
     def found(steps: float, in_a_row: float):
-        return watch(course({"nonfinite_steps": steps, "nonfinite_in_a_row": in_a_row}))
+        return check_conditions(course({"nonfinite_steps": steps, "nonfinite_in_a_row": in_a_row}))
 
-    assert [(a.condition, a.grave) for a in found(1, 0)] == [("nan", False)]
-    assert [(a.condition, a.grave) for a in found(4, 4)] == [("nan", False)]
-    assert [(a.condition, a.grave) for a in found(4, 5)] == [("nan", True)]
+    assert [(a.condition, a.may_stop) for a in found(1, 0)] == [("nan", False)]
+    assert [(a.condition, a.may_stop) for a in found(4, 4)] == [("nan", False)]
+    assert [(a.condition, a.may_stop) for a in found(4, 5)] == [("nan", True)]
     for value in (math.nan, math.inf, None):
         assert names(course({"reward_kl": value})) == ["nan"]
 
@@ -162,20 +162,22 @@ def test_the_reward_has_moved_far_against_its_widest_spread():
     assert moved(-3.6, -3.6, -3.6) == ["reward-range"]
     assert moved(4.6, 4.6, 4.6, std=2.0) == []
     rare = [{"reward_score": p, "reward_score_std": math.sqrt(p * (1 - p))} for p in (0.01, 0.2, 0.5, 0.9, 0.99)]
-    assert names(Course(rare)) == []  # answers that are right or wrong: 0.98 is less than 4 x 0.5
-    assert names(Course([{"reward_score": 1.0, "reward_score_std": 0.0}] * 3)) == []
+    assert names(MetricsHistory(rare)) == []  # answers that are right or wrong: 0.98 is less than 4 x 0.5
+    assert names(MetricsHistory([{"reward_score": 1.0, "reward_score_std": 0.0}] * 3)) == []
 
 
 def test_an_answer_learned_within_two_updates_is_no_move():
     """The deviation is wide in a single update: 0.1, 0.5, then 0.1 again; 0.98 is less than 4 x 0.5."""
     shares = (0.01, 0.5, *[0.99] * 10)
-    assert names(Course([{"reward_score": p, "reward_score_std": math.sqrt(p * (1 - p))} for p in shares])) == []
+    assert (
+        names(MetricsHistory([{"reward_score": p, "reward_score_std": math.sqrt(p * (1 - p))} for p in shares])) == []
+    )
 
 
 def test_a_reward_without_spread_at_first_is_measured_once_it_has_some():
     flat = [{"reward_score": 0.0, "reward_score_std": 0.0}] * 3
-    assert names(Course([*flat, *[{"reward_score": 0.3, "reward_score_std": 0.1}] * 3])) == []
-    assert names(Course([*flat, *[{"reward_score": 0.5, "reward_score_std": 0.1}] * 3])) == ["reward-range"]
+    assert names(MetricsHistory([*flat, *[{"reward_score": 0.3, "reward_score_std": 0.1}] * 3])) == []
+    assert names(MetricsHistory([*flat, *[{"reward_score": 0.5, "reward_score_std": 0.1}] * 3])) == ["reward-range"]
 
 
 def test_one_update_with_an_outlier_neither_makes_nor_hides_a_move():
@@ -183,9 +185,9 @@ def test_one_update_with_an_outlier_neither_makes_nor_hides_a_move():
     outlier = {"reward_score": -15.0, "reward_score_std": 124.0}
     assert names(course(outlier)) == []
     start = [HEALTHY | outlier, *[HEALTHY] * 11]
-    assert names(Course(start)) == []  # in the first update, against which nothing else may be measured
+    assert names(MetricsHistory(start)) == []  # in the first update, against which nothing else may be measured
     gone = [HEALTHY | {"reward_score": 41.0}] * 3  # 40.5 from the start: beyond 4 x 10 x the usual 1
-    assert names(Course([HEALTHY, HEALTHY, HEALTHY | outlier, *[HEALTHY] * 9, *gone])) == ["reward-range"]
+    assert names(MetricsHistory([HEALTHY, HEALTHY, HEALTHY | outlier, *[HEALTHY] * 9, *gone])) == ["reward-range"]
 
 
 def test_repetition_is_compared_with_the_first_update():
@@ -194,26 +196,26 @@ def test_repetition_is_compared_with_the_first_update():
         names(course(*[{"repetition_rate": 0.11}] * 3)) == [] and names(course(*[{"repetition_rate": 0.9}] * 2)) == []
     )
     tables = [HEALTHY | {"repetition_rate": 0.4}] + [HEALTHY | {"repetition_rate": 0.48}] * 5
-    assert names(Course(tables)) == []  # text that repeats itself by nature
+    assert names(MetricsHistory(tables)) == []  # text that repeats itself by nature
     earlier = [{k: v for k, v in HEALTHY.items() if k != "repetition_rate"}] * 5
-    assert names(Course(earlier)) == []  # lines of a version that did not measure it
+    assert names(MetricsHistory(earlier)) == []  # lines of a version that did not measure it
 
 
 def test_one_response_to_many_prompts_is_repetition():
     same = {"shared_response_rate": 0.3, "response_length": 6.0}
     first = HEALTHY | {"shared_response_rate": 0.03, "response_length": 6.0}
-    assert names(Course([first, *[HEALTHY | same] * 3])) == ["repetition"]
-    assert names(Course([first, *[HEALTHY | same | {"shared_response_rate": 0.27}] * 3])) == []
-    assert names(Course([first, *[HEALTHY | same] * 2])) == []
+    assert names(MetricsHistory([first, *[HEALTHY | same] * 3])) == ["repetition"]
+    assert names(MetricsHistory([first, *[HEALTHY | same | {"shared_response_rate": 0.27}] * 3])) == []
+    assert names(MetricsHistory([first, *[HEALTHY | same] * 2])) == []
     label = {"shared_response_rate": 1.0, "response_length": 3.0}  # yes or no
-    assert names(Course([first, *[HEALTHY | label] * 3])) == []
+    assert names(MetricsHistory([first, *[HEALTHY | label] * 3])) == []
 
 
 def test_the_words_of_a_list_again_and_again_are_warned_of():
     """Seen: "The fun was happy. The fun was very happy", 32 tokens at 32.8 nats, warned of by two conditions."""
     hacked = {"response_length": 32.0, "reward_kl": 32.8, "repetition_rate": 0.2}
-    alarms = watch(course(*[hacked] * 3))
-    assert [(alarm.condition, alarm.grave) for alarm in alarms] == [("kl", False), ("repetition", True)]
+    alarms = check_conditions(course(*[hacked] * 3))
+    assert [(alarm.condition, alarm.may_stop) for alarm in alarms] == [("kl", False), ("repetition", True)]
 
 
 # --- what a run says of them
@@ -233,11 +235,11 @@ FAR = HEALTHY | {"reward_kl": 60.0}
 def walk(lines: list[dict], stop_on: tuple[str, ...] = (), resumed_at: int = 0) -> tuple[list[str], list[dict]]:
     """What is said over some updates, and their metrics; a resumed watch reads the earlier ones back."""
     said, logged = Said(), []
-    watch = Watch(stop_on, said, earlier=lambda: list(logged))
+    watch = Watchdog(stop_on, said, earlier=lambda: list(logged))
     for step, line in enumerate(lines):
         if step == resumed_at:
-            watch = Watch(stop_on, said, earlier=lambda: list(logged))
-        logged.append({"step": step + 1} | line | watch.look(step, line))
+            watch = Watchdog(stop_on, said, earlier=lambda: list(logged))
+        logged.append({"step": step + 1} | line | watch.check_update(step, line))
     return said.warnings, logged
 
 
@@ -254,11 +256,11 @@ def test_a_stop_names_number_cause_knob_and_the_way_on():
     with pytest.raises(TrainingStopped) as caught:
         walk([HEALTHY, FAR], stop_on=("nan", "kl"))
     assert caught.value.step == 2 and caught.value.exit_code == 3
-    words = str(kept(caught.value, 1, "runs/x", ["nan", "kl"]))
+    words = str(add_resume_advice(caught.value, 1, "runs/x", ["nan", "kl"]))
     assert words.startswith("stopped at step 2: kl: the sequence KL to the reference is 60.0 nats, 1.50 per token; ")
     assert "raise --kl-coef" in words and "the state of step 1, before this update, is kept in runs/x" in words
     assert words.endswith("--stop-on nan goes on from it")
-    assert str(kept(caught.value, 1, "x", ["kl"])).endswith("--stop-on none goes on from it")
+    assert str(add_resume_advice(caught.value, 1, "x", ["kl"])).endswith("--stop-on none goes on from it")
 
 
 def test_one_bad_gradient_is_warned_of_and_does_not_stop():

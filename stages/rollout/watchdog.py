@@ -15,9 +15,9 @@ from statistics import median
 Metrics = dict[str, float | None]
 
 IN_A_ROW = 3  # updates that a drifting condition must hold before it is named
-LONGER = 5  # the same for what is noisier
+IN_A_ROW_IF_NOISY = 5  # the same for what is noisier
 WARM_UP = 10  # updates that a critic is given to learn
-FOLLOWS = 0.6  # correlation of scores and lengths
+LENGTH_CORRELATED = 0.6  # correlation of scores and lengths
 REPEATED = 0.1  # repetition_rate above that of the first update
 SHARED = 0.25  # shared_response_rate above that of the first update
 LABEL = 4  # tokens below which different prompts may well have the same response
@@ -33,22 +33,22 @@ class Alarm:
     number: str  # what was measured
     cause: str
     advice: str
-    grave: bool = True  # a reason to stop, where stop_on names it
+    may_stop: bool = True  # a reason to stop, where stop_on names it
 
     def __str__(self) -> str:
         return f"{self.condition}: {self.number}; {self.cause}\n  -> {self.advice}"
 
 
 @dataclass(frozen=True)
-class Course:
+class MetricsHistory:
     """The metrics of every update so far, in order, and what the watch has to know of the run.
 
     Numbers that are missing, None (as metrics.jsonl has them) or not finite are alike.
     """
 
     lines: list[Metrics]
-    half: bool = False  # the base computes in bfloat16 or float16
-    ends_matter: bool = True  # False where a response that never ends costs nothing
+    half_precision: bool = False  # the base computes in bfloat16 or float16
+    eos_expected: bool = True  # False where a response that never ends costs nothing
 
     def first(self, name: str) -> float | None:
         return _finite(self.lines[0].get(name))
@@ -56,7 +56,7 @@ class Course:
     def now(self, name: str) -> float | None:
         return _finite(self.lines[-1].get(name))
 
-    def lately(self, name: str, count: int = IN_A_ROW) -> list[float]:
+    def recent(self, name: str, count: int = IN_A_ROW) -> list[float]:
         """The last `count` values; empty where one of them is missing."""
         values = [_finite(line.get(name)) for line in self.lines[-count:]]
         return values if len(values) == count and None not in values else []  # type: ignore[return-value]
@@ -66,19 +66,19 @@ class Course:
 class Condition:
     """When something is wrong, and what to tell of it."""
 
-    holds: Callable[[Course], str | None]  # what was measured, in words, where it holds
+    holds: Callable[[MetricsHistory], str | None]  # what was measured, in words, where it holds
     cause: str
     advice: str
-    grave: Callable[[Course], bool] = lambda course: True
+    may_stop: Callable[[MetricsHistory], bool] = lambda course: True
 
 
-def watch(course: Course) -> list[Alarm]:
+def check_conditions(history: MetricsHistory) -> list[Alarm]:
     """Every condition that holds after the last update."""
     alarms = []
-    for name, condition in CONDITIONS.items():
-        number = condition.holds(course)
+    for name, condition in CONDITION_CHECKS.items():
+        number = condition.holds(history)
         if number is not None:
-            alarms.append(Alarm(name, number, condition.cause, condition.advice, condition.grave(course)))
+            alarms.append(Alarm(name, number, condition.cause, condition.advice, condition.may_stop(history)))
     return alarms
 
 
@@ -116,46 +116,46 @@ def kl_warning(length: float) -> float:
     return max(20.0, 0.4 * length)
 
 
-def _kl(course: Course) -> str | None:
-    kl, length = course.now("reward_kl"), course.now("response_length")
-    if kl is None or length is None or not _kl_exceeds(course, kl_warning):
+def _kl(history: MetricsHistory) -> str | None:
+    kl, length = history.now("reward_kl"), history.now("response_length")
+    if kl is None or length is None or not _kl_exceeds(history, kl_warning):
         return None
     return f"the sequence KL to the reference is {kl:.1f} nats, {kl / max(length, 1):.2f} per token"
 
 
-def _kl_too_far(course: Course) -> bool:
-    return _kl_exceeds(course, kl_limit)
+def _kl_too_far(history: MetricsHistory) -> bool:
+    return _kl_exceeds(history, kl_limit)
 
 
-def _kl_exceeds(course: Course, limit: Callable[[float], float]) -> bool:
+def _kl_exceeds(history: MetricsHistory, limit: Callable[[float], float]) -> bool:
     """Whether the KL is beyond a limit by two of its standard errors, or was beyond it three times in a row.
 
     The mean of a few responses can be beyond it once by chance, or because of a single response.
     """
-    kl, std, count = course.now("reward_kl"), course.now("reward_kl_std"), course.now("samples")
-    allowed = limit(course.now("response_length") or 0)
+    kl, std, count = history.now("reward_kl"), history.now("reward_kl_std"), history.now("samples")
+    allowed = limit(history.now("response_length") or 0)
     error = std / math.sqrt(count) if std and count else 0.0
-    lately = course.lately("reward_kl")
-    return kl is not None and (kl - 2 * error > allowed or (bool(lately) and min(lately) > allowed))
+    recent = history.recent("reward_kl")
+    return kl is not None and (kl - 2 * error > allowed or (bool(recent) and min(recent) > allowed))
 
 
-def _negative_kl(course: Course) -> str | None:
+def _negative_kl(history: MetricsHistory) -> str | None:
     """Around 0 a mean over few responses is negative half of the time, so it must also be so beyond its noise."""
-    kl, spread = course.lately("reward_kl", LONGER), course.lately("reward_kl_std", LONGER)
-    count = sum(course.lately("samples", LONGER))
-    if not kl or not spread or max(kl) >= 0 or not count:
+    kl, std = history.recent("reward_kl", IN_A_ROW_IF_NOISY), history.recent("reward_kl_std", IN_A_ROW_IF_NOISY)
+    count = sum(history.recent("samples", IN_A_ROW_IF_NOISY))
+    if not kl or not std or max(kl) >= 0 or not count:
         return None
-    mean, error = sum(kl) / LONGER, math.sqrt(sum(s * s for s in spread) / LONGER / count)
+    mean, error = sum(kl) / IN_A_ROW_IF_NOISY, math.sqrt(sum(s * s for s in std) / IN_A_ROW_IF_NOISY / count)
     if mean > -0.05 or mean > -4 * error:
         return None
-    return f"the mean KL to the reference was negative {LONGER} times in a row, {mean:.2f} nats on average"
+    return f"the mean KL to the reference was negative {IN_A_ROW_IF_NOISY} times in a row, {mean:.2f} nats on average"
 
 
-def _ratio(course: Course) -> str | None:
+def _ratio(history: MetricsHistory) -> str | None:
     """fp32 leaves rounding alone; in bf16 single tokens are off by much more, so their deviation counts: .05 is usual
     between engines (TRL's notes on mismatch)."""
-    error, deviation = course.now("ratio_first_error"), course.now("ratio_first_std")
-    if course.half:
+    error, deviation = history.now("ratio_first_error"), history.now("ratio_first_std")
+    if history.half_precision:
         if deviation is not None and deviation > 0.05:
             return f"before the first step the probability ratio deviates from 1 by {deviation:.2g}"
     elif error is not None and error > 1e-3:
@@ -163,106 +163,106 @@ def _ratio(course: Course) -> str | None:
     return None
 
 
-def _entropy(course: Course) -> str | None:
-    first, lately = course.first("entropy"), course.lately("entropy")
-    if first is not None and lately and first > 0.05 and max(lately) < 0.1 * first:
-        return f"the entropy fell from {first:.3f} to {lately[-1]:.4f} nats per token"
+def _entropy(history: MetricsHistory) -> str | None:
+    first, recent = history.first("entropy"), history.recent("entropy")
+    if first is not None and recent and first > 0.05 and max(recent) < 0.1 * first:
+        return f"the entropy fell from {first:.3f} to {recent[-1]:.4f} nats per token"
     return None
 
 
-def _length(course: Course) -> str | None:
+def _length(history: MetricsHistory) -> str | None:
     """That scores follow length is alarming if length then moves the same way (Singhal et al. 2023, for growth).
 
     Responses that all have one length, the limit or a single token, have a correlation of exactly 0, which says
     nothing: the last three others count. In the calibration policies that are paid for length or shortness have 0.71 to
     1; a customer service whose answers rightly become longer has up to 0.67 once, and 0.49 three times in a row.
     """
-    known = [c for line in course.lines if (c := _finite(line.get("score_length_corr")))][-IN_A_ROW:]
-    first, now = course.first("response_length"), course.now("response_length")
+    known = [c for line in history.lines if (c := _finite(line.get("score_length_corr")))][-IN_A_ROW:]
+    first, now = history.first("response_length"), history.now("response_length")
     if len(known) < IN_A_ROW or not first or now is None:
         return None
-    if min(known) > FOLLOWS and now > 1.3 * first:
+    if min(known) > LENGTH_CORRELATED and now > 1.3 * first:
         return f"scores follow length (correlation {known[-1]:.2f}), which grew from {first:.0f} to {now:.0f} tokens"
-    if max(known) < -FOLLOWS and now < first / 1.3:
+    if max(known) < -LENGTH_CORRELATED and now < first / 1.3:
         return (
             f"scores fall with length (correlation {known[-1]:.2f}), which shrank from {first:.0f} to {now:.0f} tokens"
         )
     return None
 
 
-def _no_eos(course: Course) -> str | None:
-    lately = course.lately("truncated_rate")
-    if course.ends_matter and lately and min(lately) > 0.1:
-        return f"{lately[-1]:.0%} of the responses never ended"
+def _no_eos(history: MetricsHistory) -> str | None:
+    recent = history.recent("truncated_rate")
+    if history.eos_expected and recent and min(recent) > 0.1:
+        return f"{recent[-1]:.0%} of the responses never ended"
     return None
 
 
-def _critic(course: Course) -> str | None:
-    lately = course.lately("explained_variance", LONGER)
-    if lately and len(course.lines) >= WARM_UP and max(lately) < 0:
-        return f"the critic predicts returns worse than their mean would (explained variance {lately[-1]:.2f})"
+def _critic(history: MetricsHistory) -> str | None:
+    recent = history.recent("explained_variance", IN_A_ROW_IF_NOISY)
+    if recent and len(history.lines) >= WARM_UP and max(recent) < 0:
+        return f"the critic predicts returns worse than their mean would (explained variance {recent[-1]:.2f})"
     return None
 
 
-def _dead_groups(course: Course) -> str | None:
-    lately = course.lately("dead_group_rate")
-    if lately and min(lately) > 0.8:
-        return f"for {lately[-1]:.0%} of the prompts every response had the same score"
+def _dead_groups(history: MetricsHistory) -> str | None:
+    recent = history.recent("dead_group_rate")
+    if recent and min(recent) > 0.8:
+        return f"for {recent[-1]:.0%} of the prompts every response had the same score"
     return None
 
 
-def _not_finite(course: Course) -> str | None:
-    steps, line = course.now("nonfinite_steps"), course.lines[-1]
+def _not_finite(history: MetricsHistory) -> str | None:
+    steps, line = history.now("nonfinite_steps"), history.lines[-1]
     if steps:
-        in_a_row = course.now("nonfinite_in_a_row") or 0
+        in_a_row = history.now("nonfinite_in_a_row") or 0
         return f"gradients that were not finite and were left out: {steps:.0f}, {in_a_row:.0f} in a row so far"
     names = [name for name in OF_EVERY_UPDATE if name in line and _finite(line[name]) is None]
     return f"{', '.join(names)} of this update not finite" if names else None
 
 
-def _many_not_finite(course: Course) -> bool:
+def _many_not_finite(history: MetricsHistory) -> bool:
     """A single gradient that overflows is left out and forgotten; several in a row are not going to stop."""
-    return (course.now("nonfinite_in_a_row") or 0) >= BAD_STEPS
+    return (history.now("nonfinite_in_a_row") or 0) >= BAD_STEPS
 
 
-def _reward_range(course: Course) -> str | None:
+def _reward_range(history: MetricsHistory) -> str | None:
     """Against the widest standard deviation so far: a reward of 0 or 1 has little at first, and never moves far
     beyond its own.
 
     One update with an outlier decides nothing: the start is the median of the first three updates, the distance must
     hold three times in a row, and a deviation beyond ten times the usual one counts as ten times.
     """
-    lately = course.lately("reward_score")
-    early = [score for line in course.lines[:IN_A_ROW] if (score := _finite(line.get("reward_score"))) is not None]
-    deviations = [std for line in course.lines if (std := _finite(line.get("reward_score_std")))]
-    if not lately or not deviations:
+    recent = history.recent("reward_score")
+    early = [score for line in history.lines[:IN_A_ROW] if (score := _finite(line.get("reward_score"))) is not None]
+    deviations = [std for line in history.lines if (std := _finite(line.get("reward_score_std")))]
+    if not recent or not deviations:
         return None
-    start, deviation = median(early or lately), min(max(deviations), 10 * median(deviations))
-    if min(abs(score - start) for score in lately) <= 4 * deviation:
+    start, deviation = median(early or recent), min(max(deviations), 10 * median(deviations))
+    if min(abs(score - start) for score in recent) <= 4 * deviation:
         return None
-    distance = abs(lately[-1] - start) / deviation
-    return f"the mean score moved from {start:.3g} to {lately[-1]:.3g}, {distance:.1f} standard deviations"
+    distance = abs(recent[-1] - start) / deviation
+    return f"the mean score moved from {start:.3g} to {recent[-1]:.3g}, {distance:.1f} standard deviations"
 
 
-def _repetition(course: Course) -> str | None:
+def _repetition(history: MetricsHistory) -> str | None:
     """Within a response, or of whole responses to different prompts; labels of one to three tokens may be shared.
 
     In the calibration no good run ended more than 0.07 above its first repetition_rate, and hacked runs went 0.1 above
     after 35 to 83 % of their updates, up to 0.9 at the end. It lets through hacks that do not repeat: a word list at 30
     nats or less. It would be wrong about a policy that learns tables, code or lists from a start without them.
     """
-    length = course.now("response_length") or 0.0
+    length = history.now("response_length") or 0.0
     for name, rise, what in (
         ("repetition_rate", REPEATED, "the share of 3-token sequences that a response repeats within 64 tokens"),
         ("shared_response_rate", SHARED, "the share of responses that were also given to a different prompt"),
     ):
-        first, lately = course.first(name) or 0.0, course.lately(name)
-        if lately and min(lately) > first + rise and (name == "repetition_rate" or length >= LABEL):
-            return f"{name}, {what}, rose from {first:.2f} to {lately[-1]:.2f}"
+        first, recent = history.first(name) or 0.0, history.recent(name)
+        if recent and min(recent) > first + rise and (name == "repetition_rate" or length >= LABEL):
+            return f"{name}, {what}, rose from {first:.2f} to {recent[-1]:.2f}"
     return None
 
 
-CONDITIONS: dict[str, Condition] = {
+CONDITION_CHECKS: dict[str, Condition] = {
     "kl": Condition(
         _kl,
         "the policy has left the region where the reward can be trusted",

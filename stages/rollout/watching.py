@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from stages.errors import TrainingStopped
 from stages.results import Reporter, Table
-from stages.rollout.watchdog import CONDITIONS, IN_A_ROW, Alarm, Course, Metrics, watch
+from stages.rollout.watchdog import CONDITION_CHECKS, IN_A_ROW, Alarm, Metrics, MetricsHistory, check_conditions
 
 FLAG = "alarm_"  # and a condition's name: 1 in the metrics of an update at which it holds
 COUNT = "alarms"  # how many hold
 
 
 @dataclass
-class Watch:
+class Watchdog:
     """Watches the updates of one run. What was said before is read from their metrics, so a resumed run says the same.
 
     `earlier()` gives the metrics of the updates that stand in the log.
@@ -23,8 +23,8 @@ class Watch:
     stop_on: tuple[str, ...]
     reporter: Reporter
     earlier: Callable[[], list[Metrics]]
-    half: bool = False
-    ends_matter: bool = True
+    half_precision: bool = False
+    eos_expected: bool = True
     lines: list[Metrics] = field(default_factory=list)
 
     def stop_before_learning(self, step: int, metrics: Metrics) -> None:
@@ -36,7 +36,7 @@ class Watch:
         if any(self._stops(alarm) for alarm in alarms):
             self._tell(step, alarms)
 
-    def look(self, step: int, metrics: Metrics) -> dict[str, float]:
+    def check_update(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Watch update `step`, counted from 0; returns the flags that go into its metrics.
 
         Raises TrainingStopped where a condition holds that stop_on names. Everything watched is the same on all ranks,
@@ -51,10 +51,10 @@ class Watch:
     def _alarms(self, step: int, metrics: Metrics) -> list[Alarm]:
         if len(self.lines) != step:  # resumed
             self.lines = self.earlier()
-        return watch(Course([*self.lines, metrics], self.half, self.ends_matter))
+        return check_conditions(MetricsHistory([*self.lines, metrics], self.half_precision, self.eos_expected))
 
     def _stops(self, alarm: Alarm) -> bool:
-        return alarm.grave and alarm.condition in self.stop_on
+        return alarm.may_stop and alarm.condition in self.stop_on
 
     def _tell(self, step: int, alarms: list[Alarm]) -> None:
         """Warn of what began at this update, and raise TrainingStopped for the first alarm that stops it."""
@@ -77,7 +77,7 @@ def stopped(alarm: Alarm, step: int) -> TrainingStopped:
     return TrainingStopped(f"{alarm.condition}: {alarm.number}; {alarm.cause}", step=step + 1, advice=alarm.advice)
 
 
-def kept(stop: TrainingStopped, step: int | None, folder: str, stop_on: list[str]) -> TrainingStopped:
+def add_resume_advice(stop: TrainingStopped, step: int | None, folder: str, stop_on: list[str]) -> TrainingStopped:
     """The same stop, saying which state is kept and how to go on from it.
 
     `step` is that of the state from before the update; None where the last saved one is left.
@@ -95,14 +95,14 @@ def kept(stop: TrainingStopped, step: int | None, folder: str, stop_on: list[str
 
 def alarms_in(lines: list[Metrics]) -> dict[str, list[int]]:
     """The steps at which each condition held, by its name; conditions that never did are left out."""
-    steps = {name: [int(line["step"] or 0) for line in lines if line.get(flag(name))] for name in CONDITIONS}
+    steps = {name: [int(line["step"] or 0) for line in lines if line.get(flag(name))] for name in CONDITION_CHECKS}
     return {name: held for name, held in steps.items() if held}
 
 
 def alarm_table(alarms: dict[str, list[int]], updates: int) -> Table:
     """A line for each condition that held."""
     rows = tuple(
-        (name, f"{len(steps)} of {updates}", f"{steps[0]}", f"{steps[-1]}", CONDITIONS[name].advice)
+        (name, f"{len(steps)} of {updates}", f"{steps[0]}", f"{steps[-1]}", CONDITION_CHECKS[name].advice)
         for name, steps in alarms.items()
     )
     return Table("alarms", ("condition", "updates", "first", "last", "what helps"), rows)
