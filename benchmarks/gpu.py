@@ -76,8 +76,8 @@ def measure(name: str, device, clock: Clock, args: argparse.Namespace, limit, le
         except (torch.OutOfMemoryError, OutOfMemory) as error:
             left_out.append(f"{name}: {what}, for want of memory ({str(error).splitlines()[0][:120]})")
             return None
-        if passes.divisor() > 1:
-            left_out.append(f"{name}: {what} ran in passes of 1/{passes.divisor()}, since memory ran out")
+        if passes.pass_divisor() > 1:
+            left_out.append(f"{name}: {what} ran in passes of 1/{passes.pass_divisor()}, since memory ran out")
             passes._Share.divisor = 1
         return found[what]
 

@@ -25,13 +25,13 @@ from stages.training.loop import Progress
 from stages.training.memory import Shapes
 from stages.training.passes import limit_tokens
 from stages.training.plan import (
-    Passes,
+    PassPlan,
     Work,
     choose_passes,
-    held_by,
     largest_pass,
     memory_by_part,
     peak_of,
+    resident_bytes,
     rollout_rows,
 )
 from stages.training.session import open_progress
@@ -159,12 +159,12 @@ def free_beside_base(model: Model, work: Work) -> float | None:
     """What was free before the roles were there: the plan counts them itself."""
     free, held = (
         free_memory(model.device),
-        held_by(work.stage, model.config, model.base.source, model.shapes, model.width),
+        resident_bytes(work.stage, model.config, model.base.source, model.shapes, model.width),
     )
     return None if free is None else free + held.adapters + held.moments
 
 
-def planned(model: Model, work: Work) -> Passes:
+def planned(model: Model, work: Work) -> PassPlan:
     """Passes as the plan cuts them for this device; activations are recomputed from here on where it says so."""
     passes = choose_passes(model.config, work, model.base.source, model.shapes, free_beside_base(model, work))
     if passes.checkpointing and not model.base.checkpoints:

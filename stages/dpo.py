@@ -20,11 +20,11 @@ from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import (
     NO_PAIRS,
     TokenComparison,
+    build_comparison_report,
     computed_share,
     encode_comparison,
     pair_sums,
     pairs_of,
-    report_of,
     report_tables,
     step_metrics,
 )
@@ -42,7 +42,7 @@ from stages.training.session import (
     open_for_training,
     open_progress,
     open_text,
-    publish,
+    publish_checkpoint,
     report_cuts,
 )
 
@@ -97,7 +97,11 @@ def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
         return dict(zip(visited, sums, strict=True))
 
     def held_out_report() -> dict[str, object]:
-        return report_of(implicit_scores(roles, held, reference_of("held_out"), config), held) if held else {}
+        return (
+            build_comparison_report(implicit_scores(roles, held, reference_of("held_out"), config), held)
+            if held
+            else {}
+        )
 
     def update(step: int) -> dict[str, float]:
         numbers = batch_at(step, len(rows), config.batch_size, config.seed, "dpo")
@@ -137,7 +141,7 @@ def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
         **numbers,
         "eval_pairs": found.get("pairs"),
     }
-    publish(
+    publish_checkpoint(
         out, "dpo", config, roles, text,
         adapter=adapter, parents=[("model", source)], datasets={"train": inputs.data},
         metrics=metrics, lines=lines, extra_files=(REPORT_FILE,),

@@ -105,8 +105,8 @@ class Interrupted(Exception):
 class StopRequested(BaseException):
     """Raised between forward passes after a signal; not an Exception, so that no user code swallows it."""
 
-    def __init__(self, number: int, *, at_once: bool = False):
+    def __init__(self, number: int, *, immediate: bool = False):
         self.number = number
-        self.at_once = at_once  # raised anywhere, perhaps in the middle of an optimiser step
+        self.immediate = immediate  # raised anywhere, perhaps in the middle of an optimiser step
         self.exit_code = 128 + number
         super().__init__(f"signal {number}")

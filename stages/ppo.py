@@ -54,7 +54,7 @@ from stages.training.session import (
     open_for_training,
     open_progress,
     open_text,
-    publish,
+    publish_checkpoint,
     report_cuts,
 )
 
@@ -139,7 +139,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     alarms = alarms_in(lines)
     metrics["alarms"] = sorted(alarms)
     parents = [("model", source), *(("reward", spec.checkpoint) for spec in inputs.rewards if spec.checkpoint)]
-    publish(
+    publish_checkpoint(
         out, "ppo", config, roles, text,
         adapter=roles.adapters["policy"],
         critic=(roles.adapters.get("critic"), roles.heads["critic"]) if "critic" in roles.heads else None,

@@ -23,13 +23,13 @@ from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.comparing import (
     NO_PAIRS,
     TokenComparison,
+    build_comparison_report,
     computed_share,
     encode_comparison,
     pair_sums,
     pairs_of,
-    report_of,
-    report_on,
     report_tables,
+    score_and_report,
     score_rows,
     step_metrics,
 )
@@ -45,10 +45,10 @@ from stages.training.session import (
     open_for_training,
     open_progress,
     open_text,
-    publish,
+    publish_checkpoint,
     report_cuts,
 )
-from stages.training.verdict import judge
+from stages.training.verdict import reach_verdict
 
 ROLE = "reward"
 CENTRING_ROWS = 256  # rows whose mean score becomes 0
@@ -96,7 +96,7 @@ def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
         if not held:
             return {}
         with ranks.together():
-            found = report_on(roles, ROLE, held, config.micro_batch_size)
+            found = score_and_report(roles, ROLE, held, config.micro_batch_size)
         return {f"eval_{name}": found[name] for name in ("accuracy", "log_loss", "margin_mean", "score_length_corr")}
 
     reporter.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
@@ -107,7 +107,7 @@ def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     found = final_report(roles, inputs, rows, held, served, config.micro_batch_size)
     if config.sft_samples and held:
         found |= check_policy_scores(roles, text, inputs, config)
-    verdict = judge(found)
+    verdict = reach_verdict(found)
     found["verdict"] = verdict.stored()
     write_json(out.folder / REPORT_FILE, found)
     lines = read_metrics(out)
@@ -119,7 +119,7 @@ def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
         "eval_pairs": found.get("pairs"),
         "verdict": verdict.decision,
     }
-    publish(
+    publish_checkpoint(
         out, "reward", config, roles, text,
         adapter=adapter, head=head, parents=[("model", source)], datasets={"train": inputs.data},
         metrics=metrics, lines=lines, extra_files=(REPORT_FILE,),
@@ -142,7 +142,7 @@ def final_report(
     found: dict[str, object] = {}
     if held:
         scores = score_rows(roles, ROLE, [row for c in held for row in c.responses], micro_batch_size)
-        found |= report_of(scores, held) | {"baselines": baselines(scores, held, rows)}
+        found |= build_comparison_report(scores, held) | {"baselines": baselines(scores, held, rows)}
     found |= {"demonstrations_mean": float(served.mean()), "demonstrations_std": float(served.std(unbiased=False))}
     agreed, both = inputs.data.agreement
     return found | ({"annotator_agreement": agreed / both, "annotator_pairs": both} if both else {})

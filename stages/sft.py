@@ -23,7 +23,7 @@ from stages.training.session import (
     open_for_training,
     open_progress,
     open_text,
-    publish,
+    publish_checkpoint,
     report_cuts,
 )
 
@@ -95,7 +95,7 @@ def run(config: SftConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
         return Result("sft", "done", config.output, {})
     lines = read_metrics(out)
     metrics = {"train_loss": lines[-1].get("loss"), **before_and_after(lines), "held_out_rows": len(held)}
-    publish(
+    publish_checkpoint(
         out, "sft", config, roles, text,
         adapter=adapter, parents=[("model", source)], datasets={"train": inputs.data}, metrics=metrics, lines=lines,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.config import PpoConfig, RewardConfig, SftConfig
 from stages.files.comparisons import Pair
-from stages.files.manifest import Manifest, checkpoint_digest, publish
+from stages.files.manifest import Manifest, checkpoint_digest, write_manifest
 from stages.models.base import Base
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
@@ -171,6 +171,6 @@ def publish_checkpoint(
         stop_token_ids=stops, config={}, datasets={}, metrics={}, throughput={}, versions={}, device="cpu",
         dtype="float32", steps=1, seconds=1.0,
     )  # fmt: skip
-    publish(folder, manifest, files)
+    write_manifest(folder, manifest, files)
     assert checkpoint_digest(folder)
     return folder

@@ -25,9 +25,9 @@ from stages.files.manifest import (
     checkpoint_digest,
     is_checkpoint,
     locate,
-    publish,
     read_manifest,
     versions,
+    write_manifest,
 )
 from stages.files.tensors import save_tensors
 
@@ -250,7 +250,7 @@ def checkpoint(folder: Path, **about) -> Path:
     (folder / "critic").mkdir(parents=True)
     (folder / "adapter.bin").write_bytes(b"abc")
     (folder / "critic" / "head.bin").write_bytes(b"")
-    publish(folder, manifest(**about), ["adapter.bin", "critic/head.bin"])
+    write_manifest(folder, manifest(**about), ["adapter.bin", "critic/head.bin"])
     return folder
 
 
@@ -301,7 +301,7 @@ def test_a_file_outside_the_checkpoint_is_refused(tmp_path, name):
     folder = checkpoint(tmp_path / "x")
     (tmp_path / "secret").write_bytes(b"abc")
     with pytest.raises(CheckpointError, match="is not a plain file name|leads outside"):
-        publish(folder, manifest(), [name])
+        write_manifest(folder, manifest(), [name])
     rewrite(folder, files={name: "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"})
     for verify in (True, False):
         with pytest.raises(CheckpointError, match="is not a plain file name|leads outside"):
@@ -381,9 +381,9 @@ def test_what_is_not_a_finished_checkpoint_says_why(tmp_path):
 
 def test_publishing_a_missing_file_or_an_unreadable_manifest_writes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="`gone` is missing"):
-        publish(tmp_path, manifest(), ["gone"])
+        write_manifest(tmp_path, manifest(), ["gone"])
     with pytest.raises(CheckpointError, match="`seconds`"):
-        publish(tmp_path, manifest(seconds=float("nan")), [])
+        write_manifest(tmp_path, manifest(seconds=float("nan")), [])
     assert os.listdir(tmp_path) == []
 
 
@@ -395,7 +395,7 @@ def test_a_failed_publication_leaves_no_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(atomic.os, "replace", refuse)
     with pytest.raises(OutputError, match="No space left"):
-        publish(tmp_path, manifest(), ["a"])
+        write_manifest(tmp_path, manifest(), ["a"])
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -410,7 +410,7 @@ def test_listed_files_reach_the_disk_before_the_manifest(tmp_path, monkeypatch):
     if not Path("/proc/self/fd").exists():
         pytest.skip("no /proc to ask which file was synced")
     monkeypatch.setattr(atomic.os, "fsync", note)
-    publish(tmp_path, manifest(), ["a"])
+    write_manifest(tmp_path, manifest(), ["a"])
     assert synced[:2] == [str(tmp_path / "a"), str(tmp_path)]
     assert "checkpoint.json" in synced[2] and synced[3:] == [str(tmp_path)]
 
@@ -435,7 +435,7 @@ def test_places_are_stored_absolute_and_relative(tmp_path, monkeypatch):
     assert (found.base.path, found.base.relative) == (str(tmp_path / "models/tiny"), "../../models/tiny")
     assert (found.parents[0].path, found.parents[0].relative) == (str(tmp_path / "runs/sft"), "../sft")
     monkeypatch.chdir(tmp_path)
-    publish("runs/ppo", manifest(base=BaseRef("models/tiny", "models/tiny", "d")), [])
+    write_manifest("runs/ppo", manifest(base=BaseRef("models/tiny", "models/tiny", "d")), [])
     assert read_manifest(folder).base == BaseRef("models/tiny", str(tmp_path / "models/tiny"), "d", "../../models/tiny")
 
 

@@ -16,7 +16,7 @@ import torch
 from stages.config import RewardConfig, SftConfig, read_recipe, resolve
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
-from stages.files.manifest import BaseRef, Manifest, is_checkpoint, publish, read_manifest
+from stages.files.manifest import BaseRef, Manifest, is_checkpoint, read_manifest, write_manifest
 from stages.files.run import differences, open_run, write_config
 from stages.files.tensors import load_tensors, save_tensors
 
@@ -238,7 +238,7 @@ def test_starting_clears_what_a_kill_left_and_puts_back_a_state_that_was_put_asi
 def test_overwriting_removes_our_files_and_spares_a_persons(tmp_path):
     train(tmp_path)
     (tmp_path / "spiece.vocab").write_text("listed")
-    publish(tmp_path, read_manifest(tmp_path), [*LISTED, "spiece.vocab"])
+    write_manifest(tmp_path, read_manifest(tmp_path), [*LISTED, "spiece.vocab"])
     (tmp_path / "critic").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "plots").mkdir()

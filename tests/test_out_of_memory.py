@@ -102,7 +102,7 @@ def test_a_pass_that_fails_half_way_leaves_no_trace_in_the_gradient(held):
     assert learn(lambda rows: False, held) == (held + 126.0, {"rows": 6.0}, [6])
     gradient, sums, sizes = learn(lambda rows: len(rows) > 2, held)
     assert (gradient, sums) == (held + 126.0, {"rows": 6.0})
-    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1] and passes.divisor() == 4
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1] and passes.pass_divisor() == 4
 
 
 def test_passes_before_the_one_that_failed_are_made_again():
@@ -172,7 +172,7 @@ def test_other_failures_are_not_taken_for_it():
 
     with pytest.raises(RuntimeError, match="shapes"):
         collect([1, 2], "auto", forward, on_cuda=False)
-    assert passes.divisor() == 1
+    assert passes.pass_divisor() == 1
 
 
 def fits(monkeypatch, rows):

@@ -148,8 +148,8 @@ def test_a_signal_ends_it_wherever_it_waits(waits, listening, begun):
     with signals.listening() if listening else contextlib.nullcontext():
         with signal_once(begun), pytest.raises(StopRequested) as caught:
             call(lambda prompts, responses: waits() or [0.0, 0.0])
-        assert signals.heard() == (signal.SIGTERM if listening else None)
-    assert (caught.value.number, caught.value.exit_code, caught.value.at_once) == (15, 143, False)
+        assert signals.received_signal() == (signal.SIGTERM if listening else None)
+    assert (caught.value.number, caught.value.exit_code, caught.value.immediate) == (15, 143, False)
     assert before == {number: signal.getsignal(number) for number in signal.valid_signals()}
 
 
@@ -196,7 +196,7 @@ def test_a_rank_that_others_wait_for_only_notes_the_signal(begun):
         return [1.0, 2.0]
 
     with signals.listening(lambda: False):
-        assert call(score) == [1.0, 2.0] and signals.heard() == signal.SIGTERM
+        assert call(score) == [1.0, 2.0] and signals.received_signal() == signal.SIGTERM
 
 
 # --- processes that it starts

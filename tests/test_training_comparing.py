@@ -21,14 +21,14 @@ from stages.rollout.specs import open_rewards
 from stages.training import comparing
 from stages.training.comparing import (
     TokenComparison,
+    build_comparison_report,
     ceiling,
     clusters_of,
     encode_comparison,
     pair_sums,
     pairs_of,
-    report_of,
-    report_on,
     report_tables,
+    score_and_report,
     score_rows,
 )
 from tests.parts import (
@@ -78,7 +78,7 @@ def test_the_report_by_hand(monkeypatch):
     ]
     scores = torch.tensor([2.0, 1.0, 0.5, 0.0, 3.0, 1.0, 1.0])
     monkeypatch.setattr(comparing, "score_rows", lambda *_: scores)
-    found = report_on(None, "reward", comparisons, "auto")
+    found = score_and_report(None, "reward", comparisons, "auto")
     leads = [1.0, -0.5, 2.0, 2.0, 0.0]
     assert found["pairs"] == 5 and found["accuracy"] == 0.7  # three wins and a tie
     assert found["accuracy_low"] < 0.7 < found["accuracy_high"]
@@ -122,7 +122,7 @@ SOFT, SOFT_SCORES = [0.9, 0.2, 0.3, 0.5], torch.tensor([2.0, 1.0, 0.0, 0.5, 1.0,
 
 def test_the_report_on_soft_labels_by_hand():
     """Each pair is ranked by its likelier winner; the last is a tie, and the model is sure of it."""
-    found = report_of(SOFT_SCORES, soft(SOFT))
+    found = build_comparison_report(SOFT_SCORES, soft(SOFT))
     leads = [(1.0, 0.9), (0.5, 0.8), (2.0, 0.7), (3.0, 0.5)]  # of the likelier one, and how likely
     assert found["accuracy"] == 3.5 / 4 and found["pairs"] == 4
     assert found["expected_accuracy"] == pytest.approx(found["agreement_ceiling"]) == pytest.approx(2.9 / 4)
@@ -146,14 +146,14 @@ def test_which_response_a_soft_label_calls_chosen_does_not_matter():
     """The same judgements with chosen and rejected exchanged: the tie too."""
     order = [1, 0, 3, 2, 5, 4, 7, 6]
     turned = [TokenComparison(c.responses[::-1], (Pair(0, 1, 1 - p),)) for c, p in zip(soft(SOFT), SOFT, strict=True)]
-    one, other = report_of(SOFT_SCORES, soft(SOFT)), report_of(SOFT_SCORES[order], turned)
+    one, other = build_comparison_report(SOFT_SCORES, soft(SOFT)), build_comparison_report(SOFT_SCORES[order], turned)
     for name, value in one.items():
         expected = pytest.approx(value, abs=1e-12) if isinstance(value, float) else value
         assert isinstance(value, list) or other[name] == expected, name
 
 
 def test_labels_that_are_all_ties_say_nothing():
-    found = report_of(torch.tensor([2.0, 1.0, 0.0, 0.5]), soft([0.5, 0.5, 0.5, 0.5])[:2])
+    found = build_comparison_report(torch.tensor([2.0, 1.0, 0.0, 0.5]), soft([0.5, 0.5, 0.5, 0.5])[:2])
     assert (found["accuracy"], found["expected_accuracy"], found["longer_wins_accuracy"]) == (0.5, 0.5, 0.5)
     assert found["margin_mean"] == 0 and found["score_chosen_mean"] == found["score_rejected_mean"] == 0.875
     assert found["label_length_corr"] == 0 and found["ties"] == 2
@@ -162,7 +162,10 @@ def test_labels_that_are_all_ties_say_nothing():
 def test_a_steps_metrics_mean_what_the_reports_do():
     comparisons = [*soft(SOFT), TokenComparison([row(9, n) for n in (1, 2, 3)], (Pair(1, 0), Pair(2, 0), Pair(2, 1)))]
     scores = torch.cat([SOFT_SCORES, torch.tensor([0.3, -0.2, 0.9])])
-    sums, report = pair_sums(torch.tensor(0.7), scores, pairs_of(comparisons)), report_of(scores, comparisons)
+    sums, report = (
+        pair_sums(torch.tensor(0.7), scores, pairs_of(comparisons)),
+        build_comparison_report(scores, comparisons),
+    )
     assert sums["pairs"] == report["pairs"] == 7 and sums["loss"] == pytest.approx(0.7)
     names = {"accuracy": "accuracy", "margin": "margin_mean"}
     names |= {"score_chosen": "score_chosen_mean", "score_rejected": "score_rejected_mean"}
@@ -200,7 +203,7 @@ def test_the_reports_interval_counts_prompts():
     """Five prompts, each right on all of its three pairs or wrong on all: 15 pairs, worth fewer than five."""
     pairs = (Pair(0, 1), Pair(0, 2), Pair(1, 2))
     rows = [TokenComparison([response([n, 4], k) for k in (1, 2, 3)], pairs) for n in range(5)]
-    found = report_of(torch.tensor([3.0, 2.0, 1.0] * 4 + [1.0, 2.0, 3.0]), rows)
+    found = build_comparison_report(torch.tensor([3.0, 2.0, 1.0] * 4 + [1.0, 2.0, 3.0]), rows)
     assert (found["pairs"], found["clusters"], found["accuracy"]) == (15, 5, 0.8)
     worth = 4 * (1.96 / 2.776) ** 2  # (5 - 1) x (z / t of 4 degrees)^2
     assert found["effective_pairs"] == pytest.approx(worth, rel=2e-3)
@@ -216,7 +219,7 @@ def test_the_ceiling_of_uncertain_labels():
 def test_the_report_is_shown_without_empty_bins(monkeypatch):
     comparisons = [TokenComparison([row(99, 90), row(99, 5)], (Pair(0, 1),))]
     monkeypatch.setattr(comparing, "score_rows", lambda *_: torch.tensor([1.0, -1.0]))
-    summary, calibration, by_length = report_tables(report_on(None, "reward", comparisons, "auto"))
+    summary, calibration, by_length = report_tables(score_and_report(None, "reward", comparisons, "auto"))
     assert ("held-out pairs", "1") in summary.rows
     assert dict(summary.rows)["accuracy [95 % interval]"].startswith("1.000  [0.207, 1.000]")
     assert calibration.rows == (("0.80-0.90", "1", "0.881", "1.000"),)

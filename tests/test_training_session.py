@@ -25,7 +25,7 @@ from stages.training.session import (
     open_for_training,
     open_progress,
     open_text,
-    publish,
+    publish_checkpoint,
 )
 from tests.parts import open_tiny_text, ppo_config, random_adapter, random_head, sequences_of, sft_config
 from tests.tiny import build_config, build_tokenizer
@@ -177,7 +177,7 @@ def published(open_tiny, model_folder, tmp_path):
     ]
     for line in lines:
         run.log(line["step"], {k: v for k, v in line.items() if k != "step"})
-    publish(
+    publish_checkpoint(
         run, "ppo", config, roles, text,
         adapter=roles.adapters["policy"], critic=(roles.adapters["critic"], roles.heads["critic"]),
         parents=[("model", base.source)], datasets={"train": Rows([1, 2, 3], "prompt", "p.jsonl", "d1", 0, [])},
@@ -244,7 +244,7 @@ def test_a_shared_critic_is_stored_as_a_head(open_tiny, model_folder, tmp_path):
     config = ppo_config(output=str(tmp_path / "ppo"))
     run = open_run(tmp_path / "ppo", "ppo", config, {})
     run.start()
-    publish(
+    publish_checkpoint(
         run, "ppo", config, roles, text, adapter=roles.adapters["policy"], critic=(None, random_head(base.width, 3)),
         parents=[], datasets={}, metrics={}, lines=[],
     )  # fmt: skip

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from stages.training.verdict import judge
+from stages.training.verdict import reach_verdict
 
 LEAD = {"lead": 0.3, "lead_low": 0.2, "lead_high": 0.4}
 GOOD = {
@@ -26,7 +26,7 @@ def changed(**parts: object) -> dict:
 
 
 def test_a_good_model_may_go_and_says_why():
-    found = judge(GOOD)
+    found = reach_verdict(GOOD)
     assert found.decision == "go"
     assert found.reasons == (
         "accuracy 0.800 [0.711, 0.867] on 100 held-out pairs is better than chance, 0.5",
@@ -40,18 +40,18 @@ def test_a_good_model_may_go_and_says_why():
 
 @pytest.mark.parametrize(("low", "decision"), [(0.501, "go"), (0.5, "no-go"), (0.3, "no-go")])
 def test_no_better_than_chance_is_no_go(low, decision):
-    assert judge(changed(accuracy_low=low)).decision == decision
+    assert reach_verdict(changed(accuracy_low=low)).decision == decision
 
 
 def test_below_chance_is_no_go_too():
-    found = judge(changed(accuracy=0.25, accuracy_low=0.16, accuracy_high=0.37))
+    found = reach_verdict(changed(accuracy=0.25, accuracy_low=0.16, accuracy_high=0.37))
     assert found.decision == "no-go"
     assert found.reasons == ("accuracy 0.250 [0.160, 0.370] on 100 held-out pairs is no better than chance, 0.5",)
 
 
 @pytest.mark.parametrize(("pairs", "decision"), [(0, "unknown"), (19, "unknown"), (20, "no-go")])
 def test_few_pairs_say_nothing(pairs, decision):
-    found = judge(changed(pairs=pairs, accuracy_low=0.2))
+    found = reach_verdict(changed(pairs=pairs, accuracy_low=0.2))
     assert found.decision == decision
     if pairs < 20:
         assert found.reasons[0].startswith(f"{pairs} held-out pairs are too few to tell, 20 are needed: ")
@@ -60,7 +60,7 @@ def test_few_pairs_say_nothing(pairs, decision):
 
 @pytest.mark.parametrize(("prompts", "decision"), [(1, "unknown"), (5, "unknown"), (6, "no-go"), (100, "no-go")])
 def test_few_prompts_say_nothing_however_many_pairs_they_have(prompts, decision):
-    found = judge(changed(clusters=prompts, accuracy_low=0.2))
+    found = reach_verdict(changed(clusters=prompts, accuracy_low=0.2))
     assert found.decision == decision
     if decision == "unknown":
         start = f"100 held-out pairs of {prompts} prompts are too few to tell, 6 prompts are needed: "
@@ -68,23 +68,23 @@ def test_few_prompts_say_nothing_however_many_pairs_they_have(prompts, decision)
 
 
 def test_pairs_of_fewer_prompts_are_told_and_are_worth_less():
-    found = judge(changed(clusters=25))
+    found = reach_verdict(changed(clusters=25))
     assert "on 100 held-out pairs of 25 prompts is better than chance" in found.reasons[0]
-    assert judge(changed(clusters=25, confidence=0.95)).decision == "caution"
+    assert reach_verdict(changed(clusters=25, confidence=0.95)).decision == "caution"
     # The noise of 16 pairs: 1.96 x sqrt(.16 / 16) = .196.
-    assert judge(changed(clusters=25, confidence=0.95, effective_pairs=16)).decision == "go"
+    assert reach_verdict(changed(clusters=25, confidence=0.95, effective_pairs=16)).decision == "go"
 
 
 def test_over_confidence_is_measured_against_what_labels_allow():
     """Right on every pair, with labels of 0.7: 0.95 sure is too sure, and the note compares like with like."""
-    found = judge(changed(accuracy=1.0, expected_accuracy=0.7, agreement_ceiling=0.7, confidence=0.95))
+    found = reach_verdict(changed(accuracy=1.0, expected_accuracy=0.7, agreement_ceiling=0.7, confidence=0.95))
     assert found.decision == "caution" and "0.95 sure on average and right in 0.70" in found.reasons[0]
     said = "labels this uncertain allow an accuracy of 0.700, +0.000 from this one (0.700 against single judgements)"
     assert said in found.notes
 
 
 def test_without_held_out_rows_nothing_is_known():
-    found = judge({"demonstrations_mean": 0.0, "demonstrations_std": 1.0})
+    found = reach_verdict({"demonstrations_mean": 0.0, "demonstrations_std": 1.0})
     assert found.decision == "unknown" and found.reasons[0].startswith("0 held-out pairs") and found.notes == ()
 
 
@@ -111,7 +111,7 @@ def test_without_held_out_rows_nothing_is_known():
     ids=["majority", "confident", "log-loss", "length", "short", "no spread", "far"],
 )
 def test_each_caution(parts, says):
-    found = judge(changed(**parts))
+    found = reach_verdict(changed(**parts))
     assert found.decision == "caution" and len(found.reasons) == 1 and found.reasons[0].startswith(says)
     assert found.notes[0].endswith("is better than chance, 0.5")
 
@@ -129,16 +129,16 @@ def test_each_caution(parts, says):
     ],
 )
 def test_what_is_no_caution(parts):
-    assert judge(changed(**parts)).decision == "go"
+    assert reach_verdict(changed(**parts)).decision == "go"
 
 
 def test_cautions_come_along_with_a_no_go():
-    found = judge(changed(accuracy_low=0.4, log_loss=math.inf))
+    found = reach_verdict(changed(accuracy_low=0.4, log_loss=math.inf))
     assert found.decision == "no-go" and len(found.reasons) == 1 and found.notes[0].startswith("log-loss inf")
 
 
 def test_how_far_people_agree_is_told():
-    found = judge(changed(agreement_ceiling=0.9, annotator_agreement=0.75, annotator_pairs=40))
+    found = reach_verdict(changed(agreement_ceiling=0.9, annotator_agreement=0.75, annotator_pairs=40))
     assert found.decision == "go" and found.notes[:2] == (
         "labels this uncertain allow an accuracy of 0.900, +0.100 from this one",
         "two annotators agree on 0.750 of 40 pairs, -0.050 from its accuracy",
@@ -146,6 +146,6 @@ def test_how_far_people_agree_is_told():
 
 
 def test_a_verdict_as_a_table():
-    table = judge(GOOD).table()
+    table = reach_verdict(GOOD).table()
     assert table.title == "verdict: go" and [row[0] for row in table.rows] == ["because", "because", "also"]
-    assert judge(GOOD).stored()["decision"] == "go"
+    assert reach_verdict(GOOD).stored()["decision"] == "go"

@@ -96,7 +96,7 @@ def checkpoint_digest(folder: str | Path) -> str:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def publish(folder: str | Path, manifest: Manifest, files: list[str]) -> Manifest:
+def write_manifest(folder: str | Path, manifest: Manifest, files: list[str]) -> Manifest:
     """Make a folder a checkpoint: sync and hash the named files (relative to it), then write the manifest.
 
     Returns the manifest as it can now be read. Raises CheckpointError for a file that is missing or lies outside,

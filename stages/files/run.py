@@ -28,7 +28,7 @@ from stages import __version__
 from stages.config import as_dict, damaged_knob, describe_special, differing
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
-from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, publish, read_manifest
+from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest, write_manifest
 from stages.files.splits import SPLIT
 from stages.files.states import STATE, State, owner_of, read_about, read_state, states_in, step_of, write_state
 from stages.places import absolute
@@ -139,7 +139,7 @@ class Run:
             return None
         made = {"config": as_dict(self.config), "inputs": dict(self.inputs)}
         asked = dataclasses.replace(manifest, **made, versions=manifest.versions | {"split": SPLIT})
-        self.manifest = publish(self.folder, asked, files)
+        self.manifest = write_manifest(self.folder, asked, files)
         self._remove_scaffold()
         self.release()
         return self.manifest

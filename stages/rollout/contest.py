@@ -11,7 +11,14 @@ from stages.maths.preferences import implicit_reward
 from stages.models.candidates import Candidate, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter, head_of
 from stages.results import Reporter, Table
-from stages.training.comparing import TokenComparison, describe_pairs, pairs_of, report_of, report_tables, score_rows
+from stages.training.comparing import (
+    TokenComparison,
+    build_comparison_report,
+    describe_pairs,
+    pairs_of,
+    report_tables,
+    score_rows,
+)
 from stages.training.implicit import flatten, summed_logprobs
 
 ABSENT = "-"
@@ -55,7 +62,7 @@ def evaluate_on_comparisons(
         delta = scores[pairs.better] - scores[pairs.worse]
         first = delta if first is None else first
         about = {"model": candidate.name, "label": label, "kind": kind_of(candidate)}
-        found.append(about | report_of(scores, rows) | {"agreement": agreement(first, delta)})
+        found.append(about | build_comparison_report(scores, rows) | {"agreement": agreement(first, delta)})
         reporter.log(done, {name: found[-1][name] for name in ("accuracy", "log_loss")})
     reporter.end()
     return found

@@ -17,7 +17,7 @@ from stages.rollout.cached import BandedDecoder, RereadingDecoder, TransformersD
 from stages.rollout.decode import Layer, NativeDecoder, layers_of
 from stages.rollout.graphs import capture_for
 from stages.training import signals
-from stages.training.passes import divisor, out_of_memory, smaller
+from stages.training.passes import halve_passes, out_of_memory, pass_divisor
 from stages.training.seeds import noise
 
 ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
@@ -96,7 +96,7 @@ def respond(
     layers: list[Layer] | None = None
     done = 0
     while done < len(order):
-        chosen = order[done : done + max(1, size // divisor())]
+        chosen = order[done : done + max(1, size // pass_divisor())]
         try:
             layers = layers or native_layers(base, sampling.engine)
             uniform = noise([keys[i] for i in chosen], sampling.max_tokens).to(base.device)
@@ -108,7 +108,7 @@ def respond(
             responses, reason = None, str(error).splitlines()[0]
         if responses is None:
             tokens = len(prompts[chosen[0]]) + sampling.max_tokens
-            smaller(len(chosen), f"sampling one response, {tokens} tokens with its prompt: {reason}", tokens)
+            halve_passes(len(chosen), f"sampling one response, {tokens} tokens with its prompt: {reason}", tokens)
             continue
         for i, response in zip(chosen, responses, strict=True):
             out[i] = response

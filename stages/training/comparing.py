@@ -27,7 +27,7 @@ from stages.results import Table
 from stages.training.devices import peak_memory_gb
 from stages.training.passes import collect
 
-LONGEST = 64  # comparisons that the memory plan looks at
+PLANNED_COMPARISONS = 64  # comparisons that the memory plan looks at
 LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
 FEWEST_PROMPTS = 3  # with fewer nothing can be told of how prompts differ
 
@@ -131,7 +131,7 @@ def _linked(comparisons: list[TokenComparison]) -> list[object]:
 
 def computed_share(rows: list[TokenComparison]) -> float:
     """Share of the tokens that is computed where a comparison's common beginning is computed once, of the longest."""
-    longest = sorted(rows, key=lambda row: -row.size)[:LONGEST]
+    longest = sorted(rows, key=lambda row: -row.size)[:PLANNED_COMPARISONS]
     saved = 0
     for row in longest:
         sequences = [r.ids for r in row.responses]
@@ -181,7 +181,7 @@ def score_rows(roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: 
         return torch.stack(collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda))
 
 
-def report_on(
+def score_and_report(
     roles: Roles, role: str, comparisons: list[TokenComparison], micro_batch_size: int | str
 ) -> dict[str, object]:
     """Everything worth knowing of a reward model on comparisons that it was not trained on.
@@ -189,10 +189,10 @@ def report_on(
     Source of the list: Stiennon et al. 2020 and Singhal et al. 2023 (accuracy, calibration, length bias).
     """
     rows = [row for c in comparisons for row in c.responses]
-    return report_of(score_rows(roles, role, rows, micro_batch_size), comparisons)
+    return build_comparison_report(score_rows(roles, role, rows, micro_batch_size), comparisons)
 
 
-def report_of(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, object]:
+def build_comparison_report(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, object]:
     """The same from scores (R,), one per response, comparison by comparison.
 
     With soft labels the likelier response is the chosen one: `accuracy` counts how often it scores higher, and a label

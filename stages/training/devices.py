@@ -183,7 +183,7 @@ class Ranks:
         try:
             yield
         except (Exception, StopRequested) as error:
-            if self.size == 1 or getattr(error, "at_once", False):
+            if self.size == 1 or getattr(error, "immediate", False):
                 raise
             failure = error
         finally:

@@ -28,7 +28,7 @@ from stages.results import Reporter
 from stages.training import signals
 from stages.training.devices import Ranks
 from stages.training.optimizer import AdamW, clip, learning_rate_at
-from stages.training.passes import PassesShrank, divisor
+from stages.training.passes import PassesShrank, pass_divisor
 from stages.training.plan import memory_text
 
 Out = TypeVar("Out")
@@ -139,8 +139,8 @@ def train(
                         stop_together(ranks)
                         metrics |= evaluate(step + 1)
                         _stop_if_diverged(metrics, step + 1)
-                    if divisor() > whole:
-                        whole = divisor()
+                    if pass_divisor() > whole:
+                        whole = pass_divisor()
                         reporter.warn(f"step {step + 1}: memory ran out; {SMALLER.format(whole)}")
                     with ranks.together():
                         _record(run, reporter, ranks, step + 1, metrics)
@@ -156,7 +156,7 @@ def train(
                     ):
                         raise diverged("no gradient was finite, so nothing was learned", done)
             except signals.StopRequested as stop:
-                if not stop.at_once:  # at once may be in the middle of an optimiser step
+                if not stop.immediate:  # at once may be in the middle of an optimiser step
                     with ranks.together():
                         saved = done if save_now() else saved
                 raise Interrupted(stop.number, step=saved, output=str(run.folder)) from None
@@ -206,7 +206,7 @@ def _resume(
 
 def stop_together(ranks: Ranks) -> None:
     """Raise StopRequested on every rank if a signal came to one of them; the weights must be intact."""
-    number = ranks.largest(signals.heard() or 0)
+    number = ranks.largest(signals.received_signal() or 0)
     if number:
         raise signals.StopRequested(number)
 

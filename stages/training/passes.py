@@ -25,7 +25,7 @@ class _Share:
     tokens: int | None = None  # of an `auto` pass; None: the device's own budget
 
 
-def divisor() -> int:
+def pass_divisor() -> int:
     """1 where passes have their full size, 2 where memory sufficed for a half, and so on."""
     return _Share.divisor
 
@@ -103,7 +103,7 @@ def _attempt(run: Callable[[list[int]], Out], rows: list[int], lengths: list[int
             raise
         reason = str(error).splitlines()[0]
     # Outside the except block: while the error lives, so do the tensors of the pass.
-    smaller(len(rows), f"a pass over one row of {lengths[rows[0]]} tokens: {reason}", lengths[rows[0]])
+    halve_passes(len(rows), f"a pass over one row of {lengths[rows[0]]} tokens: {reason}", lengths[rows[0]])
     return None
 
 
@@ -112,7 +112,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def smaller(rows: int, what: str, tokens: int) -> None:
+def halve_passes(rows: int, what: str, tokens: int) -> None:
     """Halve every pass from now on; raises OutOfMemory, naming `what` failed, where the last one had a single row."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

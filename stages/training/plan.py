@@ -30,7 +30,9 @@ from stages.training.memory import (
 )
 
 SHARE = 0.9  # of the free memory that is planned with: the allocator's gaps and the libraries' own buffers need some
-ENOUGH = 2048  # tokens that keep a GPU's matrix units busy: where so many fit, nothing is recomputed to fit more
+EFFICIENT_PASS_TOKENS = (
+    2048  # tokens that keep a GPU's matrix units busy: where so many fit, nothing is recomputed to fit more
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Passes:
+class PassPlan:
     """How forward passes are run."""
 
     checkpointing: bool
@@ -57,7 +59,7 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class Held:
+class ResidentBytes:
     """What stands in memory for as long as a stage runs, in bytes, beside its base."""
 
     adapters: float
@@ -101,12 +103,12 @@ def adapters_held(stage: str, config: Any, source: Source) -> tuple[int, int]:
     return 1, 1
 
 
-def held_by(stage: str, config: Any, source: Source, shapes: Shapes, width: int) -> Held:
+def resident_bytes(stage: str, config: Any, source: Source, shapes: Shapes, width: int) -> ResidentBytes:
     """Adapters in fp32, and of those that are trained the gradient and both moments."""
     size, _ = adapter_size(config, source, shapes.linear)
     held, trained = adapters_held(stage, config, source)
     in_base_precision = size * width if width < FP32 else 0  # of the adapter that is active
-    return Held(held * size * FP32, 3 * trained * size * FP32, in_base_precision, size)
+    return ResidentBytes(held * size * FP32, 3 * trained * size * FP32, in_base_precision, size)
 
 
 def largest_pass(config: Any, work: Work, tokens: int) -> int:
@@ -117,7 +119,7 @@ def largest_pass(config: Any, work: Work, tokens: int) -> int:
     return max((sum(longest[i] for i in rows) for rows in cut), default=0)
 
 
-def choose_passes(config: Any, work: Work, source: Source, shapes: Shapes, free: float | None) -> Passes:
+def choose_passes(config: Any, work: Work, source: Source, shapes: Shapes, free: float | None) -> PassPlan:
     """How passes are run where so many bytes are free beside the base; None: as many as wanted.
 
     Only the cut of a batch and what is recomputed depend on it, and so results only by rounding. Activations are
@@ -127,20 +129,22 @@ def choose_passes(config: Any, work: Work, source: Source, shapes: Shapes, free:
     default = TOKENS_AT_ONCE_CUDA if device.type == "cuda" else TOKENS_AT_ONCE_CPU
     asked = config.gradient_checkpointing
     if free is None:
-        return Passes(asked is True, default)
+        return PassPlan(asked is True, default)
     width = pick_dtype(config.dtype, device).itemsize
-    room = SHARE * free - held_by(work.stage, config, source, shapes, width).total
+    room = SHARE * free - resident_bytes(work.stage, config, source, shapes, width).total
     room -= logits_bytes(shapes, work.read * default, width)
     _, rank = adapter_size(config, source, shapes.linear)
     wanted = largest_pass(config, work, default)
-    enough = wanted if isinstance(config.micro_batch_size, int) else max(max(work.sizes), min(ENOUGH, wanted))
+    enough = (
+        wanted if isinstance(config.micro_batch_size, int) else max(max(work.sizes), min(EFFICIENT_PASS_TOKENS, wanted))
+    )
     how = {"rank": rank, "row": max(work.sizes), "on_cuda": device.type == "cuda"}
     for checkpointing in (False, True) if asked == AUTO else (asked,):
         kept, passing = activation_bytes(shapes, width, checkpointing=checkpointing, **how)
         fit = int(room / ((kept + passing) * work.computed))
         if fit >= enough:
             break
-    return Passes(checkpointing, max(1, min(default, fit)))
+    return PassPlan(checkpointing, max(1, min(default, fit)))
 
 
 def rollout_rows(config: Any, work: Work, source: Source, shapes: Shapes, free: float | None) -> int | str:
@@ -149,7 +153,7 @@ def rollout_rows(config: Any, work: Work, source: Source, shapes: Shapes, free: 
         return config.rollout_batch_size
     device = pick_device(config.device)
     width, on_cuda = pick_dtype(config.dtype, device).itemsize, device.type == "cuda"
-    room = SHARE * free - held_by(work.stage, config, source, shapes, width).total
+    room = SHARE * free - resident_bytes(work.stage, config, source, shapes, width).total
     if rollout_bytes(shapes, width, work, on_cuda=on_cuda) <= room:
         return AUTO
     none, one = (rollout_bytes(shapes, width, replace(work, at_once=n), on_cuda=on_cuda) for n in (0, 1))
@@ -168,7 +172,13 @@ def rollout_bytes(shapes: Shapes, width: int, work: Work, *, on_cuda: bool = Fal
 
 
 def memory_by_part(
-    config: Any, work: Work, source: Source, shapes: Shapes, *, passes: Passes | None = None, tokens: int | None = None
+    config: Any,
+    work: Work,
+    source: Source,
+    shapes: Shapes,
+    *,
+    passes: PassPlan | None = None,
+    tokens: int | None = None,
 ) -> dict[str, float]:
     """Bytes at the peak by part; `tokens`: of a pass of exactly this size.
 
@@ -177,7 +187,7 @@ def memory_by_part(
     device = pick_device(config.device)
     width, on_cuda = pick_dtype(config.dtype, device).itemsize, device.type == "cuda"
     passes = passes or choose_passes(config, work, source, shapes, None)
-    held = held_by(work.stage, config, source, shapes, width)
+    held = resident_bytes(work.stage, config, source, shapes, width)
     _, rank = adapter_size(config, source, shapes.linear)
     size = largest_pass(config, work, passes.tokens) if tokens is None else tokens
     how = {"checkpointing": passes.checkpointing, "rank": rank, "row": max(work.sizes), "on_cuda": on_cuda}

@@ -168,7 +168,7 @@ def open_progress(config: Any, trained: dict[str, list[torch.nn.Parameter]]) -> 
 # --- publishing
 
 
-def publish(
+def publish_checkpoint(
     run: Run,
     stage: str,
     config: Any,

@@ -102,10 +102,10 @@ def _hear(number: int, frame: object) -> None:
         if _Heard.may_stop():
             raise StopRequested(number)
     elif again and (not _Heard.echo or time.monotonic() - _Heard.since > ECHO_SECONDS):
-        raise StopRequested(number, at_once=True)
+        raise StopRequested(number, immediate=True)
 
 
-def heard() -> int | None:
+def received_signal() -> int | None:
     """The signal that came, if one did."""
     return _Heard.number
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from stages.results import Table
 
-ENOUGH = 20  # held-out pairs without which nothing is decided
-ENOUGH_PROMPTS = 6  # prompts of theirs; of 4 with 5 pairs each that go together, 6.6 % of random models would pass
+MIN_PAIRS = 20  # held-out pairs without which nothing is decided
+MIN_PROMPTS = 6  # prompts of theirs; of 4 with 5 pairs each that go together, 6.6 % of random models would pass
 OVERCONFIDENT = 0.1  # mean confidence above accuracy
 LENGTH_CORRELATION = 0.5
 BEYOND_LABELS = 0.2  # of the scores' correlation with length beyond the labels'
-LEAST_SPREAD = 0.1  # of sampled scores, in standard deviations of held-out scores
+MIN_STD_RATIO = 0.1  # of sampled scores, in standard deviations of held-out scores
 FARTHEST = 3.0  # of the mean sampled score from the demonstrations', in their standard deviations
 DECISIONS = ("go", "caution", "no-go", "unknown")
 
@@ -37,7 +37,7 @@ class Verdict:
         return Table(f"verdict: {self.decision}", ("", "the reward model on what it was not trained on"), tuple(rows))
 
 
-def judge(report: dict[str, Any]) -> Verdict:
+def reach_verdict(report: dict[str, Any]) -> Verdict:
     """The verdict on a report: numbers as `comparing.report_of` makes them, and what the reward stage adds.
 
     no-go: at least ENOUGH held-out pairs of ENOUGH_PROMPTS prompts, and the 95 % interval of the accuracy includes a
@@ -45,12 +45,14 @@ def judge(report: dict[str, Any]) -> Verdict:
     """
     notes = tuple(_notes(report))
     pairs = report.get("pairs", 0)
-    if pairs < ENOUGH:
+    if pairs < MIN_PAIRS:
         how = "raise --eval-fraction, or give an --eval-dataset"
-        return Verdict("unknown", (f"{pairs} held-out pairs are too few to tell, {ENOUGH} are needed: {how}",), notes)
+        return Verdict(
+            "unknown", (f"{pairs} held-out pairs are too few to tell, {MIN_PAIRS} are needed: {how}",), notes
+        )
     prompts = report.get("clusters", pairs)
-    if prompts < ENOUGH_PROMPTS:
-        what = f"{pairs} held-out pairs of {prompts} prompts are too few to tell, {ENOUGH_PROMPTS} prompts are needed"
+    if prompts < MIN_PROMPTS:
+        what = f"{pairs} held-out pairs of {prompts} prompts are too few to tell, {MIN_PROMPTS} prompts are needed"
         return Verdict("unknown", (f"{what}: raise --eval-fraction, or give an --eval-dataset",), notes)
     cautions = tuple(_cautions(report))
     accuracy = _accuracy(report)
@@ -121,11 +123,11 @@ def _odd_on_samples(report: dict[str, Any]) -> Iterator[str]:
     samples = report.get("samples")
     if not samples:
         return
-    spread, usual = samples["within_std"], comparison_spread(report)
-    if spread < LEAST_SPREAD * usual:
+    std, pair_std = samples["within_std"], score_std_within_pairs(report)
+    if std < MIN_STD_RATIO * pair_std:
         yield (
-            f"no spread on samples of the policy: standard deviation {spread:.3g} within a prompt, {usual:.3g} on "
-            f"comparisons (at least {LEAST_SPREAD:g} of that)"
+            f"no spread on samples of the policy: standard deviation {std:.3g} within a prompt, {pair_std:.3g} on "
+            f"comparisons (at least {MIN_STD_RATIO:g} of that)"
         )
     distance = distance_from_demonstrations(report)
     if abs(distance) > FARTHEST:
@@ -135,14 +137,14 @@ def _odd_on_samples(report: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def comparison_spread(report: dict[str, Any]) -> float:
+def score_std_within_pairs(report: dict[str, Any]) -> float:
     """Standard deviation of scores within a pair: half the root mean square of the margins."""
     return math.hypot(report["margin_mean"], report["margin_std"]) / 2
 
 
 def distance_from_demonstrations(report: dict[str, Any]) -> float:
     """Of the mean sampled score, in standard deviations of demonstrations' scores."""
-    unit = report["demonstrations_std"] or comparison_spread(report)
+    unit = report["demonstrations_std"] or score_std_within_pairs(report)
     return (report["samples"]["mean"] - report["demonstrations_mean"]) / unit if unit else 0.0
 
 

@@ -65,7 +65,7 @@ def main(device: torch.device, allowed: int) -> dict:
             loss = learn_rows(roles, rows, count_targets(rows), count)
     numbers = torch.cat([p.grad.flatten() for p in trained]).double()
     found = {"loss": loss, "norm": float(numbers.norm()), "sum": float(numbers.sum())}
-    return found | {"peak": peak[0], "divisor": passes.divisor()}
+    return found | {"peak": peak[0], "divisor": passes.pass_divisor()}
 
 
 if __name__ == "__main__":
