@@ -214,10 +214,10 @@ def open_roles(model: Path, task: Task):
     """The base of a folder with the adapter that `rlhf ppo` starts from there, or ended with; and encoded prompts."""
     from stages.models.base import load_base
     from stages.models.roles import Roles, adapter_of, start_adapter
-    from stages.models.source import open_source
+    from stages.models.source import open_model
     from stages.training.seeds import derive
 
-    source = open_source(str(model), stages=("ppo",), what="--model")
+    source = open_model(str(model), stages=("ppo",), what="--model")
     base = load_base(source, device=torch.device("cpu"), dtype=torch.float32)
     roles = Roles(base)
     if source.manifest is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from stages.models.base import Base, base_of
-from stages.models.source import Source
+from stages.models.source import ModelRef
 from stages.training.memory import Shapes, shapes_of
 
 QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
@@ -44,7 +44,7 @@ def build(sizes: dict, device: torch.device, dtype: torch.dtype) -> tuple[Base, 
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     shapes = shapes_of(config.to_dict(), {name: tuple(p.shape) for name, p in model.named_parameters()})
     nowhere = Path("random-weights")
-    source = Source(str(nowhere), nowhere, str(nowhere), "", nowhere, "", None, config.to_dict())
+    source = ModelRef(str(nowhere), nowhere, str(nowhere), "", nowhere, "", None, config.to_dict())
     return base_of(model, source), shapes
 
 

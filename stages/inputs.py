@@ -36,7 +36,7 @@ from stages.files.run import Run, open_run
 from stages.files.splits import SPLIT, held_out_everywhere, is_held_out, shared_prompts, split_held_out
 from stages.launch import read_launch
 from stages.models.candidates import Candidate, candidate_of, open_candidates
-from stages.models.source import Source, adapter_beside, open_source, read_adapter_shape, same_base
+from stages.models.source import ModelRef, adapter_beside, open_model, read_adapter_shape, same_base
 from stages.places import absolute
 from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import RewardSpec, open_rewards
@@ -51,7 +51,7 @@ REPORT_KEYS = ("model", "dataset")  # of what `rlhf evaluate` writes
 class Inputs:
     """Everything a stage needs from disk; what a stage has no use for is empty."""
 
-    source: Source
+    source: ModelRef
     data: Rows | None = None
     train: list = field(default_factory=list)
     held_out: list = field(default_factory=list)  # at most eval_limit
@@ -59,8 +59,8 @@ class Inputs:
     rewards: list[RewardSpec] = field(default_factory=list)
     gold: list[RewardSpec] = field(default_factory=list)
     demonstrations: Rows | None = None
-    against: Source | None = None
-    reference: Source | None = None
+    against: ModelRef | None = None
+    reference: ModelRef | None = None
     also: list[Candidate] = field(default_factory=list)  # measured beside `source`
     ptx: list = field(default_factory=list)  # demonstrations whose language-modelling loss PPO mixes in
     warnings: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ def sft_inputs(config: SftConfig, overwrite: bool) -> Inputs:
 
 
 def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
-    source = open_source(
+    source = open_model(
         config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=config.trust_remote_code
     )
     ratings = {"rating_threshold": config.rating_threshold, "normalise_raters": config.normalise_raters}
@@ -166,7 +166,7 @@ def _refuse_idle_ratings(config: RewardConfig | DpoConfig, data: Rows) -> None:
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     trusted = config.trust_remote_code
-    source = open_source(config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=trusted)
+    source = open_model(config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=trusted)
     reference = _other(config.reference, "--reference", source, trusted)
     kind = files.detect_kind(config.dataset, map=config.map)
     stage = source.manifest.stage if source.manifest is not None else None
@@ -206,7 +206,7 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     return Inputs(source, data, warnings=warnings, **more)
 
 
-def _comparing_inputs(config: EvaluateConfig, source: Source, reference: Source | None, kind: str) -> Inputs:
+def _comparing_inputs(config: EvaluateConfig, source: ModelRef, reference: ModelRef | None, kind: str) -> Inputs:
     """Reward models and implicit rewards on comparisons."""
     model = candidate_of(config.model, source)
     if model.stage == "reward" and kind not in ("comparison", "rating"):
@@ -247,7 +247,7 @@ def _refuse_idle(config: EvaluateConfig, names: tuple[str, ...], kind: str) -> N
             )
 
 
-def _also(config: EvaluateConfig, source: Source, stages: tuple[str, ...], advice: str) -> list[Candidate]:
+def _also(config: EvaluateConfig, source: ModelRef, stages: tuple[str, ...], advice: str) -> list[Candidate]:
     """What --also names, of one base with --model and of stages that can be measured beside it."""
     found: list[Candidate] = []
     for name in config.also:
@@ -266,7 +266,7 @@ def _also(config: EvaluateConfig, source: Source, stages: tuple[str, ...], advic
     return found
 
 
-def _with_reference(candidate: Candidate, given: Source | None, trusted: bool) -> Candidate:
+def _with_reference(candidate: Candidate, given: ModelRef | None, trusted: bool) -> Candidate:
     """A candidate with the reference of its implicit reward; raises a UserError where there is none to measure."""
     if candidate.stage == "reward":
         if candidate.state is not None:
@@ -295,7 +295,7 @@ def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
 
 
 def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
-    source = open_source(
+    source = open_model(
         config.model, stages=(*POLICIES, "reward"), what="--model", trust_remote_code=config.trust_remote_code
     )
     if source.manifest is None:
@@ -360,27 +360,27 @@ def _four_bits_are_there() -> None:
         )
 
 
-def _policy(config: Any, what: str) -> Source:
-    return open_source(config.model, stages=POLICIES, what=what, trust_remote_code=config.trust_remote_code)
+def _policy(config: Any, what: str) -> ModelRef:
+    return open_model(config.model, stages=POLICIES, what=what, trust_remote_code=config.trust_remote_code)
 
 
-def _other(name: str | None, what: str, source: Source, trusted: bool) -> Source | None:
+def _other(name: str | None, what: str, source: ModelRef, trusted: bool) -> ModelRef | None:
     if name is None:
         return None
-    other = open_source(name, stages=POLICIES, what=what, trust_remote_code=trusted)
+    other = open_model(name, stages=POLICIES, what=what, trust_remote_code=trusted)
     same_base(source, other, first_flag="--model", second_flag=what)
     return other
 
 
-def parent_of(source: Source, trusted: bool = False) -> Source:
+def parent_of(source: ModelRef, trusted: bool = False) -> ModelRef:
     """The checkpoint that a policy was trained from, else its base; raises UserError where it is gone."""
     if source.manifest is None:
         return source
     parent = next((p for p in source.manifest.parents if p.role == "model"), None)
     if parent is None:
-        return open_source(str(source.base), stages=(), what="base", trust_remote_code=trusted)
+        return open_model(str(source.base), stages=(), what="base", trust_remote_code=trusted)
     place = str(locate(source.folder, parent))
-    return open_source(place, stages=(*POLICIES, "reward"), what="reference", trust_remote_code=trusted)
+    return open_model(place, stages=(*POLICIES, "reward"), what="reference", trust_remote_code=trusted)
 
 
 def _reader(read: Any, config: Any, **more: Any) -> Any:
@@ -394,7 +394,7 @@ def _training(
     stage: str,
     config: TrainingKnobs,
     overwrite: bool,
-    source: Source,
+    source: ModelRef,
     read: Any,
     more_inputs: dict[str, str] | None = None,
     **more: Any,
@@ -464,7 +464,7 @@ def _split_alone(config: TrainingKnobs, held_out: list) -> tuple[str, ...]:
     )
 
 
-def _parents_split(config: TrainingKnobs, parents: list[Source | None]) -> tuple[str, ...]:
+def _parents_split(config: TrainingKnobs, parents: list[ModelRef | None]) -> tuple[str, ...]:
     """A warning per checkpoint that may have been trained on prompts that this run holds out."""
     found = []
     for manifest in (source.manifest for source in parents if source is not None and source.manifest is not None):
@@ -489,7 +489,7 @@ def _left_out(data: Rows) -> tuple[str, ...]:
     return (f"{data.skipped} rows of {data.source} cannot be used and were dropped; {data.problems[0]}",)
 
 
-def _rank_fits(config: TrainingKnobs, source: Source) -> None:
+def _rank_fits(config: TrainingKnobs, source: ModelRef) -> None:
     if source.folder is None or config.lora_rank is None:
         return
     stored, _ = read_adapter_shape(source.folder)
@@ -501,7 +501,7 @@ def _rank_fits(config: TrainingKnobs, source: Source) -> None:
         )
 
 
-def _response_fits(max_response_tokens: int, source: Source) -> None:
+def _response_fits(max_response_tokens: int, source: ModelRef) -> None:
     if max_response_tokens >= source.context:
         raise ModelError(
             f"responses of {max_response_tokens} tokens leave no room for a prompt in a context of {source.context}",

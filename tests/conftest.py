@@ -34,12 +34,12 @@ def open_tiny(model_folder):
     import torch
 
     from stages.models.base import load_base
-    from stages.models.source import open_source
+    from stages.models.source import open_model
 
     torch.set_num_threads(1)
 
     def get(architecture: str = "llama", **options: object):
-        source = open_source(str(model_folder(architecture, **options)), stages=(), what="--model")
+        source = open_model(str(model_folder(architecture, **options)), stages=(), what="--model")
         return load_base(source, device=torch.device("cpu"), dtype=torch.float32)
 
     return get

@@ -167,7 +167,7 @@ def publish_checkpoint(
     source = base.source
     files = save_adapter(folder, base, adapter, head)
     manifest = Manifest(
-        stage=stage, base=source.reference, parents=(), tokenizer_digest=source.tokenizer_digest,
+        stage=stage, base=source.base_ref, parents=(), tokenizer_digest=source.tokenizer_digest,
         stop_token_ids=stops, config={}, datasets={}, metrics={}, throughput={}, versions={}, device="cpu",
         dtype="float32", steps=1, seconds=1.0,
     )  # fmt: skip

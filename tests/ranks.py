@@ -19,7 +19,7 @@ from stages.maths.preferences import kto_baseline
 from stages.maths.tensors import whiten
 from stages.models.base import load_base
 from stages.models.roles import Roles
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.rollout.clipped import ExperienceWithAdvantages, clipped_steps
 from stages.rollout.experience import Experience, lay_out
 from stages.training.devices import Ranks
@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 
 def learn(folder: str, ranks: Ranks) -> dict[str, object]:
     """What one step of each kind makes of the weights and reports, as seen by this rank."""
-    source = open_source(folder, stages=(), what="--model")
+    source = open_model(folder, stages=(), what="--model")
     base = load_base(source, device=CPU, dtype=torch.float32)
     found = sft_step(base, ranks) | reward_step(base, ranks) | talk(ranks)
     for rows in (3, 1):  # of one row the second rank has none

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 
 from stages.errors import DatasetError
-from stages.files.sources import RawRow, check_messages, check_number, read_source
+from stages.files.sources import RawRow, check_messages, check_number, read_raw_dataset
 
 
 def write(folder, name, content):
@@ -24,7 +24,7 @@ def write(folder, name, content):
 
 def refuse(source, **options):
     with pytest.raises(DatasetError) as caught:
-        read_source(source, **options)
+        read_raw_dataset(source, **options)
     return caught.value
 
 
@@ -33,7 +33,7 @@ def refuse(source, **options):
 
 def test_jsonl_gives_each_row_its_line_and_skips_blank_lines(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"prompt": " x\\n"}\n\n   \n{"prompt": "y", "n": 1}\n')
-    found = read_source(path)
+    found = read_raw_dataset(path)
     assert found.rows == [RawRow({"prompt": " x\n"}, f"{path}:1"), RawRow({"prompt": "y", "n": 1}, f"{path}:4")]
     assert found.name == path
     assert found.problems == ()
@@ -41,17 +41,17 @@ def test_jsonl_gives_each_row_its_line_and_skips_blank_lines(tmp_path):
 
 def test_the_digest_is_the_sha256_of_the_file(tmp_path):
     content = b'\xef\xbb\xbf{"a": 1}\n'
-    assert read_source(write(tmp_path, "a.jsonl", content)).digest == hashlib.sha256(content).hexdigest()
+    assert read_raw_dataset(write(tmp_path, "a.jsonl", content)).digest == hashlib.sha256(content).hexdigest()
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_tolerated(tmp_path):
     path = write(tmp_path, "a.jsonl", b'\xef\xbb\xbf{"a": "x"}\r\n{"a": "y"}\r\n')
-    assert [row.values for row in read_source(path).rows] == [{"a": "x"}, {"a": "y"}]
+    assert [row.values for row in read_raw_dataset(path).rows] == [{"a": "x"}, {"a": "y"}]
 
 
 def test_a_unicode_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"a": "x\u2028y\u0085z"}\n{"a": 2}\n')
-    assert [row.values["a"] for row in read_source(path).rows] == ["x\u2028y\u0085z", 2]
+    assert [row.values["a"] for row in read_raw_dataset(path).rows] == ["x\u2028y\u0085z", 2]
 
 
 def test_malformed_json_names_its_line(tmp_path):
@@ -81,13 +81,13 @@ def test_utf16_is_recognised(tmp_path):
 
 
 def test_nan_is_tolerated_as_a_value(tmp_path):
-    value = read_source(write(tmp_path, "a.jsonl", '{"a": NaN}\n')).rows[0].values["a"]
+    value = read_raw_dataset(write(tmp_path, "a.jsonl", '{"a": NaN}\n')).rows[0].values["a"]
     assert value != value
 
 
 def test_a_lone_surrogate_is_refused_and_a_pair_is_not(tmp_path):
     good = write(tmp_path, "good.jsonl", '{"a": "\\ud83d\\ude00"}\n')
-    assert read_source(good).rows[0].values == {"a": "\U0001f600"}
+    assert read_raw_dataset(good).rows[0].values == {"a": "\U0001f600"}
     bad = write(tmp_path, "bad.jsonl", '{"a": "\\ud83d"}\n')
     error = refuse(bad)
     assert error.where == f"{bad}:1"
@@ -101,7 +101,7 @@ def test_json_nested_too_deeply_is_a_bad_row_and_not_a_crash(tmp_path):
 
 def test_skipping_drops_unreadable_rows_and_says_which(tmp_path):
     path = write(tmp_path, "a.jsonl", b'{"a": 1}\noops\n[]\n{"a": "\xff"}\n{"a": 2}\n')
-    found = read_source(path, skip_bad_rows=True)
+    found = read_raw_dataset(path, skip_bad_rows=True)
     assert [row.where for row in found.rows] == [f"{path}:1", f"{path}:5"]
     assert [problem.split(": ")[0] for problem in found.problems] == [f"{path}:2", f"{path}:3", f"{path}:4"]
 
@@ -127,14 +127,14 @@ def test_an_empty_file_is_refused(tmp_path, name, content):
 @pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}]', '{"data": [{"a": 1}, {"a": 2}], "version": 3}'])
 def test_json_takes_an_array_or_data(tmp_path, content):
     path = write(tmp_path, "a.json", content)
-    assert read_source(path).rows == [RawRow({"a": 1}, f"{path}: row 1"), RawRow({"a": 2}, f"{path}: row 2")]
+    assert read_raw_dataset(path).rows == [RawRow({"a": 1}, f"{path}: row 1"), RawRow({"a": 2}, f"{path}: row 2")]
 
 
 def test_a_json_item_that_is_no_object_names_its_row(tmp_path):
     path = write(tmp_path, "a.json", '[{"a": 1}, "two"]')
     error = refuse(path)
     assert (error.where, error.what) == (f"{path}: row 2", "expected a JSON object, found the text 'two'")
-    assert len(read_source(path, skip_bad_rows=True).rows) == 1
+    assert len(read_raw_dataset(path, skip_bad_rows=True).rows) == 1
 
 
 def test_malformed_json_file_names_its_line(tmp_path):
@@ -159,7 +159,7 @@ def test_an_empty_json_array_holds_no_rows(tmp_path):
 
 def test_csv_gives_the_line_a_record_starts_on(tmp_path):
     path = write(tmp_path, "a.csv", 'prompt,completion\n"two\nlines","say ""hi"""\n\n x , y\n')
-    assert read_source(path).rows == [
+    assert read_raw_dataset(path).rows == [
         RawRow({"prompt": "two\nlines", "completion": 'say "hi"'}, f"{path}:2"),
         RawRow({"prompt": " x ", "completion": " y"}, f"{path}:5"),
     ]
@@ -167,7 +167,7 @@ def test_csv_gives_the_line_a_record_starts_on(tmp_path):
 
 def test_csv_with_byte_order_mark_keeps_the_first_column_name(tmp_path):
     path = write(tmp_path, "a.csv", b"\xef\xbb\xbfprompt,b\r\nx,y\r\n")
-    assert read_source(path).rows == [RawRow({"prompt": "x", "b": "y"}, f"{path}:2")]
+    assert read_raw_dataset(path).rows == [RawRow({"prompt": "x", "b": "y"}, f"{path}:2")]
 
 
 @pytest.mark.parametrize(("row", "cells"), [("x", 1), ("x,y,z", 3)])
@@ -175,7 +175,7 @@ def test_csv_with_too_few_or_too_many_cells_names_its_line(tmp_path, row, cells)
     path = write(tmp_path, "a.csv", f"a,b\n1,2\n{row}\n3,4\n")
     error = refuse(path)
     assert (error.where, error.what) == (f"{path}:3", f"the row has {cells} cells, the header has 2")
-    assert [r.where for r in read_source(path, skip_bad_rows=True).rows] == [f"{path}:2", f"{path}:4"]
+    assert [r.where for r in read_raw_dataset(path, skip_bad_rows=True).rows] == [f"{path}:2", f"{path}:4"]
 
 
 def test_csv_with_a_column_twice_is_refused(tmp_path):
@@ -203,7 +203,7 @@ def test_csv_that_is_not_utf8_names_its_line(tmp_path):
 def test_csv_takes_long_cells_and_leaves_the_process_limit_alone(tmp_path):
     before = csv.field_size_limit()
     path = write(tmp_path, "a.csv", "a\n" + "x" * (before + 1) + "\n")
-    assert len(read_source(path).rows[0].values["a"]) == before + 1
+    assert len(read_raw_dataset(path).rows[0].values["a"]) == before + 1
     assert csv.field_size_limit() == before
 
 
@@ -217,7 +217,7 @@ def test_parquet_keeps_nested_values(tmp_path):
     path = str(tmp_path / "a.parquet")
     rows = [{"messages": [{"role": "user", "content": "hi"}], "n": 1}, {"messages": [], "n": None}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert read_source(path).rows == [RawRow(rows[0], f"{path}: row 1"), RawRow(rows[1], f"{path}: row 2")]
+    assert read_raw_dataset(path).rows == [RawRow(rows[0], f"{path}: row 1"), RawRow(rows[1], f"{path}: row 2")]
 
 
 def test_damaged_parquet_is_refused(tmp_path):
@@ -247,11 +247,11 @@ def saved(tmp_path):
 
 
 def test_saved_dataset_folders_are_read_and_default_to_train(saved):
-    plain = read_source(str(saved / "plain"))
+    plain = read_raw_dataset(str(saved / "plain"))
     assert plain.rows[1] == RawRow({"prompt": "y"}, f"{saved}/plain: row 2")
     assert plain.digest == hashlib.sha256(b'{"prompt": "x"}\n{"prompt": "y"}\n').hexdigest()
-    assert read_source(str(saved / "splits")).digest == plain.digest
-    assert [row.values for row in read_source(f"{saved}/splits:test").rows] == [{"prompt": "z"}]
+    assert read_raw_dataset(str(saved / "splits")).digest == plain.digest
+    assert [row.values for row in read_raw_dataset(f"{saved}/splits:test").rows] == [{"prompt": "z"}]
 
 
 def test_saved_dataset_splits_that_do_not_exist_are_listed(saved):
@@ -274,7 +274,7 @@ def test_a_folder_with_one_dataset_file_stands_for_it(tmp_path):
     path = write(tmp_path, "train.jsonl", '{"a": 1}\n')
     write(tmp_path, "README.md", "words")
     write(tmp_path, ".hidden.jsonl", "{}")
-    assert read_source(str(tmp_path)).rows == [RawRow({"a": 1}, f"{path}:1")]
+    assert read_raw_dataset(str(tmp_path)).rows == [RawRow({"a": 1}, f"{path}:1")]
 
 
 def test_a_folder_with_several_or_no_dataset_files_is_listed(tmp_path):
@@ -302,13 +302,13 @@ def test_an_unknown_suffix_lists_the_known_ones(tmp_path):
 
 
 def test_a_suffix_may_be_in_capitals(tmp_path):
-    assert len(read_source(write(tmp_path, "A.JSONL", '{"a": 1}\n')).rows) == 1
+    assert len(read_raw_dataset(write(tmp_path, "A.JSONL", '{"a": 1}\n')).rows) == 1
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "a.jsonl", '{"a": 1}\n')
-    assert len(read_source("~/a.jsonl").rows) == 1
+    assert len(read_raw_dataset("~/a.jsonl").rows) == 1
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def fake_hub(monkeypatch, answer):
 def test_a_hub_id_is_loaded_with_its_split(monkeypatch, tmp_path, source, split):
     monkeypatch.chdir(tmp_path)
     asked = fake_hub(monkeypatch, FakeHubRows())
-    found = read_source(source)
+    found = read_raw_dataset(source)
     assert asked == [("org/name", split)]
     assert found.rows == [RawRow({"prompt": "x"}, f"{source}: row 1")]
     assert found.digest == hashlib.sha256(b'{"prompt": "x"}\n').hexdigest()
@@ -396,7 +396,7 @@ def test_a_local_folder_wins_over_the_hub(monkeypatch, tmp_path):
     asked = fake_hub(monkeypatch, FakeHubRows())
     (tmp_path / "org" / "name").mkdir(parents=True)
     write(tmp_path / "org" / "name", "a.jsonl", '{"a": 1}\n')
-    assert read_source("org/name").rows[0].values == {"a": 1}
+    assert read_raw_dataset("org/name").rows[0].values == {"a": 1}
     assert asked == []
 
 

@@ -20,7 +20,7 @@ from stages.files.manifest import read_manifest
 from stages.files.run import open_run
 from stages.files.tensors import read_header, save_tensors, tensor_metadata
 from stages.models import source
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.results import Silent
 from tests.commands import rlhf, write_data
 
@@ -260,7 +260,7 @@ def test_any_manifest_is_read_or_refused(checkpoint, data):
     before = rewritten(path, data.draw)
     try:
         answers(lambda: read_manifest(checkpoint.ppo))
-        found = answers(lambda: open_source(str(checkpoint.ppo), stages=("ppo",), what="--model"))
+        found = answers(lambda: open_model(str(checkpoint.ppo), stages=("ppo",), what="--model"))
         if not isinstance(found, UserError):
             answers(lambda: inputs.parent_of(found))
             prompts = {"dataset": str(checkpoint.prompts), "model": str(checkpoint.ppo)}
@@ -304,7 +304,7 @@ def test_any_config_of_a_base_is_read_or_refused(model_folder, place, data, name
         shutil.copytree(model_folder("llama"), folder)
     before = rewritten(folder / name, data.draw)
     try:
-        found = answers(lambda: open_source(str(folder), stages=(), what="--model"))
+        found = answers(lambda: open_model(str(folder), stages=(), what="--model"))
         if not isinstance(found, UserError):
             answers(lambda: (found.context, found.digest, found.reference, stop_ids_of(found)))
     finally:

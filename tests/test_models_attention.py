@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stages.models import attention
-from stages.models.attention import Tree, attend, make_mask, packed
+from stages.models.attention import PrefixGroup, attention_forward, make_mask, packed
 from tests.parts import PACKING, sequences_of
 
 
@@ -54,8 +54,8 @@ def segments_of(*trees):
 @pytest.mark.parametrize("lengths", [(5, 1, 7), (4, 4, 1, 1, 1, 2)])  # neighbours of one length attend side by side
 def test_segments_attend_causally_to_themselves_alone(kv_heads, window, softcap, lengths):
     q, k, v = qkv(13, kv_heads=kv_heads)
-    segments = segments_of(*map(Tree, lengths))
-    found, weights = attend(
+    segments = segments_of(*map(PrefixGroup, lengths))
+    found, weights = attention_forward(
         Layer(4 // kv_heads), q, k, v, segments, scaling=0.4, sliding_window=window, softcap=softcap
     )
     assert weights is None and found.shape == (1, 13, 4, 8)
@@ -67,12 +67,18 @@ def test_segments_attend_causally_to_themselves_alone(kv_heads, window, softcap,
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("trees", [[Tree(4, (3, 1, 5))], [Tree(2), Tree(3, (2, 2)), Tree(3, (2, 2)), Tree(1, (1,))]])
+@pytest.mark.parametrize(
+    "trees",
+    [
+        [PrefixGroup(4, (3, 1, 5))],
+        [PrefixGroup(2), PrefixGroup(3, (2, 2)), PrefixGroup(3, (2, 2)), PrefixGroup(1, (1,))],
+    ],
+)
 def test_continuations_attend_to_their_beginning_and_to_themselves(kv_heads, window, softcap, trees):
     total = sum(tree.size for tree in trees)
     q, k, v = qkv(total, kv_heads=kv_heads)
     layer, options = Layer(4 // kv_heads), {"scaling": 0.4, "sliding_window": window, "softcap": softcap}
-    found, _ = attend(layer, q, k, v, segments_of(*trees), **options)
+    found, _ = attention_forward(layer, q, k, v, segments_of(*trees), **options)
     expected, start = [], 0
     for tree in trees:
         beginning = list(range(start, start + tree.prefix))
@@ -87,19 +93,19 @@ def test_continuations_attend_to_their_beginning_and_to_themselves(kv_heads, win
 
 def test_the_kernels_bounds_of_shared_beginnings():
     """Worked out by hand: a tree of 2 with continuations of 1 and 2, then a sequence of 3."""
-    segments = segments_of(Tree(2, (1, 2)), Tree(3))
+    segments = segments_of(PrefixGroup(2, (1, 2)), PrefixGroup(3))
     assert segments.offsets.tolist() == [0, 2, 3, 5, 8]
     assert segments.key_offsets.tolist() == [0, 2, 5, 9, 12]
     assert segments.keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
     assert segments.longest == (3, 4)
-    assert segments_of(Tree(3)).keys is None
+    assert segments_of(PrefixGroup(3)).keys is None
 
 
 def test_the_scale_is_that_of_the_head_size_where_none_is_given():
     q, k, v = qkv(6)
-    found, _ = attend(Layer(), q, k, v, segments_of(Tree(6)))
+    found, _ = attention_forward(Layer(), q, k, v, segments_of(PrefixGroup(6)))
     assert (found[0] - by_hand(q[0], k[0], v[0], scale=1 / math.sqrt(8))).abs().max() < 1e-5
-    capped, _ = attend(Layer(), q, k, v, segments_of(Tree(6)), softcap=2.0)
+    capped, _ = attention_forward(Layer(), q, k, v, segments_of(PrefixGroup(6)), softcap=2.0)
     assert (capped[0] - by_hand(q[0], k[0], v[0], scale=1 / math.sqrt(8), softcap=2.0)).abs().max() < 1e-5
 
 
@@ -108,9 +114,9 @@ def test_capped_attention_without_a_mask_is_causal_from_the_last_key_on(kv_heads
     """One new token, or a whole prompt, before a cache: query i of N stands at key i + (keys - N)."""
     q, k, v = qkv(6, kv_heads=kv_heads)
     whole = by_hand(q[0], k[0], v[0], scale=0.3, softcap=2.0)
-    found, _ = attend(Layer(4 // kv_heads), q, k, v, None, scaling=0.3, softcap=2.0)
+    found, _ = attention_forward(Layer(4 // kv_heads), q, k, v, None, scaling=0.3, softcap=2.0)
     assert (found[0] - whole).abs().max() < 1e-5
-    last, _ = attend(Layer(4 // kv_heads), q[:, :, -2:], k, v, None, scaling=0.3, softcap=2.0)
+    last, _ = attention_forward(Layer(4 // kv_heads), q[:, :, -2:], k, v, None, scaling=0.3, softcap=2.0)
     assert (last[0] - whole[-2:]).abs().max() < 1e-5
 
 
@@ -118,7 +124,7 @@ def test_capped_attention_keeps_to_the_mask_it_is_given():
     q, k, v = qkv(6)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     mask[:, :2] = False  # two keys of padding on the left
-    found, _ = attend(Layer(), q, k, v, mask[None, None], scaling=0.3, softcap=2.0)
+    found, _ = attention_forward(Layer(), q, k, v, mask[None, None], scaling=0.3, softcap=2.0)
     expected = by_hand(q[0, :, 2:], k[0, :, 2:], v[0, :, 2:], scale=0.3, softcap=2.0)
     assert (found[0, 2:] - expected).abs().max() < 1e-5
     assert torch.isfinite(found).all()
@@ -126,16 +132,16 @@ def test_capped_attention_keeps_to_the_mask_it_is_given():
 
 def test_plain_attention_is_transformers_own():
     q, k, v = qkv(6, kv_heads=2)
-    found, _ = attend(Layer(2), q, k, v, None, scaling=0.3)
+    found, _ = attention_forward(Layer(2), q, k, v, None, scaling=0.3)
     assert (found[0] - by_hand(q[0], k[0], v[0], scale=0.3)).abs().max() < 1e-5
 
 
 def test_a_packed_block_says_where_segments_lie_and_ends_even_after_an_error():
-    with packed([Tree(2), Tree(3)], torch.device("cpu")):
+    with packed([PrefixGroup(2), PrefixGroup(3)], torch.device("cpu")):
         mask = make_mask()
-        assert mask.trees == (Tree(2), Tree(3))
+        assert mask.trees == (PrefixGroup(2), PrefixGroup(3))
         assert mask.offsets.tolist() == [0, 2, 5] and mask.offsets.dtype == torch.int32
-    with pytest.raises(KeyError), packed([Tree(2)], torch.device("cpu")):
+    with pytest.raises(KeyError), packed([PrefixGroup(2)], torch.device("cpu")):
         raise KeyError
     assert attention._Current.segments is None
 
@@ -189,7 +195,10 @@ def flash_kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, *, softmax_scale
 @pytest.mark.parametrize("version", [kernel, older_kernel, flash_kernel])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("trees", [[Tree(5), Tree(1), Tree(7)], [Tree(2), Tree(3, (2, 4)), Tree(1, (1,))]])
+@pytest.mark.parametrize(
+    "trees",
+    [[PrefixGroup(5), PrefixGroup(1), PrefixGroup(7)], [PrefixGroup(2), PrefixGroup(3, (2, 4)), PrefixGroup(1, (1,))]],
+)
 def test_the_kernel_is_given_what_belongs_together(monkeypatch, version, kv_heads, window, trees):
     """Heads, keys and bounds as they would be on CUDA."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", version)
@@ -197,6 +206,6 @@ def test_the_kernel_is_given_what_belongs_together(monkeypatch, version, kv_head
     q, k, v = qkv(13, kv_heads=kv_heads)
     segments = segments_of(*trees)
     found = attention._attend_varlen(q, k, v, segments, 0.4, window)
-    expected, _ = attend(Layer(4 // kv_heads), q, k, v, segments, scaling=0.4, sliding_window=window)
+    expected, _ = attention_forward(Layer(4 // kv_heads), q, k, v, segments, scaling=0.4, sliding_window=window)
     assert found.shape == expected.shape == (1, 13, 4, 8)
     assert (found - expected).abs().max() < 1e-5

@@ -14,7 +14,7 @@ from stages.models import attention, native
 from stages.models.base import Base, load_base, stop_ids_of
 from stages.models.forward import read_targets
 from stages.models.roles import Roles
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.rollout.generate import Sampling, generate
 from tests.parts import (
     gradient,
@@ -48,7 +48,7 @@ def save_model(folder, config, scale=0.2):
 
 
 def open_folder(folder, dtype=torch.float32):
-    source = open_source(str(folder), stages=(), what="--model")
+    source = open_model(str(folder), stages=(), what="--model")
     return load_base(source, device=torch.device("cpu"), dtype=dtype)
 
 
@@ -286,7 +286,7 @@ def test_a_model_that_cannot_be_packed_is_padded(open_tiny, monkeypatch, broken)
 
 def test_a_base_that_transformers_cannot_load_is_refused_in_a_line(model_folder, tmp_path):
     folder = shutil.copytree(model_folder("llama"), tmp_path / "base")
-    source = open_source(str(folder), stages=(), what="--model")
+    source = open_model(str(folder), stages=(), what="--model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "no-such-model", "architectures": []}))
     with pytest.raises(ModelError, match="the base cannot be loaded: ") as caught:
@@ -311,7 +311,7 @@ def test_stop_ids_come_from_both_of_the_bases_files(tmp_path):
 def test_a_checkpoint_brings_its_own_stop_ids(open_tiny, tmp_path):
     base = open_tiny("llama")
     folder = publish_checkpoint(tmp_path / "sft", base, "sft", random_adapter(base, 1), stops=(2, 6))
-    source = open_source(str(folder), stages=("sft",), what="--model")
+    source = open_model(str(folder), stages=("sft",), what="--model")
     assert stop_ids_of(source) == (2, 6)
 
 

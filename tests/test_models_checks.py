@@ -14,7 +14,7 @@ from stages.models import attention, base, lora
 from stages.models.base import load_base
 from stages.models.checks import check_finite, library_reason
 from stages.models.roles import Roles, adapter_of, head_of, save_adapter
-from stages.models.source import adapter_beside, open_source
+from stages.models.source import adapter_beside, open_model
 from stages.training.reload import check_adaptable, check_reload
 from tests.parts import random_adapter, random_head
 from tests.test_models_base import SEQUENCES, SHAPE, expected_logits, logits_of, open_folder, save_model
@@ -147,7 +147,7 @@ def test_a_base_in_quantised_weights_is_refused_before_anything_loads(folder, ho
             folder, **place
         )
         with pytest.raises(ModelError, match=rf"holds quantised weights \({said}\)") as caught:
-            open_source(str(folder), stages=(), what="--model")
+            open_model(str(folder), stages=(), what="--model")
         assert caught.value.where == "--model" and "--load-in-4bit" in caught.value.fix
 
 
@@ -330,9 +330,9 @@ def with_adapter(folder):
 def test_an_adapter_beside_the_base_is_not_loaded_with_it(model_folder, tmp_path, architecture):
     plain = model_folder(architecture)
     folder = with_adapter(shutil.copytree(plain, tmp_path / "base"))
-    source = open_source(str(folder), stages=(), what="--model")
+    source = open_model(str(folder), stages=(), what="--model")
     opened = load_base(source, device=torch.device("cpu"), dtype=torch.float32)
-    assert source.base_digest == open_source(str(plain), stages=(), what="--model").base_digest
+    assert source.base_digest == open_model(str(plain), stages=(), what="--model").base_digest
     assert torch.equal(logits_of(opened, SEQUENCES), logits_of(open_folder(plain), SEQUENCES))
     assert not any("lora" in name for name, _ in opened.model.named_parameters())
     (said,) = adapter_beside(folder)
@@ -343,6 +343,6 @@ def test_the_weights_of_an_adapter_are_no_part_of_the_bases_digest(model_folder,
     """Also where the base's own weights have another file name."""
     folder = shutil.copytree(model_folder("llama"), tmp_path / "base")
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    before = open_source(str(folder), stages=(), what="--model").base_digest
+    before = open_model(str(folder), stages=(), what="--model").base_digest
     save_tensors(folder / "adapter_model.safetensors", {"x": torch.ones(3)})
-    assert open_source(str(folder), stages=(), what="--model").base_digest == before
+    assert open_model(str(folder), stages=(), what="--model").base_digest == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from stages.models.dense import LONGEST, mask_of
+from stages.models.dense import LONGEST_DENSE, mask_of
 
 
 def test_a_token_sees_itself_and_those_before_it():
@@ -19,6 +19,6 @@ def test_within_a_window_as_many_as_it_holds_and_once_for_every_head_that_shares
 
 def test_masks_of_all_lengths_lie_in_the_memory_of_one():
     """Those of every length, each by itself, took half a gigabyte where seven heads share their keys."""
-    masks = [mask_of(before, 3, None, 7) for before in range(LONGEST - 3)]
+    masks = [mask_of(before, 3, None, 7) for before in range(LONGEST_DENSE - 3)]
     assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1
-    assert masks[0].untyped_storage().nbytes() == 7 * LONGEST * LONGEST * 4
+    assert masks[0].untyped_storage().nbytes() == 7 * LONGEST_DENSE * LONGEST_DENSE * 4

@@ -263,9 +263,9 @@ def test_capped_logits_are_the_whole_models(model_folder, open_tiny):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_softmax_is_fp32_over_half_precision_logits(model_folder, temperature):
     from stages.models.base import load_base
-    from stages.models.source import open_source
+    from stages.models.source import open_model
 
-    source = open_source(str(model_folder("llama")), stages=(), what="--model")
+    source = open_model(str(model_folder("llama")), stages=(), what="--model")
     base = load_base(source, device=torch.device("cpu"), dtype=torch.bfloat16)
     with torch.no_grad():
         found = read_targets(base, SEQUENCES, TARGETS, temperature=temperature)

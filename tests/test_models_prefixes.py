@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.models.attention import Tree
+from stages.models.attention import PrefixGroup
 from stages.models.forward import read_targets
 from stages.models.prefixes import pack, shared_beginnings
 from stages.models.roles import Roles
@@ -20,7 +20,7 @@ def rows(*texts):
 
 def test_a_pair_lies_in_the_row_as_prompt_response_response():
     found = pack(rows("prompt:yes", "prompt:nope"), share=True)
-    assert "".join(map(chr, found.ids)) == "prompt:nopeyes" and found.trees == [Tree(7, (4, 3))]
+    assert "".join(map(chr, found.ids)) == "prompt:nopeyes" and found.trees == [PrefixGroup(7, (4, 3))]
     assert found.positions.tolist() == [*range(7), 7, 8, 9, 10, 7, 8, 9]
     assert found.places.tolist() == [*range(7), 11, 12, 13, *range(7), 7, 8, 9, 10]
 
@@ -40,7 +40,7 @@ def test_each_sequence_keeps_a_token_to_itself():
 def test_what_shares_nothing_is_laid_end_to_end():
     sequences = rows("abc", "abd", "xyzxyz")  # two letters in common are too few
     found = pack(sequences, share=True)
-    assert found.places is None and found.trees == [Tree(3), Tree(3), Tree(6)]
+    assert found.places is None and found.trees == [PrefixGroup(3), PrefixGroup(3), PrefixGroup(6)]
     assert pack(rows("prompt:yes", "prompt:nope"), share=False).places is None
 
 

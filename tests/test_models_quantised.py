@@ -14,7 +14,7 @@ from stages.models.base import load_base
 from stages.models.lora import LoraLinear, fresh
 from stages.models.quantised import is_four_bit
 from stages.models.roles import Roles
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.rollout.generate import check_engine
 from tests.commands import SMALL, demonstrations, done, lines_of, manifest, refused, result, weights, write_data
 from tests.parts import gradient, random_adapter, relative, sequences_of, sft_config
@@ -55,7 +55,7 @@ def opened(bitsandbytes, model_folder):
     """`opened("gpt2", four_bit=False)`: a base in 4 bits, or in full."""
 
     def get(architecture="llama-wide", *, four_bit=True, dtype=torch.float32, **options):
-        source = open_source(str(model_folder(architecture, **options)), stages=(), what="--model")
+        source = open_model(str(model_folder(architecture, **options)), stages=(), what="--model")
         return load_base(source, device=CPU, dtype=dtype, four_bit=four_bit)
 
     return get
@@ -161,7 +161,7 @@ def test_a_base_in_4_bits_learns(trained):
 
 def test_the_checkpoint_stands_on_the_same_base_as_one_trained_in_full(trained, model_folder):
     found = manifest(trained / "sft")
-    assert found["base"]["digest"] == open_source(str(model_folder("llama-wide")), stages=(), what="-").base_digest
+    assert found["base"]["digest"] == open_model(str(model_folder("llama-wide")), stages=(), what="-").base_digest
     assert found["config"]["load_in_4bit"] is True and "bitsandbytes" in found["versions"]
     assert all(tensor.dtype == torch.float32 for tensor in weights(trained / "sft").values())
 

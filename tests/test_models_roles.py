@@ -22,7 +22,7 @@ from stages.models.roles import (
     save_adapter,
     start_adapter,
 )
-from stages.models.source import open_source
+from stages.models.source import open_model
 from tests.parts import publish_checkpoint, random_adapter, random_head, sequences_of
 
 SEQUENCES = sequences_of([7, 4])
@@ -176,7 +176,7 @@ def stored(base, tmp_path):
     """The source of an SFT checkpoint with an adapter of rank 4 and alpha 8, and that adapter."""
     adapter = random_adapter(base, 1, rank=4, alpha=8.0)
     folder = publish_checkpoint(tmp_path / "sft", base, "sft", adapter)
-    return open_source(str(folder), stages=("sft",), what="--model"), adapter
+    return open_model(str(folder), stages=("sft",), what="--model"), adapter
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(None, None), (4, None), (None, 8.0), (4, 8.0)])
@@ -219,6 +219,6 @@ def test_other_layers_than_the_checkpoints_are_refused(base, stored, tmp_path):
         start_adapter(base, stored[0], None, None, ["q_proj"], seed=0)
     assert caught.value.where == "lora_targets"
     few = random_adapter(base, 1, targets=("q_proj",))
-    source = open_source(str(publish_checkpoint(tmp_path / "few", base, "sft", few)), stages=("sft",), what="--model")
+    source = open_model(str(publish_checkpoint(tmp_path / "few", base, "sft", few)), stages=("sft",), what="--model")
     started = start_adapter(base, source, None, None, ["q_proj"], seed=0)  # the same recipe, one stage on
     assert set(started.deltas) == set(few.deltas) == set(start_adapter(base, source, None, None, [], seed=0).deltas)

@@ -9,13 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from stages.errors import CheckpointError, ModelError
-from stages.models.source import open_source, same_base
+from stages.models.source import open_model, same_base
 from tests.parts import publish_checkpoint, random_adapter, random_head
 from tests.tiny import build_tokenizer
 
 
-def open_model(name, stages=("sft", "ppo")):
-    return open_source(str(name), stages=stages, what="--model")
+def open_ref(name, stages=("sft", "ppo")):
+    return open_model(str(name), stages=stages, what="--model")
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def folder(model_folder, tmp_path):
 def checkpoint(folder, open_tiny, tmp_path):
     """An SFT checkpoint on that base."""
     base = open_tiny("llama")
-    base.source = open_model(folder)
+    base.source = open_ref(folder)
     return publish_checkpoint(tmp_path / "runs" / "sft", base, "sft", random_adapter(base, 1))
 
 
@@ -45,7 +45,7 @@ def change_weights(folder):
 
 def refused(name, stages=("sft", "ppo")):
     with pytest.raises((ModelError, CheckpointError)) as caught:
-        open_model(name, stages)
+        open_ref(name, stages)
     assert caught.value.fix
     return caught.value
 
@@ -54,24 +54,24 @@ def refused(name, stages=("sft", "ppo")):
 
 
 def test_a_base_folder(folder, monkeypatch):
-    source = open_model(folder)
+    source = open_ref(folder)
     assert source.manifest is None and source.folder is None
     assert (source.base, source.tokenizer, source.base_name) == (folder, folder, str(folder))
     assert source.config["model_type"] == "llama" and source.context == 128
     assert source.digest == f"{source.base_digest}:{source.tokenizer_digest}"
     monkeypatch.chdir(folder.parent)
-    relative = open_model("base")
+    relative = open_ref("base")
     assert relative.base_name == str(folder) and relative.base_digest == source.base_digest
     assert relative.reference.path == str(folder)
 
 
 def test_a_checkpoint_brings_its_base(folder, checkpoint):
-    source = open_model(checkpoint)
+    source = open_ref(checkpoint)
     assert source.manifest.stage == "sft" and source.folder == checkpoint
     assert source.base == folder and source.tokenizer == folder  # it holds no tokenizer of its own
-    assert source.base_digest == open_model(folder).base_digest
+    assert source.base_digest == open_ref(folder).base_digest
     build_tokenizer(checkpoint)
-    assert open_model(checkpoint).tokenizer == checkpoint
+    assert open_ref(checkpoint).tokenizer == checkpoint
 
 
 def test_a_checkpoint_moved_together_with_its_base_is_found(folder, checkpoint, tmp_path):
@@ -79,7 +79,7 @@ def test_a_checkpoint_moved_together_with_its_base_is_found(folder, checkpoint, 
     elsewhere.mkdir()
     for name in ("base", "runs"):
         shutil.move(tmp_path / name, elsewhere / name)
-    assert open_model(elsewhere / "runs" / "sft").base == elsewhere / "base"
+    assert open_ref(elsewhere / "runs" / "sft").base == elsewhere / "base"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_checkpoint_moved_together_with_its_base_is_found(folder, checkpoint, 
 )
 def test_the_context_is_what_the_config_says(folder, config, context):
     change_config(folder, **config)
-    assert open_model(folder).context == context
+    assert open_ref(folder).context == context
 
 
 def test_a_hub_id_is_fetched_without_anything_that_could_run(folder, monkeypatch):
@@ -106,11 +106,11 @@ def test_a_hub_id_is_fetched_without_anything_that_could_run(folder, monkeypatch
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    source = open_model("some-org/some.model")
+    source = open_ref("some-org/some.model")
     assert asked["name"] == "some-org/some.model"
     assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in asked["patterns"])
     assert source.base_name == "some-org/some.model"
-    assert source.reference.name == "some-org/some.model" and source.reference.path is None
+    assert source.base_ref.name == "some-org/some.model" and source.base_ref.path is None
 
 
 # --- what is refused
@@ -157,7 +157,7 @@ def test_code_of_its_own_is_refused_unless_trusted(folder):
     change_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Mine"})
     error = refused(folder)
     assert "auto_map" in error.what and "--trust-remote-code" in error.fix
-    trusted = open_source(str(folder), stages=(), what="--model", trust_remote_code=True)
+    trusted = open_model(str(folder), stages=(), what="--model", trust_remote_code=True)
     assert trusted.base == folder
 
 
@@ -211,13 +211,13 @@ def test_a_checkpoint_with_a_damaged_file(checkpoint):
 
 
 def test_checkpoints_of_one_base_fit_together(checkpoint, folder):
-    same_base(open_model(checkpoint), open_model(folder), first_flag="--model", second_flag="--reward")
+    same_base(open_ref(checkpoint), open_ref(folder), first_flag="--model", second_flag="--reward")
 
 
 def test_checkpoints_of_two_bases_do_not(checkpoint, model_folder):
-    other = open_model(model_folder("gpt2"))
+    other = open_ref(model_folder("gpt2"))
     with pytest.raises(CheckpointError, match="cannot share one frozen base") as caught:
-        same_base(open_model(checkpoint), other, first_flag="--model", second_flag="--reward")
+        same_base(open_ref(checkpoint), other, first_flag="--model", second_flag="--reward")
     assert caught.value.where == "--model, --reward" and f"--model {checkpoint}" in caught.value.fix
 
 
@@ -227,7 +227,7 @@ def test_two_tokenizers_do_not_fit_together(folder, tmp_path):
     tokenizer["model"]["vocab"]["zzz"] = 300
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(CheckpointError, match="have different tokenizers"):
-        same_base(open_model(folder), open_model(other), first_flag="--model", second_flag="--against")
+        same_base(open_ref(folder), open_ref(other), first_flag="--model", second_flag="--against")
 
 
 def test_a_reward_checkpoint_on_a_base_is_known_by_its_stage(folder, open_tiny, tmp_path):
@@ -235,5 +235,5 @@ def test_a_reward_checkpoint_on_a_base_is_known_by_its_stage(folder, open_tiny, 
     reward = publish_checkpoint(
         tmp_path / "reward", base, "reward", random_adapter(base, 1), head=random_head(base.width, 2)
     )
-    assert open_model(reward, stages=("reward",)).manifest.stage == "reward"
+    assert open_ref(reward, stages=("reward",)).manifest.stage == "reward"
     assert "is a `reward` checkpoint" in refused(reward).what

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 
 from rlhf_cli.output import show
 from stages.errors import CheckpointError, DatasetError
-from stages.files.sources import read_source
+from stages.files.sources import read_raw_dataset
 from stages.files.tensors import read_header
 from stages.models.tokens import Text
 from stages.results import Result, Table
@@ -146,7 +146,7 @@ def test_pickles_as_datasets_are_refused(tmp_path, bomb, marker, suffix):
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(bomb)
     with pytest.raises(DatasetError):
-        read_source(str(path))
+        read_raw_dataset(str(path))
     assert not marker.exists()
 
 
@@ -159,7 +159,7 @@ def test_a_dataset_folder_runs_nothing(tmp_path, bomb, marker):
     folder.mkdir()
     (folder / "scripted.py").write_text(f"open({str(marker)!r}, 'w')\n")
     with pytest.raises(DatasetError, match="no dataset files"):
-        read_source(str(folder))
+        read_raw_dataset(str(folder))
     saved = tmp_path / "saved"
     saved.mkdir()
     files = {"state.json": {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "x"}, "dataset_info.json": {}}
@@ -168,11 +168,11 @@ def test_a_dataset_folder_runs_nothing(tmp_path, bomb, marker):
     plant(saved, bomb)
     (saved / "data.arrow").write_bytes(bomb)
     with pytest.raises(DatasetError, match="not a readable saved dataset"):
-        read_source(str(saved))
+        read_raw_dataset(str(saved))
     kind = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": bomb}
     column = pyarrow.field("text", pyarrow.string(), metadata=kind)
     parquet.write_table(pyarrow.table([["a"]], schema=pyarrow.schema([column])), tmp_path / "x.parquet")
-    assert read_source(str(tmp_path / "x.parquet")).rows[0].values == {"text": "a"}
+    assert read_raw_dataset(str(tmp_path / "x.parquet")).rows[0].values == {"text": "a"}
     assert not marker.exists()
 
 

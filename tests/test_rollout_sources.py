@@ -11,7 +11,7 @@ import torch
 
 from stages.errors import RewardError
 from stages.models.roles import Roles
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.models.tokens import PromptRow
 from stages.rollout import sources
 from stages.rollout.sources import RewardSources, call_function
@@ -160,7 +160,7 @@ def roles(base):
 def reward_spec(base, folder, seed, weight):
     adapter, head = random_adapter(base, seed), random_head(base.width, seed)
     publish_checkpoint(folder, base, "reward", adapter, head=head)
-    return RewardSpec(str(folder), weight, open_source(str(folder), stages=("reward",), what="--reward"), None, ""), (
+    return RewardSpec(str(folder), weight, open_model(str(folder), stages=("reward",), what="--reward"), None, ""), (
         adapter,
         head,
     )

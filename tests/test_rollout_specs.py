@@ -8,7 +8,7 @@ import pytest
 
 from stages.errors import CheckpointError, ConfigError, RewardError
 from stages.files.identity import file_digest
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.rollout.specs import is_function, load_function, open_rewards, parse_reward, python_file, reason_of
 from tests.parts import publish_checkpoint, random_adapter, random_head
 
@@ -176,7 +176,7 @@ def test_an_sft_checkpoint_is_no_reward(base, tmp_path):
 
 
 def test_a_reward_on_another_base_is_refused(reward, model_folder):
-    other = open_source(str(model_folder("llama", seed=1)), stages=(), what="--model")
+    other = open_model(str(model_folder("llama", seed=1)), stages=(), what="--model")
     with pytest.raises(CheckpointError, match="cannot share one frozen base") as caught:
         open_rewards([str(reward)], other)
     assert caught.value.where == "--model, --reward"

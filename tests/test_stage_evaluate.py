@@ -90,10 +90,10 @@ def tokens_of(found, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
     from stages.models.base import load_base
     from stages.models.roles import Roles, adapter_of
-    from stages.models.source import open_source
+    from stages.models.source import open_model
     from stages.rollout.generate import Sampling, generate
 
-    source = open_source(str(found.ppo), stages=("ppo",), what="--model")
+    source = open_model(str(found.ppo), stages=("ppo",), what="--model")
     base = load_base(source, device=torch.device("cpu"), dtype=torch.float32)
     roles = Roles(base)
     roles.add("policy", adapter_of(base, source, trainable=False))

@@ -26,9 +26,9 @@ def ours(folder: Path, base_folder: Path) -> tuple[list[torch.Tensor], list[floa
     from stages.models.base import load_base
     from stages.models.forward import sequence_scores
     from stages.models.roles import Roles, adapter_of, head_of
-    from stages.models.source import open_source
+    from stages.models.source import open_model
 
-    source = open_source(str(folder), stages=("sft", "reward", "ppo"), what="--model")
+    source = open_model(str(folder), stages=("sft", "reward", "ppo"), what="--model")
     base = load_base(source, device=torch.device("cpu"), dtype=torch.float32)
     roles = Roles(base)
     has_head = (folder / "head.safetensors").exists()

@@ -13,7 +13,7 @@ from stages.inputs import Inputs
 from stages.maths.statistics import wilson_interval
 from stages.models.forward import sequence_scores
 from stages.models.roles import Roles
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.models.tokens import TokenRow
 from stages.rollout.experience import lay_out, role_values
 from stages.rollout.sources import RewardSources
@@ -246,7 +246,7 @@ def test_served_scores_of_demonstrations_have_mean_0_and_the_critic_begins_there
         tmp_path / "reward", base, "reward", trained.adapters["reward"], head=trained.heads["reward"]
     )
     sft = publish_checkpoint(tmp_path / "sft", base, "sft", random_adapter(base, 3))
-    source = open_source(str(sft), stages=("sft",), what="--model")
+    source = open_model(str(sft), stages=("sft",), what="--model")
     specs = open_rewards([str(folder)], source)
     roles = ppo.open_roles(Roles(base), ppo_config(), Inputs(source, rewards=specs))
     # A demonstration as prompt and response; the score is read at its last token, the value there too.
@@ -269,7 +269,7 @@ def test_served_scores_of_demonstrations_have_mean_0_and_the_critic_begins_there
 def test_without_a_reward_model_the_critic_begins_at_zero_on_the_policys_trunk(open_tiny, tmp_path):
     base = open_tiny("llama")
     sft = publish_checkpoint(tmp_path / "sft", base, "sft", random_adapter(base, 3))
-    source = open_source(str(sft), stages=("sft",), what="--model")
+    source = open_model(str(sft), stages=("sft",), what="--model")
     (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
     inputs = Inputs(source, rewards=open_rewards([str(tmp_path / "f.py")], source))
     roles = ppo.open_roles(Roles(base), ppo_config(), inputs)

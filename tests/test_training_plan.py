@@ -9,7 +9,7 @@ from stages import ppo
 from stages.models.base import load_base
 from stages.models.prefixes import pack
 from stages.models.roles import Roles
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.models.tokens import TokenRow
 from stages.rollout.generate import Sampling, generate
 from stages.training import passes, plan
@@ -50,7 +50,7 @@ def whole_passes(monkeypatch):
 
 
 def source_of(folder, stages=()):
-    return open_source(str(folder), stages=stages, what="--model")
+    return open_model(str(folder), stages=stages, what="--model")
 
 
 def parts_of(config, source, work):

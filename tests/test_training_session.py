@@ -13,7 +13,7 @@ from stages.files.rows import Rows
 from stages.files.run import open_run
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, head_of
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.results import Silent
 from stages.training import passes, session
 from stages.training.plan import Work
@@ -76,7 +76,7 @@ def test_a_dataset_of_bad_rows_alone_is_refused():
 
 
 def test_rows_are_no_longer_than_the_context(model_folder):
-    source, report = open_source(str(model_folder("llama")), stages=(), what="--model"), Notes()
+    source, report = open_model(str(model_folder("llama")), stages=(), what="--model"), Notes()
     assert context_limit(100, source, report) == 100 and not report.said
     assert context_limit(1024, source, report) == 128
     assert report.said == [("note", "the base attends over 128 tokens; max_tokens is 128")]
@@ -86,14 +86,14 @@ def test_rows_are_no_longer_than_the_context(model_folder):
 
 
 def test_the_text_knows_the_bases_stop_tokens(model_folder):
-    source = open_source(str(model_folder("llama", chat=True)), stages=(), what="--model")
+    source = open_model(str(model_folder("llama", chat=True)), stages=(), what="--model")
     assert open_text(source, sft_config()).stop_ids == (2, 6)
     assert open_text(source, sft_config(chat_template="plain")).turn_end_id == 2
 
 
 def test_the_base_is_opened_as_the_config_says(model_folder):
     folder = model_folder("llama")
-    source, text = open_source(str(folder), stages=(), what="--model"), open_tiny_text(folder)
+    source, text = open_model(str(folder), stages=(), what="--model"), open_tiny_text(folder)
     base, ranks = open_base(source, sft_config(device="cpu", dtype="bfloat16"), text)
     assert base.dtype == torch.bfloat16 and not base.checkpoints and ranks.size == 1
     base, _ = open_base(source, sft_config(device="cpu"), text)
@@ -109,7 +109,7 @@ def test_the_base_is_opened_as_the_config_says(model_folder):
 ])  # fmt: skip
 def test_passes_are_as_large_as_memory_has_room_for(model_folder, monkeypatch, asked, free, recomputes, tokens):
     folder = model_folder("llama")
-    source, text = open_source(str(folder), stages=(), what="--model"), open_tiny_text(folder)
+    source, text = open_model(str(folder), stages=(), what="--model"), open_tiny_text(folder)
     monkeypatch.setattr(session, "free_memory", lambda device: free)
     config, report = sft_config(device="cpu", gradient_checkpointing=asked), Notes()
     base, _ = open_for_training(source, config, text, Work("sft", [100] * 64, 64), report)
@@ -121,7 +121,7 @@ def test_passes_are_as_large_as_memory_has_room_for(model_folder, monkeypatch, a
 
 def test_a_base_that_cannot_recompute_is_refused_only_where_that_was_asked_for(model_folder, monkeypatch):
     folder = model_folder("llama")
-    source, text, report = open_source(str(folder), stages=(), what="--model"), open_tiny_text(folder), Notes()
+    source, text, report = open_model(str(folder), stages=(), what="--model"), open_tiny_text(folder), Notes()
 
     def cannot(base):
         raise ModelError("`llama` cannot recompute its activations", where="--model")
@@ -140,7 +140,7 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path):
 
     tokenizer = build_tokenizer(tmp_path)
     AutoModelForCausalLM.from_config(build_config("llama", len(tokenizer) - 1)).save_pretrained(tmp_path)
-    source = open_source(str(tmp_path), stages=(), what="--model")
+    source = open_model(str(tmp_path), stages=(), what="--model")
     with pytest.raises(ModelError, match="the tokenizer has 300 tokens, the base has embeddings for 299"):
         open_base(source, sft_config(device="cpu"), open_tiny_text(tmp_path))
 
@@ -203,7 +203,7 @@ def test_a_published_checkpoint_says_what_it_is(published):
 def test_a_published_checkpoint_is_what_was_in_memory(published):
     """Check 51, through the folder: the same states under policy and critic, to the bit."""
     folder, roles, _ = published
-    source = open_source(str(folder), stages=("ppo",), what="--model")
+    source = open_model(str(folder), stages=("ppo",), what="--model")
     base, again = roles.base, Roles(roles.base)
     again.add("policy again", adapter_of(base, source, trainable=False))
     critic = adapter_of(base, source, trainable=False, folder=folder / "critic")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages import ppo
-from stages.models.forward import Reading
+from stages.models.forward import TargetOutputs
 from stages.rollout import clipped, experience
 from tests.commands import (
     WORDS,
@@ -107,7 +107,7 @@ def test_ratio_where_training_reads_other_log_probabilities(run, monkeypatch):
     def noisy(*arguments, **more):
         found = real(*arguments, **more)
         noise = 0.01 * torch.randn(found.logprobs.shape, generator=torch.Generator().manual_seed(0))
-        return Reading(found.logprobs + noise, found.entropy, found.hidden)
+        return TargetOutputs(found.logprobs + noise, found.entropy, found.hidden)
 
     assert experience.read_targets is real
     monkeypatch.setattr(clipped, "read_targets", noisy)

@@ -11,7 +11,7 @@ from stages.files.comparisons import Comparison, Pair
 from stages.files.rows import Demonstration, Prompt
 from stages.models.base import load_base
 from stages.models.roles import Roles, adapter_of, head_of
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.models.templates import TEMPLATES
 from stages.rollout.sources import model_scores
 from tests.commands import comparisons, demonstrations, done, prompts, refused, result, rlhf
@@ -101,7 +101,7 @@ def trained(tmp_path_factory):
 
 def served_scores(folder, rows) -> torch.Tensor:
     """Scores of conversations as PPO takes them: the prompt rendered, the response tokenised, the end token put."""
-    source = open_source(str(folder / "reward"), stages=("reward",), what="--model")
+    source = open_model(str(folder / "reward"), stages=("reward",), what="--model")
     base = load_base(source, device=torch.device("cpu"), dtype=torch.float32)
     roles = Roles(base)
     roles.add("reward", adapter_of(base, source, trainable=False), head_of(base, folder / "reward"))

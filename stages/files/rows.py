@@ -13,13 +13,13 @@ from stages.files.sources import (
     READERS,
     Content,
     Message,
+    RawDataset,
     RawRow,
-    Source,
     bad_row,
     check_prompt,
     listed,
     quoted,
-    read_source,
+    read_raw_dataset,
 )
 
 __all__ = [
@@ -234,7 +234,7 @@ def detect_kind(source: str, *, map: Mapping[str, str] | None = None) -> str:
     return _choose_format(_load(source, map, False), COMPARISONS + DEMONSTRATIONS + PROMPTS, False).kind
 
 
-def _read(found: Source, formats: Sequence[Format], skip_bad_rows: bool, limit_rows: int | None) -> Rows:
+def _read(found: RawDataset, formats: Sequence[Format], skip_bad_rows: bool, limit_rows: int | None) -> Rows:
     chosen = _choose_format(found, formats, skip_bad_rows)
     usable: list = []
     problems = list(found.problems)
@@ -256,9 +256,9 @@ def _read(found: Source, formats: Sequence[Format], skip_bad_rows: bool, limit_r
     return Rows(usable, chosen.kind, found.name, found.digest, len(problems), problems[:PROBLEMS_KEPT])
 
 
-def _load(source: str, map: Mapping[str, str] | None, skip_bad_rows: bool) -> Source:
+def _load(source: str, map: Mapping[str, str] | None, skip_bad_rows: bool) -> RawDataset:
     """The raw rows under the names that `map` (name: column) gives them."""
-    found = read_source(source, skip_bad_rows=skip_bad_rows)
+    found = read_raw_dataset(source, skip_bad_rows=skip_bad_rows)
     if not map:
         return found
     columns = list(dict.fromkeys(name for row in found.rows for name in row.values))
@@ -279,10 +279,10 @@ def _load(source: str, map: Mapping[str, str] | None, skip_bad_rows: bool) -> So
         RawRow({new_names.get(name, name): value for name, value in row.values.items()}, row.where)
         for row in found.rows
     ]
-    return Source(found.name, rows, found.digest, found.problems)
+    return RawDataset(found.name, rows, found.digest, found.problems)
 
 
-def _choose_format(found: Source, formats: Sequence[Format], skip_bad_rows: bool) -> Format:
+def _choose_format(found: RawDataset, formats: Sequence[Format], skip_bad_rows: bool) -> Format:
     """The first format that the first row fits; where bad rows are skipped, the first row that fits any."""
     for row in found.rows if skip_bad_rows else found.rows[:1]:
         for candidate in formats:

@@ -85,7 +85,7 @@ class RawRow:
 
 
 @dataclass(frozen=True)
-class Source:
+class RawDataset:
     """Everything one dataset holds; `problems` are the rows that were skipped because they cannot be read."""
 
     name: str
@@ -94,7 +94,7 @@ class Source:
     problems: tuple[str, ...] = ()
 
 
-def read_source(source: str, *, skip_bad_rows: bool = False) -> Source:
+def read_raw_dataset(source: str, *, skip_bad_rows: bool = False) -> RawDataset:
     """Read every row of a file, of a folder saved by `datasets`, or of a hub dataset `org/name[:split]`.
 
     Raises DatasetError for what is missing, unreadable or empty, and, unless they are skipped, for the first row
@@ -121,7 +121,7 @@ def read_source(source: str, *, skip_bad_rows: bool = False) -> Source:
     if not rows:
         reason = f"none of its {len(problems)} rows can be read; {problems[0]}" if problems else "it holds no rows"
         raise DatasetError(reason, where=source, fix="give a dataset with at least one row")
-    return Source(source, rows, digest, tuple(problems))
+    return RawDataset(source, rows, digest, tuple(problems))
 
 
 # --- finding it ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ NAME = "rlhf_packed"
 
 
 @dataclass(frozen=True)
-class Tree:
+class PrefixGroup:
     """A stretch of a packed row: a beginning, and continuations that attend to it and to themselves alone."""
 
     prefix: int  # tokens of the beginning; of a sequence that shares nothing, all of it
@@ -39,7 +39,7 @@ class Tree:
 class Segments:
     """Where everything lies in a packed row, and what the variable-length kernel has to know of it."""
 
-    trees: tuple[Tree, ...]
+    trees: tuple[PrefixGroup, ...]
     offsets: Tensor  # (parts + 1,) int32 on the row's device: where each part's queries begin, the end last
     key_offsets: Tensor  # the same of its keys, which for a continuation are the beginning's too
     keys: Tensor | None  # places of the keys in the row, part by part; None where they lie as the queries do
@@ -51,7 +51,7 @@ class _Current:
 
 
 @contextmanager
-def packed(trees: list[Tree], device: torch.device) -> Iterator[None]:
+def packed(trees: list[PrefixGroup], device: torch.device) -> Iterator[None]:
     """Forward passes in this block see one row made of these trees."""
     _Current.segments = segments(tuple(trees), device)
     try:
@@ -60,7 +60,7 @@ def packed(trees: list[Tree], device: torch.device) -> Iterator[None]:
         _Current.segments = None
 
 
-def segments(trees: tuple[Tree, ...], device: torch.device) -> Segments:
+def segments(trees: tuple[PrefixGroup, ...], device: torch.device) -> Segments:
     """Where the trees of a packed row lie, on a device."""
     queries, keys, places, start = [], [], [], 0
     shared = any(tree.suffixes for tree in trees)
@@ -86,7 +86,7 @@ def make_mask(*args: object, **kwargs: object) -> object:
     return _Current.segments if _Current.segments is not None else sdpa_mask(*args, **kwargs)
 
 
-def attend(
+def attention_forward(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: object
 ):
     """Attention of one layer; query (B, heads, N, D), key and value (B, kv heads, N, D) -> (B, N, heads, D), None."""
@@ -101,10 +101,10 @@ def attend(
             shape = (query.shape[2], key.shape[2])
             attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
         return _attend_capped(query, key, value, attention_mask, scale, softcap).transpose(1, 2).contiguous(), None
-    return over(query, key, value, attention_mask, scale, window, softcap), None
+    return attend_packed(query, key, value, attention_mask, scale, window, softcap), None
 
 
-def over(
+def attend_packed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -123,7 +123,7 @@ def over(
 
 
 def _attend_run(
-    q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float | None, window: int | None, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, tree: PrefixGroup, scale: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """Attention within neighbouring trees of one shape, (1, heads, n size, D) each -> (1, n size, heads, D)."""
     q, k, v = (x.unflatten(2, (-1, tree.size))[0].transpose(0, 1) for x in (q, k, v))  # (n, heads, size, D)
@@ -140,7 +140,7 @@ def _attend_suffixes(
     q: Tensor,
     k: tuple[Tensor, Tensor],
     v: tuple[Tensor, Tensor],
-    tree: Tree,
+    tree: PrefixGroup,
     scale: float | None,
     window: int | None,
     softcap: float | None,
@@ -247,5 +247,5 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)

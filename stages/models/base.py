@@ -20,7 +20,7 @@ from stages.models.native import Native, native_of
 from stages.models.prefixes import pack
 from stages.models.quantised import four_bit_options, keep_gradients
 from stages.models.rotary import LengthBands
-from stages.models.source import Source
+from stages.models.source import ModelRef
 
 PROBE = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
 NO_ADAPTER = "no adapter of PEFT"  # a folder inside the base's that is not there: where transformers is to look for one
@@ -36,7 +36,7 @@ class Base:
     never share a pass.
     """
 
-    def __init__(self, model: nn.Module, source: Source):
+    def __init__(self, model: nn.Module, source: ModelRef):
         self.model = model.eval().requires_grad_(False)
         self.source = source
         self.switch = Switch()
@@ -283,7 +283,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def load_base(
-    source: Source,
+    source: ModelRef,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -321,7 +321,7 @@ def load_base(
     return base_of(keep_gradients(model) if four_bit else model.to(device), source)
 
 
-def base_of(model: nn.Module, source: Source) -> Base:
+def base_of(model: nn.Module, source: ModelRef) -> Base:
     """A loaded model as a frozen base with our attention; raises ModelError where it is not understood."""
     attention.register()
     try:
@@ -376,7 +376,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def stop_ids_of(source: Source) -> tuple[int, ...]:
+def stop_ids_of(source: ModelRef) -> tuple[int, ...]:
     """Token ids that end generation: the checkpoint's, or those that the base's config files name."""
     if source.manifest is not None:
         return tuple(source.manifest.stop_token_ids)

@@ -14,7 +14,7 @@ from stages.errors import CheckpointError
 from stages.files.atomic import read_json
 from stages.files.manifest import is_checkpoint
 from stages.files.states import ABOUT, AHEAD, STATE, read_about, states_in
-from stages.models.source import Source, open_source
+from stages.models.source import ModelRef, open_model
 from stages.places import absolute
 
 
@@ -23,12 +23,12 @@ class Candidate:
     """A model to measure beside others."""
 
     name: str  # as the user gave it; a state by its own folder
-    source: Source  # of a state: its run's checkpoint once that is finished, else what the run started from
+    source: ModelRef  # of a state: its run's checkpoint once that is finished, else what the run started from
     stage: str | None  # that trained it; None for a plain base
     knobs: dict[str, Any] = field(default_factory=dict)  # of that stage
     state: Path | None = None
     step: int | None = None  # of a state
-    reference: Source | None = None  # where its implicit reward is measured from
+    reference: ModelRef | None = None  # where its implicit reward is measured from
 
     @property
     def is_unfinished(self) -> bool:
@@ -54,7 +54,7 @@ def labels_of(candidates: list[Candidate]) -> list[str]:
     return [c.name if short.count(label) > 1 else label for c, label in zip(candidates, short, strict=True)]
 
 
-def candidate_of(name: str, source: Source) -> Candidate:
+def candidate_of(name: str, source: ModelRef) -> Candidate:
     """A base or checkpoint that is open already."""
     manifest = source.manifest
     return Candidate(name, source, manifest.stage if manifest else None, dict(manifest.config) if manifest else {})
@@ -79,7 +79,7 @@ def open_candidates(
         raise CheckpointError(
             f"{name} is an unfinished run", where=what, fix=f"finish it, or give its states: {Path(name) / STATE}"
         )
-    return [candidate_of(name, open_source(name, stages=stages, what=what, trust_remote_code=trust_remote_code))]
+    return [candidate_of(name, open_model(name, stages=stages, what=what, trust_remote_code=trust_remote_code))]
 
 
 def run_of(state: Path) -> Path:
@@ -95,7 +95,7 @@ def _open_state(name: str, place: Path, stages: tuple[str, ...], what: str, trus
     except CheckpointError as error:
         raise CheckpointError(f"{name} is damaged: {error.what}", where=what, fix="give another state") from None
     if is_checkpoint(run):
-        source = open_source(str(run), stages=stages, what=what, trust_remote_code=trusted)
+        source = open_model(str(run), stages=stages, what=what, trust_remote_code=trusted)
         stage, knobs = source.manifest.stage, dict(source.manifest.config)
     else:
         record = _read_run(run, what)
@@ -106,7 +106,7 @@ def _open_state(name: str, place: Path, stages: tuple[str, ...], what: str, trus
             raise CheckpointError(
                 f"{name} was saved by an earlier run in this folder", where=what, fix="give a state of the present one"
             )
-        source = open_source(str(knobs["model"]), stages=stages, what=what, trust_remote_code=trusted)
+        source = open_model(str(knobs["model"]), stages=stages, what=what, trust_remote_code=trusted)
         if source.digest != record["inputs"].get("model"):
             raise CheckpointError(
                 f"{name} was trained from another {knobs['model']} than stands there now",

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from stages.errors import ModelError
-from stages.models.source import Source
+from stages.models.source import ModelRef
 
 
-def check_config(source: Source, *, trust_remote_code: bool) -> None:
+def check_config(source: ModelRef, *, trust_remote_code: bool) -> None:
     """Raise ModelError where transformers cannot read the base's config.json."""
     problem = config_problem(source, trust_remote_code=trust_remote_code, build=False)
     if problem:
@@ -22,7 +22,7 @@ def check_config(source: Source, *, trust_remote_code: bool) -> None:
         )
 
 
-def config_problem(source: Source, *, trust_remote_code: bool, build: bool) -> str | None:
+def config_problem(source: ModelRef, *, trust_remote_code: bool, build: bool) -> str | None:
     """What is wrong with a config.json that transformers reads and, with `build`, makes an empty model of; or None."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def library_reason(error: BaseException) -> str:
     return f"{type(error).__name__} {said}" if isinstance(error, KeyError) else said
 
 
-def check_tensors(model: nn.Module, loading: dict, source: Source) -> None:
+def check_tensors(model: nn.Module, loading: dict, source: ModelRef) -> None:
     """Raise ModelError where the files' tensors are not those of the model that config.json describes.
 
     `loading` is what transformers tells of its loading: with it alone, random numbers would stand in for what lacks.

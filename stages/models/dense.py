@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-LONGEST = 384  # tokens that a query may look back on for this to be used
+LONGEST_DENSE = 384  # tokens that a query may look back on for this to be used
 
 
 def mask_of(before: int, length: int, window: int | None, group: int) -> Tensor:
@@ -28,12 +28,12 @@ def mask_of(before: int, length: int, window: int | None, group: int) -> Tensor:
 @lru_cache(maxsize=8)
 def _whole_mask(window: int | None, group: int) -> Tensor:
     """The mask of `LONGEST` tokens, (group x LONGEST, LONGEST); those of all shorter pieces are corners of it."""
-    back = torch.arange(LONGEST)[:, None] - torch.arange(LONGEST)
+    back = torch.arange(LONGEST_DENSE)[:, None] - torch.arange(LONGEST_DENSE)
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
     return torch.where(seen, 0.0, float("-inf")).repeat_interleave(group, dim=0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, trees: tuple, scale: float, window: int | None) -> Tensor:
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, trees: tuple, scale: float, window: int | None) -> Tensor:
     """Attention within trees laid end to end: q (N, heads, D), k and v (N, kv heads, D), fp32 -> (N, heads, D)."""
     return _Dense.apply(q, k, v, trees, scale, window)
 

@@ -15,7 +15,7 @@ LOGITS_AT_ONCE = 2**25  # elements of a logits chunk: 128 MiB in fp32
 
 
 @dataclass(frozen=True)
-class Reading:
+class TargetOutputs:
     """What one forward pass said of the target tokens of a micro-batch, laid end to end."""
 
     logprobs: Tensor  # (M,) fp32
@@ -30,7 +30,7 @@ def predictors(targets: list[Tensor]) -> Tensor:
 
 def read_targets(
     base: Base, sequences: list[Tensor], targets: list[Tensor], *, temperature: float = 1.0, want_entropy: bool = False
-) -> Reading:
+) -> TargetOutputs:
     """Log-probabilities of the target tokens under the active role.
 
     sequences: (L_i,) int64; targets: (L_i,) bool, never True at 0. Log-softmax in fp32 of logits / temperature.
@@ -38,8 +38,8 @@ def read_targets(
     before = predictors(targets)
     hidden = base.hidden(sequences, before)
     tokens = torch.cat(sequences)[before + 1].to(base.device)
-    logprobs, spread = target_logprobs(base, hidden, tokens, temperature, want_entropy)
-    return Reading(logprobs, spread, hidden)
+    logprobs, entropy = target_logprobs(base, hidden, tokens, temperature, want_entropy)
+    return TargetOutputs(logprobs, entropy, hidden)
 
 
 def target_logprobs(
@@ -59,51 +59,54 @@ class _TargetLogprobs(torch.autograd.Function):
         ctx, hidden: Tensor, base: Base, tokens: Tensor, temperature: float, want_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         rows = max(1, LOGITS_AT_ONCE // base.vocabulary)
-        slopes = [torch.empty_like(hidden) for _ in range(1 + want_entropy)] if ctx.needs_input_grad[0] else []
+        grads = [torch.empty_like(hidden) for _ in range(1 + want_entropy)] if ctx.needs_input_grad[0] else []
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        spread = torch.zeros_like(logprobs)
+        entropy = torch.zeros_like(logprobs)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            states = hidden[part].detach().requires_grad_(bool(slopes))
-            with torch.set_grad_enabled(bool(slopes)):
+            states = hidden[part].detach().requires_grad_(bool(grads))
+            with torch.set_grad_enabled(bool(grads)):
                 raw = base.logits(states)
-            found = read(raw.detach(), tokens[part], temperature, want_entropy, with_slopes=bool(slopes))
-            logprobs[part], spread[part], *by_logits = found
-            for slope, by in zip(slopes, by_logits, strict=True):
-                (slope[part],) = torch.autograd.grad(
-                    raw, states, by.to(raw.dtype), retain_graph=by is not by_logits[-1]
-                )
-        ctx.save_for_backward(*slopes)
-        return logprobs, spread
+            found = compute_logprobs_and_grads(
+                raw.detach(), tokens[part], temperature, want_entropy, with_grads=bool(grads)
+            )
+            logprobs[part], entropy[part], *by_logits = found
+            for grad, by in zip(grads, by_logits, strict=True):
+                (grad[part],) = torch.autograd.grad(raw, states, by.to(raw.dtype), retain_graph=by is not by_logits[-1])
+        ctx.save_for_backward(*grads)
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        terms = [grad[:, None].to(slope.dtype) * slope for grad, slope in zip(grads, ctx.saved_tensors, strict=False)]
+        terms = [
+            grad[:, None].to(by_state.dtype) * by_state
+            for grad, by_state in zip(grads, ctx.saved_tensors, strict=False)
+        ]
         return sum(terms[1:], terms[0]), None, None, None, None
 
 
-def read(
-    raw: Tensor, tokens: Tensor, temperature: float, want_entropy: bool, *, with_slopes: bool
+def compute_logprobs_and_grads(
+    raw: Tensor, tokens: Tensor, temperature: float, want_entropy: bool, *, with_grads: bool
 ) -> tuple[Tensor, ...]:
     """Log-probabilities and entropies (M,) of logits (M, V), then how each changes with the logits, (M, V), if asked.
 
     Of p = softmax(z / t): d log p_y / dz = (1[y] - p) / t and dH / dz = -p (log p + H) / t.
     """
-    heat = 1.0 if temperature == 1.0 else temperature + 1e-7
-    logits = at_least_fp32(raw) if heat == 1.0 else at_least_fp32(raw) / heat
-    if not (want_entropy or with_slopes):
+    divisor = 1.0 if temperature == 1.0 else temperature + 1e-7
+    logits = at_least_fp32(raw) if divisor == 1.0 else at_least_fp32(raw) / divisor
+    if not (want_entropy or with_grads):
         plain = token_logprobs(logits, tokens)
         return plain, torch.zeros_like(plain)
     total = logits.logsumexp(-1, keepdim=True)
     logprob = logits.gather(-1, tokens[:, None]) - total
     every = (logits - total).clamp_(min=torch.finfo(logits.dtype).min)  # log p; an impossible token's p log p is 0
     p = every.exp()
-    spread = -(p * every).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(logprob)
-    if not with_slopes:
-        return logprob[:, 0], spread[:, 0]
-    by_entropy = [every.add_(spread).mul_(p).div_(-heat)] if want_entropy else []
-    by_logprob = p.neg_().scatter_add_(-1, tokens[:, None], torch.ones_like(logprob)).div_(heat)
-    return (logprob[:, 0], spread[:, 0], by_logprob, *by_entropy)
+    entropy = -(p * every).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(logprob)
+    if not with_grads:
+        return logprob[:, 0], entropy[:, 0]
+    by_entropy = [every.add_(entropy).mul_(p).div_(-divisor)] if want_entropy else []
+    by_logprob = p.neg_().scatter_add_(-1, tokens[:, None], torch.ones_like(logprob)).div_(divisor)
+    return (logprob[:, 0], entropy[:, 0], by_logprob, *by_entropy)
 
 
 def sequence_scores(roles: Roles, role: str, sequences: list[Tensor]) -> Tensor:

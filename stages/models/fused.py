@@ -181,14 +181,14 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin, 1)
+        return rotate_pairs(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return turned(grad, *ctx.saved_tensors, -1), None, None
+        return rotate_pairs(grad, *ctx.saved_tensors, -1), None, None
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
     """Each pair (i, i + D / 2) of the last dimension turned by its angle, or back where direction is -1."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     (first, second), (new_first, new_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)

@@ -106,7 +106,7 @@ def _block(
     q, k, v = heads_of(block, block.before_attention(x), angles)
     if show is not None:
         show(k, v)
-    mixed = attend(q, k, v, segments, block.scale, block.window)
+    mixed = attend_native(q, k, v, segments, block.scale, block.window)
     del q, k, v  # what is not kept for a backward pass is gone before the widest layers
     if wanted is not None:
         x, mixed = x[wanted], mixed[wanted]
@@ -115,11 +115,15 @@ def _block(
     return gated_mlp(block.before_mlp(x), x, block.gate.now(), block.up.now(), block.down.now())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: attention.Segments, scale: float, window: int | None) -> Tensor:
+def attend_native(
+    q: Tensor, k: Tensor, v: Tensor, segments: attention.Segments, scale: float, window: int | None
+) -> Tensor:
     """Attention within a packed row, q (N, heads, D), k and v (N, kv heads, D) -> (N, heads D)."""
-    if not q.is_cuda and q.dtype == torch.float32 and segments.longest[1] <= dense.LONGEST:
-        return dense.attend(q, k, v, segments.trees, scale, window).flatten(1)
-    return attention.over(*(y.transpose(0, 1)[None] for y in (q, k, v)), segments, scale, window, None).flatten(2)[0]
+    if not q.is_cuda and q.dtype == torch.float32 and segments.longest[1] <= dense.LONGEST_DENSE:
+        return dense.attend_dense(q, k, v, segments.trees, scale, window).flatten(1)
+    return attention.attend_packed(
+        *(y.transpose(0, 1)[None] for y in (q, k, v)), segments, scale, window, None
+    ).flatten(2)[0]
 
 
 def heads_of(block: Block, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.models.attention import Tree
+from stages.models.attention import PrefixGroup
 
 LEAST = 4  # tokens that have to be shared before it is worth the trouble
 
@@ -18,7 +18,7 @@ class Packing:
 
     ids: Tensor  # (N,) tokens of the row
     positions: Tensor  # (N,) of each within its own sequence
-    trees: list[Tree]
+    trees: list[PrefixGroup]
     places: Tensor | None  # (sum L_i,) where each token of the sequences, laid end to end, is in the row; None: there
 
 
@@ -27,7 +27,7 @@ def pack(sequences: list[Tensor], *, share: bool) -> Packing:
     groups = shared_beginnings(sequences) if share else []
     if not groups:
         positions = torch.cat([torch.arange(len(s)) for s in sequences])
-        return Packing(torch.cat(sequences), positions, [Tree(len(s)) for s in sequences], None)
+        return Packing(torch.cat(sequences), positions, [PrefixGroup(len(s)) for s in sequences], None)
     ids, positions, trees, start = [], [], [], 0
     places: list[Tensor] = [torch.empty(0)] * len(sequences)
     for rows, prefix in groups:
@@ -42,7 +42,7 @@ def pack(sequences: list[Tensor], *, share: bool) -> Packing:
             positions.append(torch.arange(prefix, prefix + rest))
             places[i] = torch.cat([beginning, torch.arange(start, start + rest)])
             start += rest
-        trees.append(Tree(prefix, suffixes))
+        trees.append(PrefixGroup(prefix, suffixes))
     return Packing(torch.cat(ids), torch.cat(positions), trees, torch.cat(places))
 
 

@@ -17,7 +17,7 @@ from stages.models.base import Base
 from stages.models.candidates import Candidate
 from stages.models.heads import ScalarHead, head_from
 from stages.models.lora import Adapter, fresh, from_tensors, peft_config, targeted
-from stages.models.source import ADAPTER_CONFIG, Source, read_adapter_shape
+from stages.models.source import ADAPTER_CONFIG, ModelRef, read_adapter_shape
 
 ADAPTER, HEAD = "adapter_model.safetensors", "head.safetensors"
 SCORE_KEY = "base_model.model.score.weight"  # where PEFT looks for a sequence classifier's head
@@ -90,7 +90,7 @@ def new_adapter(base: Base, rank: int | None, alpha: float | None, targets: list
     return fresh(base.layers, rank or DEFAULT_RANK, alpha or DEFAULT_ALPHA, targets, seed)
 
 
-def adapter_of(base: Base, source: Source, *, trainable: bool, folder: Path | None = None) -> Adapter | None:
+def adapter_of(base: Base, source: ModelRef, *, trainable: bool, folder: Path | None = None) -> Adapter | None:
     """The adapter stored in a checkpoint, None for a plain base."""
     where = folder or source.folder
     if where is None:
@@ -114,7 +114,7 @@ def head_of(base: Base, folder: Path) -> ScalarHead:
 
 
 def start_adapter(
-    base: Base, source: Source, rank: int | None, alpha: float | None, targets: list[str], seed: int
+    base: Base, source: ModelRef, rank: int | None, alpha: float | None, targets: list[str], seed: int
 ) -> Adapter:
     """What training starts from: the checkpoint's adapter (grown where a larger rank is asked for), or a fresh one.
 

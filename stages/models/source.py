@@ -23,7 +23,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length",
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelRef:
     """A model to start from: the base's folder and, where it is one of our checkpoints, its manifest."""
 
     name: str  # as the user gave it
@@ -46,7 +46,7 @@ class Source:
         return checkpoint_digest(self.folder) if self.folder else f"{self.base_digest}:{self.tokenizer_digest}"
 
     @property
-    def reference(self) -> BaseRef:
+    def base_ref(self) -> BaseRef:
         """The base as a manifest names it; a hub id is kept without the cache's path."""
         path = str(self.base.resolve()) if Path(self.base_name).exists() else None
         return BaseRef(self.base_name, path, self.base_digest)
@@ -60,7 +60,7 @@ class Source:
         return min(found) if found else 2**30
 
 
-def open_source(name: str, *, stages: tuple[str, ...], what: str, trust_remote_code: bool = False) -> Source:
+def open_model(name: str, *, stages: tuple[str, ...], what: str, trust_remote_code: bool = False) -> ModelRef:
     """Find what a --model-like flag names and check it; `stages` are the checkpoint kinds accepted.
 
     Raises ModelError or CheckpointError naming the flag `what`.
@@ -85,7 +85,7 @@ def open_source(name: str, *, stages: tuple[str, ...], what: str, trust_remote_c
     return _open_base(name, _download(name, what), name, None, what, trust_remote_code)
 
 
-def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, trust_remote_code: bool) -> Source:
+def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, trust_remote_code: bool) -> ModelRef:
     manifest = read_manifest(path)
     if manifest.stage not in stages:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def read_adapter_shape(folder: Path) -> tuple[int, float]:
 
 def _open_base(
     name: str, base: Path, base_name: str, manifest: Manifest | None, what: str, trust_remote_code: bool
-) -> Source:
+) -> ModelRef:
     _refuse_special_files(base, what)
     config = _read_config(base, what)
     _check_architecture(config, base, what, trust_remote_code)
@@ -138,7 +138,7 @@ def _open_base(
         base_name = os.path.abspath(base_name)
     # A library may write a tokenizer in other words than it read: what counts is the one that training began with.
     same_tokenizer = manifest.tokenizer_digest if manifest else tokenizer_digest(tokenizer)
-    return Source(name, base, base_name, base_digest(base), tokenizer, same_tokenizer, manifest, config)
+    return ModelRef(name, base, base_name, base_digest(base), tokenizer, same_tokenizer, manifest, config)
 
 
 def _refuse_special_files(folder: Path, what: str) -> None:
@@ -268,7 +268,7 @@ def _download(name: str, what: str) -> Path:
         ) from None
 
 
-def same_base(first: Source, second: Source, *, first_flag: str, second_flag: str) -> None:
+def same_base(first: ModelRef, second: ModelRef, *, first_flag: str, second_flag: str) -> None:
     """Raise CheckpointError unless two sources share base weights and tokenizer."""
     if first.base_digest != second.base_digest:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.models.base import Base
-from stages.models.fused import Linear, folded, normed, turned
+from stages.models.fused import Linear, folded, normed, rotate_pairs
 from stages.models.native import Block, Native
 from stages.models.prefixes import pack
 from stages.rollout.graphs import Capture, FixedSteps, Step, Usable
@@ -216,9 +216,9 @@ def decode(
     for number, (block, qkv, o, gate_up, down) in enumerate(layers):
         keys, values = slots.keys[number], slots.values[number]
         q, k, v = _heads(block, apply_stacked(normed(x, *_of(block.before_attention))[0], qkv), keys.shape[1])
-        keys[rows, :, places], values[rows, :, places] = turned(k, cos, sin), v
+        keys[rows, :, places], values[rows, :, places] = rotate_pairs(k, cos, sin), v
         mixed = _attend(
-            turned(q, cos, sin), keys[:, :, :filled], values[:, :, :filled], masks[block.window], block.scale
+            rotate_pairs(q, cos, sin), keys[:, :, :filled], values[:, :, :filled], masks[block.window], block.scale
         )
         x = x + apply_stacked(mixed, o)
         gate, up = apply_stacked(normed(x, *_of(block.before_mlp))[0], gate_up).chunk(2, dim=-1)

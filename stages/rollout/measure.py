@@ -11,7 +11,7 @@ from stages.config import EvaluateConfig
 from stages.maths.best_of import best_of_kl, best_of_weights
 from stages.maths.statistics import distinct_ngrams, mean_with_error
 from stages.models.roles import Roles
-from stages.models.source import Source
+from stages.models.source import ModelRef
 from stages.models.tokens import PromptRow, Text
 from stages.rollout.experience import Rollout, rollout_kl, sample_rollout
 from stages.rollout.generate import Sampling
@@ -45,7 +45,7 @@ class ScoredRollout:
     kl: Tensor | None  # (B,) log-ratio of policy and reference, estimator k1, float64 on the CPU
 
 
-def sampling_of(source: Source, config: EvaluateConfig) -> Sampling:
+def sampling_of(source: ModelRef, config: EvaluateConfig) -> Sampling:
     """How to sample: as asked, else as the policy was trained, else temperature 1 and 128 tokens."""
     trained = source.manifest.config if source.manifest is not None else {}
     default = min(DEFAULT_RESPONSE_TOKENS, source.context // 2)

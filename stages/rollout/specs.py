@@ -18,7 +18,7 @@ from types import ModuleType
 from stages.config import describe_special, is_function
 from stages.errors import ConfigError, RewardError, StopRequested, words_of
 from stages.files.identity import file_digest
-from stages.models.source import Source, open_source, same_base
+from stages.models.source import ModelRef, open_model, same_base
 from stages.places import absolute
 from stages.rollout.settings import World, noting_changes
 from stages.rollout.user_code import ClosedFiles, user_code
@@ -30,7 +30,7 @@ class RewardSpec:
 
     name: str
     weight: float
-    checkpoint: Source | None
+    checkpoint: ModelRef | None
     function: Callable[..., object] | None
     digest: str  # of the checkpoint, or of the function's file
     flag: str = "--reward"  # where it was named
@@ -51,7 +51,7 @@ def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
 
 
 def open_rewards(
-    flags: list[str], policy: Source | None, *, what: str = "--reward", trust_remote_code: bool = False
+    flags: list[str], policy: ModelRef | None, *, what: str = "--reward", trust_remote_code: bool = False
 ) -> list[RewardSpec]:
     """Find and check every reward source before a model loads.
 
@@ -66,7 +66,7 @@ def open_rewards(
                 RewardSpec(name, weight, None, load_function(name, what), file_digest(python_file(name)), what)
             )
             continue
-        source = open_source(name, stages=("reward",), what=what, trust_remote_code=trust_remote_code)
+        source = open_model(name, stages=("reward",), what=what, trust_remote_code=trust_remote_code)
         if source.manifest is None:
             raise RewardError(
                 f"{name} is a base model, not a reward source",

@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.config import AUTO, is_function
 from stages.models.roles import ADAPTER, DEFAULT_RANK
-from stages.models.source import Source, open_source
+from stages.models.source import ModelRef, open_model
 from stages.results import Result, Table
 from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, micro_batches
 from stages.training.devices import free_memory, pick_device, pick_dtype
@@ -72,13 +72,13 @@ class ResidentBytes:
         return self.adapters + self.moments + self.copies
 
 
-def source_shapes(source: Source, four_bit: bool = False) -> Shapes:
+def source_shapes(source: ModelRef, four_bit: bool = False) -> Shapes:
     """The shapes of a base on disk; in 4 bits transformers runs it."""
     shapes = shapes_of(source.config, tensor_shapes(source.base))
     return replace(shapes, native=False) if four_bit else shapes
 
 
-def adapter_size(config: Any, source: Source, linear: dict[str, tuple[int, int]]) -> tuple[int, int]:
+def adapter_size(config: Any, source: ModelRef, linear: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Weights of one adapter and its rank: the checkpoint's at the rank asked for, or a fresh one on the layers."""
     if source.folder is not None:
         stored = {name: shape for name, shape in shapes_in(source.folder / ADAPTER).items() if ".lora_" in name}
@@ -91,7 +91,7 @@ def adapter_size(config: Any, source: Source, linear: dict[str, tuple[int, int]]
     return sum(rank * (a + b) for a, b in chosen), rank
 
 
-def adapters_held(stage: str, config: Any, source: Source) -> tuple[int, int]:
+def adapters_held(stage: str, config: Any, source: ModelRef) -> tuple[int, int]:
     """How many adapters a stage holds, and how many of them it trains; a reference that is the base alone has none."""
     reference = int(source.folder is not None)
     if stage == "dpo":
@@ -103,7 +103,7 @@ def adapters_held(stage: str, config: Any, source: Source) -> tuple[int, int]:
     return 1, 1
 
 
-def resident_bytes(stage: str, config: Any, source: Source, shapes: Shapes, width: int) -> ResidentBytes:
+def resident_bytes(stage: str, config: Any, source: ModelRef, shapes: Shapes, width: int) -> ResidentBytes:
     """Adapters in fp32, and of those that are trained the gradient and both moments."""
     size, _ = adapter_size(config, source, shapes.linear)
     held, trained = adapters_held(stage, config, source)
@@ -119,7 +119,7 @@ def largest_pass(config: Any, work: Work, tokens: int) -> int:
     return max((sum(longest[i] for i in rows) for rows in cut), default=0)
 
 
-def choose_passes(config: Any, work: Work, source: Source, shapes: Shapes, free: float | None) -> PassPlan:
+def choose_passes(config: Any, work: Work, source: ModelRef, shapes: Shapes, free: float | None) -> PassPlan:
     """How passes are run where so many bytes are free beside the base; None: as many as wanted.
 
     Only the cut of a batch and what is recomputed depend on it, and so results only by rounding. Activations are
@@ -147,7 +147,7 @@ def choose_passes(config: Any, work: Work, source: Source, shapes: Shapes, free:
     return PassPlan(checkpointing, max(1, min(default, fit)))
 
 
-def rollout_rows(config: Any, work: Work, source: Source, shapes: Shapes, free: float | None) -> int | str:
+def rollout_rows(config: Any, work: Work, source: ModelRef, shapes: Shapes, free: float | None) -> int | str:
     """Responses sampled side by side: as asked for, or fewer where `auto` would not fit into the free bytes."""
     if free is None or config.rollout_batch_size != AUTO:
         return config.rollout_batch_size
@@ -174,7 +174,7 @@ def rollout_bytes(shapes: Shapes, width: int, work: Work, *, on_cuda: bool = Fal
 def memory_by_part(
     config: Any,
     work: Work,
-    source: Source,
+    source: ModelRef,
     shapes: Shapes,
     *,
     passes: PassPlan | None = None,
@@ -218,14 +218,14 @@ def peak_of(parts: dict[str, float]) -> float:
 def memory_text(stage: str, config: Any, tokens: int) -> str:
     """The same estimate in a line, for a pass over one row of so many tokens."""
     known = ("sft", "reward", "ppo", "dpo")
-    source = open_source(config.model, stages=known, what="--model", trust_remote_code=config.trust_remote_code)
+    source = open_model(config.model, stages=known, what="--model", trust_remote_code=config.trust_remote_code)
     parts = memory_by_part(
         config, Work(stage, [tokens]), source, source_shapes(source, config.load_in_4bit), tokens=tokens
     )
     return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
 
 
-def plan_result(config: Any, source: Source, work: Work, total: int, left_out: dict[str, int]) -> Result:
+def plan_result(config: Any, source: ModelRef, work: Work, total: int, left_out: dict[str, int]) -> Result:
     """The plan of a stage that was resolved and checked but will not train."""
     device = pick_device(config.device)
     width = pick_dtype(config.dtype, device).itemsize

@@ -21,7 +21,7 @@ from stages.models.coverage import measure_coverage, sample_texts
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
 from stages.models.roles import Roles, save_adapter
-from stages.models.source import Source
+from stages.models.source import ModelRef
 from stages.models.tokens import Text, TokenRow, load_text
 from stages.results import Reporter
 from stages.training.comparing import TokenComparison
@@ -36,7 +36,7 @@ Row = TypeVar("Row")
 Out = TypeVar("Out")
 
 
-def open_text(source: Source, config: Any, reporter: Reporter | None = None) -> Text:
+def open_text(source: ModelRef, config: Any, reporter: Reporter | None = None) -> Text:
     """The tokenizer of a source, with the chat template that the config asks for; odd ones are warned of.
 
     Raises CheckpointError where a checkpoint's stop tokens are none of the vocabulary.
@@ -105,14 +105,14 @@ def check_coverage(text: Text, rows: list, reporter: Reporter, *, what: str) -> 
     return cause
 
 
-def context_limit(wanted: int, source: Source, reporter: Reporter) -> int:
+def context_limit(wanted: int, source: ModelRef, reporter: Reporter) -> int:
     """Longest row in tokens: what was asked for, or what the base's context allows."""
     if wanted > source.context:
         reporter.note(f"the base attends over {source.context} tokens; max_tokens is {source.context}")
     return min(wanted, source.context)
 
 
-def open_base(source: Source, config: Any, text: Text) -> tuple[Base, Ranks]:
+def open_base(source: ModelRef, config: Any, text: Text) -> tuple[Base, Ranks]:
     """Load the base on the configured device and find this process's rank.
 
     Raises ModelError where the tokenizer has tokens that the base has no embedding for.
@@ -136,7 +136,7 @@ def open_base(source: Source, config: Any, text: Text) -> tuple[Base, Ranks]:
     return base, Ranks(device)
 
 
-def open_for_training(source: Source, config: Any, text: Text, work: Work, reporter: Reporter) -> tuple[Base, Ranks]:
+def open_for_training(source: ModelRef, config: Any, text: Text, work: Work, reporter: Reporter) -> tuple[Base, Ranks]:
     """`open_base`, and passes of the size that the plan of `work` finds room for beside it.
 
     Raises ModelError for a base whose adapters could not be saved in the end.
@@ -178,7 +178,7 @@ def publish_checkpoint(
     adapter: Adapter,
     head: ScalarHead | None = None,
     critic: tuple[Adapter | None, ScalarHead] | None = None,
-    parents: list[tuple[str, Source]],
+    parents: list[tuple[str, ModelRef]],
     datasets: dict[str, Rows],
     metrics: dict[str, Any],
     lines: list[dict[str, float]],
@@ -206,7 +206,7 @@ def publish_checkpoint(
     rates = {w: sum(line.get(w, 0) for line in steps) / max(seconds, 1e-9) for w in ("tokens", "samples")}
     manifest = Manifest(
         stage=stage,
-        base=base.source.reference,
+        base=base.source.base_ref,
         parents=tuple(
             Parent(role, str(s.folder.resolve()), s.manifest.stage, checkpoint_digest(s.folder))
             for role, s in parents

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.models.base import load_base
-from stages.models.source import open_source
+from stages.models.source import open_model
 from stages.training import passes
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -39,7 +39,7 @@ def opened(device, model_folder):
     """`opened("llama", dtype=torch.bfloat16)`: a loaded base of a small random model on the device."""
 
     def get(architecture: str = "llama", *, dtype: torch.dtype = torch.float32, four_bit: bool = False, **options):
-        source = open_source(str(model_folder(architecture, **options)), stages=(), what="--model")
+        source = open_model(str(model_folder(architecture, **options)), stages=(), what="--model")
         return load_base(source, device=device, dtype=dtype, four_bit=four_bit)
 
     return get
