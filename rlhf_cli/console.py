@@ -54,7 +54,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[Reporter]:
-    """The `Report` of one command: a `Console` on rank 0, silence elsewhere; an open phase is closed at the end."""
+    """The `Reporter` of one command: a `Console` on rank 0, silence elsewhere; an open phase is closed at the end."""
     if rank():
         yield Silent()
         return
@@ -113,7 +113,7 @@ class Phase:
 
 
 class Console:
-    """A `Report` on a stream; phases may nest (an evaluation inside training)."""
+    """A `Reporter` on a stream; phases may nest (an evaluation inside training)."""
 
     def __init__(self, stream: TextIO, *, live: bool, clock: Callable[[], float] = time.monotonic):
         self.stream, self.live, self.clock = stream, live, clock

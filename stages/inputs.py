@@ -31,7 +31,7 @@ from stages.files import rows as files
 from stages.files.atomic import read_json, read_text
 from stages.files.manifest import locate
 from stages.files.plot import MARK
-from stages.files.rows import Rows
+from stages.files.rows import Dataset
 from stages.files.run import Run, open_run
 from stages.files.splits import SPLIT, held_out_everywhere, is_held_out, shared_prompts, split_held_out
 from stages.launch import read_launch
@@ -52,13 +52,13 @@ class Inputs:
     """Everything a stage needs from disk; what a stage has no use for is empty."""
 
     source: ModelRef
-    data: Rows | None = None
+    data: Dataset | None = None
     train: list = field(default_factory=list)
     held_out: list = field(default_factory=list)  # at most eval_limit
     run: Run | None = None  # the output folder of a training stage
     rewards: list[RewardSpec] = field(default_factory=list)
     gold: list[RewardSpec] = field(default_factory=list)
-    demonstrations: Rows | None = None
+    demonstrations: Dataset | None = None
     against: ModelRef | None = None
     reference: ModelRef | None = None
     also: list[Candidate] = field(default_factory=list)  # measured beside `source`
@@ -153,7 +153,7 @@ def dpo_inputs(config: DpoConfig, overwrite: bool) -> Inputs:
     return found
 
 
-def _refuse_idle_ratings(config: RewardConfig | DpoConfig, data: Rows) -> None:
+def _refuse_idle_ratings(config: RewardConfig | DpoConfig, data: Dataset) -> None:
     """Raise ConfigError for a knob of ratings where there are none."""
     for name in ("rating_threshold", "normalise_raters"):
         if getattr(config, name) and data.kind != "rating":
@@ -384,7 +384,7 @@ def parent_of(source: ModelRef, trusted: bool = False) -> ModelRef:
 
 
 def _reader(read: Any, config: Any, **more: Any) -> Any:
-    def opened(name: str) -> Rows:
+    def opened(name: str) -> Dataset:
         return read(name, map=config.map, skip_bad_rows=config.skip_bad_rows, limit_rows=config.limit_rows, **more)
 
     return opened
@@ -483,7 +483,7 @@ def _parents_split(config: TrainingKnobs, parents: list[ModelRef | None]) -> tup
     return tuple(found)
 
 
-def _left_out(data: Rows) -> tuple[str, ...]:
+def _left_out(data: Dataset) -> tuple[str, ...]:
     if not data.skipped:
         return ()
     return (f"{data.skipped} rows of {data.source} cannot be used and were dropped; {data.problems[0]}",)

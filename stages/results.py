@@ -48,7 +48,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A `Report` that says nothing."""
+    """A `Reporter` that says nothing."""
 
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...

@@ -206,7 +206,7 @@ def test_a_full_disk_under_safetensors_is_explained(tmp_path):
 
     with pytest.raises(OutputError, match="No space left on device"), atomic.folder(tmp_path / "x"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with pytest.raises(SafetensorError, match="something else"), atomic.explained(tmp_path):
+    with pytest.raises(SafetensorError, match="something else"), atomic.raising_output_errors(tmp_path):
         raise SafetensorError("something else")
 
 

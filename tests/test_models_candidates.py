@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from stages.errors import CheckpointError
-from stages.files.states import State, states_in, write_state
+from stages.files.states import ResumeState, states_in, write_state
 from stages.models.candidates import labels_of, open_candidates
 from tests.commands import SMALL, rlhf
 
@@ -87,14 +87,14 @@ def test_a_state_of_another_shape_is_refused(mine, open_tiny):
 
 def test_weights_that_are_ahead_of_their_logs_are_a_step_later(mine):
     run = json.loads((mine / "run.json").read_text())["id"]
-    write_state(mine / "state" / "step-000005", run, State(5, {}, {"ahead": {"loss": 1.0}}, {}))
+    write_state(mine / "state" / "step-000005", run, ResumeState(5, {}, {"ahead": {"loss": 1.0}}, {}))
     assert opened(mine / "state")[-1].step == 6
 
 
 def test_what_is_wrong_with_a_state_is_said(mine):
     assert "`sft` run" in said(mine / "state", ("reward",))
     record = (mine / "run.json").read_text()
-    write_state(mine / "state" / "step-000003", "somebody", State(3, {}, {}, {}))
+    write_state(mine / "state" / "step-000003", "somebody", ResumeState(3, {}, {}, {}))
     assert "saved by an earlier run" in said(mine / "state" / "step-000003")
     (mine / "run.json").write_text(record.replace('"model": "', '"model": "x', 1))
     with pytest.raises(Exception, match="does not exist"):

@@ -9,7 +9,7 @@ import torch
 
 from stages.errors import DatasetError, ModelError
 from stages.files.manifest import read_manifest
-from stages.files.rows import Rows
+from stages.files.rows import Dataset
 from stages.files.run import open_run
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, head_of
@@ -160,7 +160,7 @@ def test_optimisers_have_the_configs_constants(open_tiny):
 
 @pytest.fixture
 def published(open_tiny, model_folder, tmp_path):
-    """A PPO-like checkpoint written by `publish`: its folder, the roles in memory, and the manifest."""
+    """A PPO-like checkpoint written by `publish_checkpoint`: its folder, the roles in memory, and the manifest."""
     base = open_tiny("llama", chat=True)
     text = open_tiny_text(model_folder("llama", chat=True))
     roles = Roles(base)
@@ -180,7 +180,7 @@ def published(open_tiny, model_folder, tmp_path):
     publish_checkpoint(
         run, "ppo", config, roles, text,
         adapter=roles.adapters["policy"], critic=(roles.adapters["critic"], roles.heads["critic"]),
-        parents=[("model", base.source)], datasets={"train": Rows([1, 2, 3], "prompt", "p.jsonl", "d1", 0, [])},
+        parents=[("model", base.source)], datasets={"train": Dataset([1, 2, 3], "prompt", "p.jsonl", "d1", 0, [])},
         metrics={"loss": 1.5}, lines=lines,
     )  # fmt: skip
     return folder, roles, read_manifest(folder)

@@ -38,7 +38,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 
 @contextlib.contextmanager
-def explained(path: str | Path) -> Iterator[None]:
+def raising_output_errors(path: str | Path) -> Iterator[None]:
     """Turn whatever the system says while `path` is written into an OutputError; also for safetensors' own writes."""
     try:
         yield
@@ -134,7 +134,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise OutputError("not a plain file", where=str(path), fix="choose another name to write to")
     make_folder(target.parent)
     temp = _sibling(target, TEMP)
-    with explained(path):
+    with raising_output_errors(path):
         try:
             _write_new(temp, data)
             os.replace(temp, target)
@@ -176,7 +176,7 @@ def _finite(value: object) -> object:
 
 def append_text(path: str | Path, text: str) -> None:
     """Append to a log, never through a link; what a full disk took only part of is taken back. Raises OutputError."""
-    with explained(path):
+    with raising_output_errors(path):
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         try:
             size = os.fstat(log).st_size
@@ -192,7 +192,7 @@ def append_text(path: str | Path, text: str) -> None:
 
 def truncate(path: str | Path, size: int) -> None:
     """Cut a file to `size` bytes, durably. Raises OutputError."""
-    with explained(path):
+    with raising_output_errors(path):
         log = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
         try:
             os.ftruncate(log, size)
@@ -204,7 +204,7 @@ def truncate(path: str | Path, size: int) -> None:
 def remove(path: str | Path) -> None:
     """Remove a file, or a folder with all that is in it (at once, for a reader), if it is there. Raises OutputError."""
     path = Path(path)
-    with explained(path):
+    with raising_output_errors(path):
         if path.is_dir() and not path.is_symlink():
             temp = _sibling(path, TEMP)
             os.rename(path, temp)
@@ -216,7 +216,7 @@ def remove(path: str | Path) -> None:
 
 def sync(path: str | Path) -> None:
     """Have a file or a folder reach the disk before anything that follows. Raises OutputError."""
-    with explained(path):
+    with raising_output_errors(path):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -262,7 +262,7 @@ def make_folder(path: str | Path) -> None:
     if path.exists():
         raise _output_error(path, errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     make_folder(path.parent)
-    with explained(path):
+    with raising_output_errors(path):
         os.makedirs(path, exist_ok=True)  # somebody else may have made it meanwhile
     sync(path.parent)
 
@@ -280,12 +280,12 @@ def folder(path: str | Path) -> Iterator[Path]:
     make_folder(target.parent)
     temp = _sibling(target, TEMP)
     try:
-        with explained(path):
+        with raising_output_errors(path):
             os.mkdir(temp)
         with _explained_inside(temp, path):
             yield temp
         _sync_tree(temp)
-        with explained(path):
+        with raising_output_errors(path):
             _put_in_place(temp, target)
     except BaseException:
         _discard(temp)
@@ -302,12 +302,12 @@ def filling(where: str | Path) -> Iterator[Path]:
     make_folder(where)
     temp = _sibling(where / "files", TEMP)
     try:
-        with explained(where):
+        with raising_output_errors(where):
             os.mkdir(temp)
         with _explained_inside(temp, where):
             yield temp
         _sync_tree(temp)
-        with explained(where):
+        with raising_output_errors(where):
             for name in sorted(os.listdir(temp)):
                 os.replace(temp / name, where / name)
         sync(where)
@@ -362,7 +362,7 @@ def clear_leftovers(where: str | Path, of: str | None = None) -> None:
     where = Path(where)
     if not where.is_dir():
         return
-    with explained(where):
+    with raising_output_errors(where):
         for name in sorted(os.listdir(where)):
             match = _LEFTOVER.fullmatch(name)
             if match is None or of not in (None, match[2]):
@@ -400,7 +400,7 @@ def lock(path: str | Path) -> int | None:
     Returns None where the file system has no locks. Raises OutputError naming the process that holds it.
     """
     for _ in range(5):
-        with explained(path):
+        with raising_output_errors(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 if _flock(handle, fcntl.LOCK_EX) and _same_file(handle, path):

@@ -31,7 +31,7 @@ class BaseRef:
     name: str  # hub id, or the folder as it was given
     path: str | None  # absolute folder; None for a hub id
     digest: str  # identity.base_digest
-    relative: str | None = None  # the same folder seen from the checkpoint; `publish` fills it in
+    relative: str | None = None  # the same folder seen from the checkpoint; `write_manifest` fills it in
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything checkpoint.json says; `publish` fills in `files` and `created`, reading it `folder`."""
+    """Everything checkpoint.json says; `write_manifest` fills in `files` and `created`, reading it `folder`."""
 
     stage: str
     base: BaseRef

@@ -23,7 +23,7 @@ from stages.files.sources import (
 )
 
 __all__ = [
-    "Comparison", "Content", "Demonstration", "Message", "Pair", "Prompt", "Rows",
+    "Comparison", "Content", "Demonstration", "Message", "Pair", "Prompt", "Dataset",
     "detect_kind", "read_comparisons", "read_demonstrations", "read_prompts",
 ]  # fmt: skip
 
@@ -52,7 +52,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Dataset:
     """The usable rows of a dataset, all of one kind."""
 
     rows: list
@@ -184,7 +184,7 @@ ALIASES = {
 
 def read_demonstrations(
     source: str, *, map: Mapping[str, str] | None = None, skip_bad_rows: bool = False, limit_rows: int | None = None
-) -> Rows:
+) -> Dataset:
     """Read a dataset for SFT: `Demonstration` rows. Raises DatasetError."""
     found = _load(source, map, skip_bad_rows)
     return _read(found, DEMONSTRATIONS, skip_bad_rows, limit_rows)
@@ -192,7 +192,7 @@ def read_demonstrations(
 
 def read_prompts(
     source: str, *, map: Mapping[str, str] | None = None, skip_bad_rows: bool = False, limit_rows: int | None = None
-) -> Rows:
+) -> Dataset:
     """Read a dataset of prompts: `Prompt` rows. Raises DatasetError."""
     found = _load(source, map, skip_bad_rows)
     return _read(found, PROMPTS, skip_bad_rows, limit_rows)
@@ -206,7 +206,7 @@ def read_comparisons(
     limit_rows: int | None = None,
     rating_threshold: float = 0.0,
     normalise_raters: bool = False,
-) -> Rows:
+) -> Dataset:
     """Read a dataset of preferences: `Comparison` rows, of which ratings give one per prompt. Raises DatasetError."""
     found = _load(source, map, skip_bad_rows)
     if _choose_format(found, COMPARISONS, skip_bad_rows).kind == "comparison":
@@ -223,7 +223,7 @@ def read_comparisons(
         )
     problems = (rated.problems + ties)[:PROBLEMS_KEPT]
     agreement = comparisons.annotator_agreement(ratings, rating_threshold)
-    return Rows(usable[:limit_rows], "rating", source, found.digest, rated.skipped + len(ties), problems, agreement)
+    return Dataset(usable[:limit_rows], "rating", source, found.digest, rated.skipped + len(ties), problems, agreement)
 
 
 def detect_kind(source: str, *, map: Mapping[str, str] | None = None) -> str:
@@ -234,7 +234,7 @@ def detect_kind(source: str, *, map: Mapping[str, str] | None = None) -> str:
     return _choose_format(_load(source, map, False), COMPARISONS + DEMONSTRATIONS + PROMPTS, False).kind
 
 
-def _read(found: RawDataset, formats: Sequence[Format], skip_bad_rows: bool, limit_rows: int | None) -> Rows:
+def _read(found: RawDataset, formats: Sequence[Format], skip_bad_rows: bool, limit_rows: int | None) -> Dataset:
     chosen = _choose_format(found, formats, skip_bad_rows)
     usable: list = []
     problems = list(found.problems)
@@ -253,7 +253,7 @@ def _read(found: RawDataset, formats: Sequence[Format], skip_bad_rows: bool, lim
             where=found.name,
             fix=f"{chosen.kind} rows were expected with {listed(chosen.columns)}; correct them, or see --map",
         )
-    return Rows(usable, chosen.kind, found.name, found.digest, len(problems), problems[:PROBLEMS_KEPT])
+    return Dataset(usable, chosen.kind, found.name, found.digest, len(problems), problems[:PROBLEMS_KEPT])
 
 
 def _load(source: str, map: Mapping[str, str] | None, skip_bad_rows: bool) -> RawDataset:

@@ -30,7 +30,7 @@ from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest, write_manifest
 from stages.files.splits import SPLIT
-from stages.files.states import STATE, State, owner_of, read_about, read_state, states_in, step_of, write_state
+from stages.files.states import STATE, ResumeState, owner_of, read_about, read_state, states_in, step_of, write_state
 from stages.places import absolute
 
 if typing.TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Run:
         atomic.make_folder(self.folder)
         self._take_lock()
         try:
-            _judge(self)  # again, now that nobody else can change it
+            _inspect_folder(self)  # again, now that nobody else can change it
             if self.finished:
                 raise OutputError(
                     "another process has just finished this run", where=str(self.folder), fix="run the command again"
@@ -133,7 +133,7 @@ class Run:
     def finish(self, manifest: Manifest, files: list[str]) -> Manifest | None:
         """Publish the checkpoint (`config` and `inputs` are the run's own), then remove what only a run needs.
 
-        Returns the manifest as stored; raises what `manifest.publish` raises.
+        Returns the manifest as stored; raises what `manifest.write_manifest` raises.
         """
         if not self.writer:
             return None
@@ -212,11 +212,11 @@ class Run:
             if path.exists():
                 atomic.sync(path)
             sizes[path.name] = path.stat().st_size if path.exists() else 0
-        write_state(self.folder / STATE / f"step-{step:06d}", self._id(), State(step, tensors, facts, sizes))
+        write_state(self.folder / STATE / f"step-{step:06d}", self._id(), ResumeState(step, tensors, facts, sizes))
         for old in self._states()[getattr(self.config, "keep_states", 2) :]:
             atomic.remove(old)
 
-    def latest_state(self) -> State | None:
+    def latest_state(self) -> ResumeState | None:
         """The newest sound state of this run, or None; a damaged one is passed over with a line in `warnings`."""
         for place in self._own_states():
             try:
@@ -225,7 +225,7 @@ class Run:
                 self.warnings.append(f"{place} is damaged and was passed over ({error.what})")
         return None
 
-    def resume(self) -> State | None:
+    def resume(self) -> ResumeState | None:
         """The state to go on from (None: from the start), with the logs cut back to it so that a step stands once."""
         state = self.latest_state()
         if not self.writer:
@@ -286,7 +286,7 @@ def open_run(
     folder = place if describe_special(place) else Path(os.path.realpath(place))
     run = Run(folder, stage, config, dict(inputs), overwrite=overwrite, writer=writer)
     _refuse_inside_a_run(folder)
-    _judge(run)
+    _inspect_folder(run)
     if writer and not run.finished:
         atomic.check_lock(run.folder / LOCK)
     return run
@@ -312,7 +312,7 @@ def write_config(run: Run, config: object) -> None:
         atomic.write_text(run.folder / CONFIG, text)
 
 
-def _judge(run: Run) -> None:
+def _inspect_folder(run: Run) -> None:
     """Set a run's `manifest` and `resuming` by what its folder holds. Raises as `open_run` does."""
     run.manifest, run.resuming, run.amending, run.extending = None, False, False, False
     if not _entries(run.folder):
@@ -331,7 +331,7 @@ def _judge(run: Run) -> None:
     try:
         _check_record(run.folder, MANIFEST if finished else RUN, found)
         run.extending = _goes_further(run, found)
-        if run.extending or (not finished and _mends_functions(run, found)):
+        if run.extending or (not finished and _changes_reward_code_only(run, found)):
             _same_split(run, found)
             run.resuming = run.amending = True
             if finished:
@@ -441,7 +441,7 @@ def _newest_is_sound(run: Run) -> bool:
     return False
 
 
-def _mends_functions(run: Run, found: dict[str, typing.Any]) -> bool:
+def _changes_reward_code_only(run: Run, found: dict[str, typing.Any]) -> bool:
     """True where a folder's run is this one but for the content of Python files that score; says so in `warnings`."""
     old = found.get("inputs", {})
     mended = {n for n in run.inputs if n.startswith("reward ") and ".py" in n and old.get(n, "") != run.inputs[n]}
@@ -559,7 +559,7 @@ def _check_writable(folder: Path) -> None:
     place = Path(os.path.abspath(folder))
     while not os.path.lexists(place):
         place = place.parent
-    with atomic.explained(folder):
+    with atomic.raising_output_errors(folder):
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
         if not os.access(place, os.W_OK | os.X_OK):

@@ -28,7 +28,7 @@ AHEAD = "ahead"  # among the facts: numbers of an update that the weights have b
 
 
 @dataclass(frozen=True)
-class State:
+class ResumeState:
     """What a resumed run goes on from."""
 
     step: int
@@ -60,7 +60,7 @@ def _read(path: Path) -> typing.Any:
     return json.loads(atomic.read_text(path))
 
 
-def write_state(place: Path, run: object, state: State) -> None:
+def write_state(place: Path, run: object, state: ResumeState) -> None:
     """Write a state of the run with this id, whole or not at all. Raises OutputError."""
     with atomic.folder(place) as temporary:
         save_tensors(temporary / TENSORS, state.tensors)
@@ -95,10 +95,10 @@ def read_about(place: Path) -> dict[str, typing.Any]:
         raise CheckpointError(f"{ABOUT} is not what was saved", where=str(place)) from None
 
 
-def read_state(place: Path) -> State:
+def read_state(place: Path) -> ResumeState:
     """Read a state and check every byte of it. Raises CheckpointError."""
     about = read_about(place)
-    return State(about["step"], load_tensors(place / TENSORS), about["facts"], about["sizes"])
+    return ResumeState(about["step"], load_tensors(place / TENSORS), about["facts"], about["sizes"])
 
 
 def _are_sizes(value: object) -> bool:

@@ -83,7 +83,7 @@ def model_scores(
     ended: Tensor,
     micro_batch_size: int | str,
 ) -> Tensor:
-    """Scores (B,) fp32 on the CPU of a reward model's role, for the arguments of `Rewards.score`."""
+    """Scores (B,) fp32 on the CPU of a reward model's role, for the arguments of `RewardSources.score`."""
     whole = []
     for prompt, response, done in zip(prompts, responses, ended.tolist(), strict=True):
         closed = torch.cat([response[:-1], torch.tensor([prompt.end_id])]) if done else response

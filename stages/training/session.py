@@ -13,7 +13,7 @@ from stages.config import as_dict
 from stages.errors import CheckpointError, DatasetError, ModelError
 from stages.files import atomic
 from stages.files.manifest import MANIFEST, Manifest, Parent, checkpoint_digest, versions
-from stages.files.rows import Rows
+from stages.files.rows import Dataset
 from stages.files.run import Run, write_config
 from stages.models.base import Base, load_base, stop_ids_of
 from stages.models.checks import check_config
@@ -179,7 +179,7 @@ def publish_checkpoint(
     head: ScalarHead | None = None,
     critic: tuple[Adapter | None, ScalarHead] | None = None,
     parents: list[tuple[str, ModelRef]],
-    datasets: dict[str, Rows],
+    datasets: dict[str, Dataset],
     metrics: dict[str, Any],
     lines: list[dict[str, float]],
     extra_files: tuple[str, ...] = (),
