@@ -62,7 +62,7 @@ def test_a_base_folder(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     relative = open_ref("base")
     assert relative.base_name == str(folder) and relative.base_digest == source.base_digest
-    assert relative.reference.path == str(folder)
+    assert relative.base_ref.path == str(folder)
 
 
 def test_a_checkpoint_brings_its_base(folder, checkpoint):

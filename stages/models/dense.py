@@ -19,7 +19,7 @@ def mask_of(before: int, length: int, window: int | None, group: int) -> Tensor:
     """What is added to the logits of `length` queries that follow `before` others, (group x length, before + length).
 
     0 or -inf: a token sees those before it, `window` of them with itself at most. Each query stands `group` times, once
-    for every head that shares its keys. before + length is at most `LONGEST`.
+    for every head that shares its keys. before + length is at most `LONGEST_DENSE`.
     """
     end = before + length
     return _whole_mask(window, group)[before * group : end * group, :end]
@@ -27,7 +27,7 @@ def mask_of(before: int, length: int, window: int | None, group: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _whole_mask(window: int | None, group: int) -> Tensor:
-    """The mask of `LONGEST` tokens, (group x LONGEST, LONGEST); those of all shorter pieces are corners of it."""
+    """The mask of `LONGEST_DENSE` tokens, (group x LONGEST_DENSE, LONGEST_DENSE); those of all shorter pieces are corners of it."""
     back = torch.arange(LONGEST_DENSE)[:, None] - torch.arange(LONGEST_DENSE)
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
     return torch.where(seen, 0.0, float("-inf")).repeat_interleave(group, dim=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 FP32, FP64 = 4, 8
 FOUR_BIT = 0.5 + 1 / 64 + FP32 / (64 * 256)  # a weight in NF4: half a byte, and the scales of the scales of 64 weights
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "shared")
-DENSE = 384  # as LONGEST in stages/models/dense.py
+DENSE = 384  # as LONGEST_DENSE in stages/models/dense.py
 LOGITS_AT_ONCE = 2**25  # as in stages/models/forward.py
 NATIVE = ("llama", "mistral", "qwen2", "qwen3")  # as in stages/models/native.py, which takes torch to import
 NAMES = {  # what configs call the same thing

@@ -38,9 +38,9 @@ class Verdict:
 
 
 def reach_verdict(report: dict[str, Any]) -> Verdict:
-    """The verdict on a report: numbers as `comparing.build_comparison_report` makes them, and what the reward stage adds.
+    """The verdict on a report: that of `build_comparison_report`, and what the reward stage adds.
 
-    no-go: at least ENOUGH held-out pairs of ENOUGH_PROMPTS prompts, and the 95 % interval of the accuracy includes a
+    no-go: at least MIN_PAIRS held-out pairs of MIN_PROMPTS prompts, and the 95 % interval of the accuracy includes a
     half or lies below. unknown: fewer. caution: anything else that speaks against it. go: nothing does.
     """
     notes = tuple(_notes(report))
