@@ -27,7 +27,7 @@ def mask_of(before: int, length: int, window: int | None, group: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _whole_mask(window: int | None, group: int) -> Tensor:
-    """The mask of `LONGEST_DENSE` tokens, (group x LONGEST_DENSE, LONGEST_DENSE); those of all shorter pieces are corners of it."""
+    """The mask of `LONGEST_DENSE` tokens, as (heads x keys, keys); those of all shorter pieces are corners of it."""
     back = torch.arange(LONGEST_DENSE)[:, None] - torch.arange(LONGEST_DENSE)
     seen = back >= 0 if window is None else (back >= 0) & (back < window)
     return torch.where(seen, 0.0, float("-inf")).repeat_interleave(group, dim=0)
