@@ -306,7 +306,7 @@ def test_any_config_of_a_base_is_read_or_refused(model_folder, place, data, name
     try:
         found = answers(lambda: open_model(str(folder), stages=(), what="--model"))
         if not isinstance(found, UserError):
-            answers(lambda: (found.context, found.digest, found.reference, stop_ids_of(found)))
+            answers(lambda: (found.context, found.digest, found.base_ref, stop_ids_of(found)))
     finally:
         (folder / name).write_bytes(before)
 

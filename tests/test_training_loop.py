@@ -42,7 +42,7 @@ class Notes(Silent):
         self.steps.append(step)
 
 
-def run_it(folder, *, total=6, at=None, evaluated_at=None, report=None, **knobs):
+def run_it(folder, *, total=6, at=None, evaluated_at=None, reporter=None, **knobs):
     """Train a weight on a gradient that depends on the step; `at[step]()` runs inside that update."""
     config = sft_config(output=str(folder), **{"save_every": 2, "eval_every": 3, **knobs})
     run = open_run(folder, "sft", config, {})
@@ -63,8 +63,8 @@ def run_it(folder, *, total=6, at=None, evaluated_at=None, report=None, **knobs)
         return {"eval_loss": 100.0 - step}
 
     try:
-        report = report or Notes()
-        train(run, report, RANKS, progress, config, title="sft", total=total, update=update, evaluate=evaluate)
+        reporter = reporter or Notes()
+        train(run, reporter, RANKS, progress, config, title="sft", total=total, update=update, evaluate=evaluate)
     finally:
         run.release()
     return weight.detach().clone(), updated, evaluated, run
@@ -190,7 +190,7 @@ def test_state_is_weights_moments_counts_and_facts():
     assert all(torch.equal(again.tensors()[name], tensors[name]) for name in tensors)
 
 
-def run_of_two_steps(folder, *, between=lambda: None, report=None, total=4):
+def run_of_two_steps(folder, *, between=lambda: None, reporter=None, total=4):
     """Train with two optimiser steps an update; `between()` runs in update 2, after the first of them."""
     config = sft_config(output=str(folder), save_every=2, eval_every=None)
     run = open_run(folder, "sft", config, {})
@@ -206,8 +206,8 @@ def run_of_two_steps(folder, *, between=lambda: None, report=None, total=4):
         return {"loss": float(step)}
 
     try:
-        report = report or Notes()
-        train(run, report, RANKS, progress, config, title="sft", total=total, update=update, evaluate=lambda step: {})
+        reporter = reporter or Notes()
+        train(run, reporter, RANKS, progress, config, title="sft", total=total, update=update, evaluate=lambda step: {})
     finally:
         run.release()
     return weight.detach().clone()
