@@ -93,7 +93,7 @@ def test_kl_of_short_responses_is_warned_of_before_it_stops(run):
 
 def test_negative_kl_where_another_policy_is_sampled_from(run, monkeypatch):
     """A planted defect: responses come from the reference, so that the k1 estimate is -KL(reference, policy)."""
-    real = ppo.roll_out
+    real = ppo.sample_rollout
     monkeypatch.setattr(ppo, "sample_rollout", lambda roles, role, *rest, **how: real(roles, "reference", *rest, **how))
     ended, lines = run("vowels", *WILD, "--max-steps", 8)
     assert "negative 5 times in a row" in warned(ended, "negative-kl")
