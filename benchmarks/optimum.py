@@ -213,7 +213,7 @@ class Problem:
 def open_roles(model: Path, task: Task):
     """The base of a folder with the adapter that `rlhf ppo` starts from there, or ended with; and encoded prompts."""
     from stages.models.base import load_base
-    from stages.models.roles import Roles, adapter_of, start_adapter
+    from stages.models.roles import Roles, adapter_of, new_adapter
     from stages.models.source import open_model
     from stages.training.seeds import derive
 
@@ -221,7 +221,7 @@ def open_roles(model: Path, task: Task):
     base = load_base(source, device=torch.device("cpu"), dtype=torch.float32)
     roles = Roles(base)
     if source.manifest is None:
-        adapter = start_adapter(base, source, RANK, None, [], derive(SEED, "ppo", "adapter"))
+        adapter = new_adapter(base, RANK, None, [], derive(SEED, "ppo", "adapter"))
     else:
         adapter = adapter_of(base, source, trainable=False)
     roles.add("policy", adapter)

@@ -62,6 +62,7 @@ REQUIRED = dataclasses.MISSING
 MODEL, DATA, OUTPUT, TRAINING, OPTIMISER, LORA = "Model", "Data", "Output", "Training", "Optimiser", "LoRA"
 ROLLOUT, REWARD, PPO, EVALUATION, DEVICE = "Rollout", "Reward", "PPO", "Evaluation", "Device"
 PREFERENCE = "Preference"
+LORA_TYPES = ("lora", "rslora", "dora")
 KTO = "use --loss kto"
 Idle = tuple[tuple[str, ...], str, str]  # knobs without effect, why, and what would give them one
 
@@ -161,6 +162,14 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
         None, "scale of the adapters is alpha / rank", LORA, above=0, high=1e6, auto="32, or the checkpoint's"
     )
     lora_targets: list[str] = knob([], "names of the linear layers to adapt", LORA, auto="all but the output layer")
+    lora_type: str | None = knob(
+        None,
+        "lora; rslora divides alpha by the square root of the rank, for large ranks; dora also trains the length of "
+        "each row of the weights, which is slower",
+        LORA,
+        choices=LORA_TYPES,
+        auto="lora, or the checkpoint's",
+    )
 
     def check(self) -> None:
         if self.eval_fraction == 0 and self.eval_every and not self.eval_dataset:
@@ -924,7 +933,7 @@ def check_bounds(value: object, about: Knob, where: str) -> None:
             raise ConfigError(f"`{NONE}` stands alone", where=where, fix=f"give {NONE}, or the conditions to stop on")
         return
     named_value = str(value).lower() if isinstance(value, bool) else value
-    if about.choices and named_value not in about.choices:
+    if about.choices and value is not None and named_value not in about.choices:
         near = difflib.get_close_matches(str(value), about.choices, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         raise ConfigError(

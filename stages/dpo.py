@@ -77,7 +77,7 @@ def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     base, ranks = open_for_training(source, config, text, work, reporter)
     roles = Roles(base)
     seed = derive(config.seed, "dpo", "adapter")
-    adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)
+    adapter = start_adapter(base, source, config, seed)
     roles.add("policy", adapter)
     roles.add("reference", frozen_copy(adapter_of(base, source, trainable=False)))
     progress = open_progress(config, {"policy": roles.parameters("policy")})

@@ -15,7 +15,6 @@ from stages.inputs import Inputs
 from stages.models.base import Base, load_base
 from stages.models.checks import check_finite
 from stages.models.heads import ScalarHead
-from stages.models.lora import merge_and_unwrap
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import scored_template
 from stages.models.tokens import PROBE, Text
@@ -60,7 +59,7 @@ def run(config: ExportConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
             fix="train it again with a lower --learning-rate",
         )
     reporter.note(f"merging the adapter of {source.name} into {source.base_name}")
-    merge_and_unwrap(base.model, base.layers, roles.adapters["merged"])
+    base.lora.merge_and_unload("merged")
     model = base.model.to(wanted) if head is None else as_classifier(base, head, wanted)
     check_finite(model, where="--dtype")  # a merged weight may be larger than the wanted precision has room for
     if head is None:

@@ -36,7 +36,7 @@ from stages.files.run import Run, open_run
 from stages.files.splits import SPLIT, held_out_everywhere, is_held_out, shared_prompts, split_held_out
 from stages.launch import read_launch
 from stages.models.candidates import Candidate, candidate_of, open_candidates
-from stages.models.source import ModelRef, adapter_beside, open_model, read_adapter_shape, same_base
+from stages.models.source import ModelRef, adapter_beside, lora_type_of, open_model, read_adapter_shape, same_base
 from stages.places import absolute
 from stages.results import Result, metrics_table, next_commands
 from stages.rollout.specs import RewardSpec, open_rewards
@@ -134,7 +134,7 @@ def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
 def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
     source = _policy(config, "--model")
     rewards = open_rewards(config.reward, source, trust_remote_code=config.trust_remote_code)
-    _response_fits(config.max_response_tokens, source)
+    _response_fits(config, source)
     more = {f"reward {spec.name}": spec.digest for spec in rewards}
     extra: dict[str, Any] = {"rewards": rewards}
     if config.ptx_dataset:
@@ -177,7 +177,7 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     rewards = open_rewards(config.reward, source, trust_remote_code=trusted)
     gold = open_rewards(config.gold, source, what="--gold", trust_remote_code=trusted)
     if config.max_response_tokens is not None:
-        _response_fits(config.max_response_tokens, source)
+        _response_fits(config, source)
     answers = kind != "demonstration" or bool(rewards or gold)
     if kind != "demonstration":
         _refuse_idle(config, ("mask", "max_tokens"), kind)
@@ -288,7 +288,7 @@ def _with_reference(candidate: Candidate, given: ModelRef | None, trusted: bool)
 
 def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
     source = _policy(config, "--model")
-    _response_fits(config.max_response_tokens, source)
+    _response_fits(config, source)
     _writable_file(config, ".jsonl", RESPONSE_KEYS)
     data = _reader(files.read_prompts, config)(config.dataset)
     return Inputs(source, data, warnings=_left_out(data))
@@ -400,7 +400,7 @@ def _training(
     **more: Any,
 ) -> Inputs:
     """Rows split into training and held-out, and the output folder, for a stage that trains."""
-    _rank_fits(config, source)
+    _adapter_fits(config, source)
     data = read(config.dataset)
     warnings = _left_out(data)
     inputs = {"dataset": data.digest, "model": source.digest, **(more_inputs or {})}
@@ -489,11 +489,17 @@ def _left_out(data: Dataset) -> tuple[str, ...]:
     return (f"{data.skipped} rows of {data.source} cannot be used and were dropped; {data.problems[0]}",)
 
 
-def _rank_fits(config: TrainingKnobs, source: ModelRef) -> None:
-    if source.folder is None or config.lora_rank is None:
+def _adapter_fits(config: TrainingKnobs, source: ModelRef) -> None:
+    if source.folder is None or (config.lora_rank is None and config.lora_type is None):
         return
-    stored, _ = read_adapter_shape(source.folder)
-    if config.lora_rank < stored:
+    stored, _, lora_type = read_adapter_shape(source.folder)
+    if config.lora_type not in (None, lora_type):
+        raise ConfigError(
+            f"lora_type is {config.lora_type}, but the adapter of {source.name} is {lora_type}",
+            where="lora_type",
+            fix="leave lora_type out to go on with that adapter, or start from the base",
+        )
+    if config.lora_rank is not None and config.lora_rank < stored:
         raise ConfigError(
             f"lora_rank {config.lora_rank} is smaller than {stored}, the rank of {source.name}",
             where="lora_rank",
@@ -501,10 +507,15 @@ def _rank_fits(config: TrainingKnobs, source: ModelRef) -> None:
         )
 
 
-def _response_fits(max_response_tokens: int, source: ModelRef) -> None:
-    if max_response_tokens >= source.context:
+def _response_fits(config: Any, source: ModelRef) -> None:
+    tokens = config.max_response_tokens
+    if config.rollout_engine == "native" and lora_type_of(config, source) == "dora":
         raise ModelError(
-            f"responses of {max_response_tokens} tokens leave no room for a prompt in a context of {source.context}",
+            "our own decoder does not cover DoRA adapters", where="rollout_engine", fix="leave --rollout-engine out"
+        )
+    if tokens >= source.context:
+        raise ModelError(
+            f"responses of {tokens} tokens leave no room for a prompt in a context of {source.context}",
             where="--max-response-tokens",
             fix=f"give fewer than {source.context}",
         )

@@ -88,7 +88,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     base, ranks = open_for_training(source, config, text, work, reporter)
     for line in check_engine(base, config.rollout_engine):
         reporter.note(line)
-    at_once = rollout_rows(config, work, source, source_shapes(source, config.load_in_4bit), free_memory(base.device))
+    at_once = rollout_rows(config, work, source, source_shapes(source, config), free_memory(base.device))
     if config.batch_size < ranks.size:
         raise ConfigError(
             f"{config.batch_size} prompts per update are too few for {ranks.size} ranks",
@@ -226,7 +226,7 @@ def open_roles(roles: Roles, config: PpoConfig, inputs: Inputs) -> Roles:
     """Policy and reference start as the same adapter; the critic starts as the reward model."""
     base, source = roles.base, inputs.source
     seed = derive(config.seed, "ppo", "adapter")
-    roles.add("policy", start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed))
+    roles.add("policy", start_adapter(base, source, config, seed))
     roles.add("reference", frozen_copy(adapter_of(base, source, trainable=False)))
     if config.advantage != "gae":
         return roles  # no critic is loaded where none is used

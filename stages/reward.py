@@ -77,7 +77,7 @@ def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     base, ranks = open_for_training(source, config, text, work, reporter)
     roles = Roles(base)
     seed = derive(config.seed, "reward", "adapter")
-    adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)
+    adapter = start_adapter(base, source, config, seed)
     head = start_head(roles, inputs, config.seed)
     roles.add(ROLE, adapter, head)
     progress = open_progress(config, {ROLE: roles.parameters(ROLE)})

@@ -52,7 +52,7 @@ def run(config: SftConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     base, ranks = open_for_training(source, config, text, work, reporter)
     roles = Roles(base)
     seed = derive(config.seed, "sft", "adapter")
-    adapter = start_adapter(base, source, config.lora_rank, config.lora_alpha, config.lora_targets, seed)
+    adapter = start_adapter(base, source, config, seed)
     roles.add("policy", adapter)
     progress = open_progress(config, {"policy": roles.parameters("policy")})
 

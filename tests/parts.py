@@ -14,7 +14,7 @@ from stages.files.comparisons import Pair
 from stages.files.manifest import Manifest, checkpoint_digest, write_manifest
 from stages.models.base import Base
 from stages.models.heads import ScalarHead
-from stages.models.lora import Adapter
+from stages.models.lora import LORA_B, MAGNITUDE, Adapter
 from stages.models.roles import Roles, new_adapter, save_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow, load_text
 from stages.rollout.clipped import ExperienceWithAdvantages, Minibatch
@@ -49,13 +49,23 @@ def targets_from(sequences: list[Tensor], starts: list[int]) -> list[Tensor]:
     return [torch.arange(len(s)) >= start for s, start in zip(sequences, starts, strict=True)]
 
 
-def random_adapter(base: Base, seed: int, *, rank: int = 4, alpha: float = 8.0, targets: tuple[str, ...] = ()):
+def random_adapter(
+    base: Base, seed: int, *, rank: int = 4, alpha: float = 8.0, targets: tuple[str, ...] = (), lora_type: str = "lora"
+) -> Adapter:
     """A trainable adapter whose B is not zero, so that it changes what the base says."""
-    adapter = new_adapter(base, rank, alpha, list(targets), seed)
+    adapter = new_adapter(base, rank, alpha, list(targets), seed, lora_type)
     generator = torch.Generator().manual_seed(seed + 1)
-    for delta in adapter.deltas.values():
-        delta.b.data.copy_(torch.randn(delta.b.shape, generator=generator) * 0.1)
+    for name, weight in adapter.weights.items():
+        if name.endswith(LORA_B):
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+        elif name.endswith(MAGNITUDE):
+            weight.data.mul_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
     return adapter
+
+
+def base_parameters(base: Base) -> list[torch.nn.Parameter]:
+    """The base's own weights, without those of its adapters."""
+    return [p for name, p in base.model.named_parameters() if ".lora_" not in name]
 
 
 def random_head(width: int, seed: int, bias: float = 0.3) -> ScalarHead:

@@ -54,7 +54,8 @@ def test_every_knob_has_help_and_a_panel_and_a_default_within_its_bounds(stage, 
     assert about.help and about.panel and not about.help.endswith(".")
     default = default_of(field)
     if about.choices:
-        assert set(default if isinstance(default, list) else [default]) <= set(about.choices)
+        left_out = {None} if about.auto else set()
+        assert set(default if isinstance(default, list) else [default]) <= set(about.choices) | left_out
     if isinstance(default, (int, float)) and not isinstance(default, bool):
         assert about.low is None or default >= about.low
         assert about.above is None or default > about.above

@@ -254,6 +254,13 @@ def test_a_mistake_in_a_recipe_is_answered_without_torch(tmp_path):
     assert "did you mean `batch_size`?" in ended.stderr
 
 
+def test_only_commands_with_adapters_load_peft(model_folder, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "red"}\n', encoding="utf-8")
+    line = ("sample", "--model", str(model_folder()), "--dataset", str(tmp_path / "p.jsonl"))
+    packages, ended = loaded(*line, "--output", str(tmp_path / "s.jsonl"), "--max-response-tokens", "2")
+    assert ended.returncode == 0 and "transformers" in packages and "peft" not in packages
+
+
 def test_the_report_needs_no_torch(tmp_path):
     packages, ended = loaded("report", str(tmp_path))
     assert ended.returncode == 2 and not packages & HEAVY

@@ -233,14 +233,13 @@ def test_where_neither_ours_nor_the_fused_one_is_right_the_plain_one_runs(model_
 def test_an_adapter_or_a_head_that_is_no_number_is_refused(open_tiny, tmp_path, number):
     opened = open_tiny("llama")
     adapter, head = random_adapter(opened, 1), random_head(opened.width, 2)
-    for path in list(adapter.deltas)[:1]:
-        for weights in (adapter.deltas[path].a, adapter.deltas[path].b):
-            kept = weights.data.clone()
-            weights.data.view(-1)[-1] = number
-            save_adapter(tmp_path, opened, adapter)
-            with pytest.raises(CheckpointError, match=f"weights for {path} are not finite numbers"):
-                adapter_of(opened, opened.source, trainable=False, folder=tmp_path)
-            weights.data.copy_(kept)
+    for weights in list(adapter.parameters())[:2]:
+        kept = weights.data.clone()
+        weights.data.view(-1)[-1] = number
+        save_adapter(tmp_path, opened, adapter)
+        with pytest.raises(CheckpointError, match=f"weights for {adapter.paths[0]} are not finite numbers"):
+            adapter_of(opened, opened.source, trainable=False, folder=tmp_path)
+        weights.data.copy_(kept)
     for tensor in (head.weight, head.bias):
         kept = tensor.data.clone()
         tensor.data.view(-1)[-1] = number
@@ -265,7 +264,7 @@ def test_narrow_layers_that_round_by_where_their_weights_lie_read_back(tmp_path)
 def test_a_base_whose_adapters_do_not_read_back_is_refused_before_training(open_tiny, monkeypatch):
     opened = open_tiny("llama")
     check_adaptable(opened, [])
-    assert all(not layer.deltas for layer in opened.layers.values())
+    assert all(not layer.lora_A for layer in opened.lora.adapted.values())
     name = lora.Adapter.tensors
     swapped = {"q_proj": "o_proj", "o_proj": "q_proj"}
 
@@ -320,8 +319,8 @@ def with_adapter(folder):
     """A base's folder after training in place: a strong adapter of PEFT lies in it."""
     opened = open_folder(folder)
     adapter = random_adapter(opened, 5)
-    for delta in adapter.deltas.values():
-        delta.b.data.mul_(20)
+    for name, weight in adapter.weights.items():
+        weight.data.mul_(20 if name.endswith(lora.LORA_B) else 1)
     save_adapter(folder, opened, adapter)
     return folder
 

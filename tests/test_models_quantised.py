@@ -11,9 +11,9 @@ import torch
 from stages.errors import ConfigError
 from stages.inputs import open_inputs
 from stages.models.base import load_base
-from stages.models.lora import LoraLinear, fresh
+from stages.models.lora import LORA_A
 from stages.models.quantised import is_four_bit
-from stages.models.roles import Roles
+from stages.models.roles import Roles, new_adapter
 from stages.models.source import open_model
 from stages.rollout.generate import check_engine
 from tests.commands import SMALL, demonstrations, done, lines_of, manifest, refused, result, weights, write_data
@@ -70,8 +70,8 @@ def states(base, sequences):
 def test_all_layers_but_the_output_are_in_4_bits(opened, bitsandbytes, dtype):
     base = opened(dtype=dtype)
     assert len(base.layers) == 2 * 7 and base.packs and base.shares
-    assert all(is_four_bit(layer.base) and layer.base.compute_dtype == dtype for layer in base.layers.values())
-    held = sum(layer.base.weight.numel() * layer.base.weight.itemsize for layer in base.layers.values())
+    assert all(is_four_bit(layer) and layer.compute_dtype == dtype for layer in base.layers.values())
+    held = sum(layer.weight.numel() * layer.weight.itemsize for layer in base.layers.values())
     assert held == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64) // 2  # half a byte each
     assert base.output.weight.dtype == base.dtype == dtype
 
@@ -83,7 +83,7 @@ def test_states_are_those_of_the_rounded_weights(opened, bitsandbytes):
     found, exact = states(four, sequences), states(full, sequences)
     assert 0.05 < relative(found, exact) < 0.3  # some six such layers, one after the other
     for path, layer in four.layers.items():
-        weight, mine = layer.base.weight, full.layers[path].base.weight.data
+        weight, mine = layer.weight, full.layers[path].weight.data
         rounded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
         assert 0.07 < relative(rounded, mine) < 0.11
         mine.copy_(rounded)
@@ -95,9 +95,9 @@ def test_gradients_are_those_of_the_rounded_weights(opened, bitsandbytes, passes
     """Also after a pass without gradient, at which bitsandbytes may repack a layer and lose its input's gradient."""
     four, full = opened(), opened(four_bit=False)
     for path, layer in four.layers.items():
-        weight = layer.base.weight
+        weight = layer.weight
         rounded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-        full.layers[path].base.weight.data.copy_(rounded)
+        full.layers[path].weight.data.copy_(rounded)
     sequences, found = sequences_of([9, 4, 12]), []
     for base in (four, full):
         roles = Roles(base)
@@ -113,14 +113,28 @@ def test_gradients_are_those_of_the_rounded_weights(opened, bitsandbytes, passes
 
 def test_the_first_layers_have_a_gradient(opened):
     base = opened()
-    adapter = fresh({"model.layers.0.self_attn.q_proj": base.layers["model.layers.0.self_attn.q_proj"]}, 4, 8.0, [], 0)
-    (delta,) = adapter.deltas.values()
-    delta.b.data.fill_(0.1)
+    path = "model.layers.0.self_attn.q_proj"
+    adapter = random_adapter(base, 1, targets=(path,))
     roles = Roles(base)
     roles.add("policy", adapter)
     with roles.use("policy"):
         base.hidden(sequences_of([9])).square().sum().backward()
-    assert delta.a.grad.abs().max() > 0
+    assert adapter.weights[path + LORA_A].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama-wide", "gpt2"])
+def test_dora_begins_as_the_base_and_learns(opened, architecture):
+    base = opened(architecture)
+    sequences = sequences_of([9, 4])
+    expected = states(base, sequences)
+    roles = Roles(base)
+    roles.add("policy", new_adapter(base, 4, 8.0, [], 0, "dora"))
+    with roles.use("policy"):
+        out = base.hidden(sequences)
+        out.square().sum().backward()
+    assert relative(out.detach(), expected) < 1e-4
+    for name, weight in roles.adapters["policy"].weights.items():
+        assert weight.dtype == torch.float32 and (weight.grad.abs().max() > 0) == (not name.endswith(LORA_A)), name
 
 
 def test_transformers_samples_from_it(opened):
@@ -131,12 +145,10 @@ def test_transformers_samples_from_it(opened):
 
 
 def test_gpt2s_layers_know_that_their_files_are_transposed(opened):
-    from stages.models.lora import peft_config
-
     base = opened("gpt2")
     layer = next(iter(base.layers.values()))
-    assert isinstance(layer, LoraLinear) and is_four_bit(layer.base)
-    assert peft_config(base.model, base.layers, random_adapter(base, 1), "b", "CAUSAL_LM")["fan_in_fan_out"] is True
+    assert is_four_bit(layer)
+    assert random_adapter(base, 1).config.fan_in_fan_out is True
 
 
 # --- the stages

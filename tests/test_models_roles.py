@@ -23,7 +23,7 @@ from stages.models.roles import (
     start_adapter,
 )
 from stages.models.source import open_model
-from tests.parts import publish_checkpoint, random_adapter, random_head, sequences_of
+from tests.parts import publish_checkpoint, random_adapter, random_head, sequences_of, sft_config
 
 SEQUENCES = sequences_of([7, 4])
 
@@ -71,10 +71,10 @@ def test_a_block_ends_with_the_role_that_was_active_before(base):
     roles.add("critic", None)
     with roles.use("policy"):
         with pytest.raises(KeyError), roles.use("critic"):
-            assert base.switch.active == "critic"
+            assert base.lora.active == ["critic"]
             raise KeyError
-        assert base.switch.active == "policy"
-    assert base.switch.active is None
+        assert base.lora.active == ["policy"]
+    assert base.lora.active == []
     with pytest.raises(AssertionError, match="no role judge"), roles.use("judge"):
         pass
 
@@ -91,7 +91,7 @@ def test_a_role_can_be_replaced_and_removed(base):
     assert torch.equal(states(roles, "policy"), states(alone, "alone"))  # nothing of the first adapter is left
     assert (states(roles, "policy") - before).abs().max() > 0.1
     roles.remove("policy")
-    assert all("policy" not in layer.deltas for layer in base.layers.values()) and not roles.adapters
+    assert all("policy" not in layer.lora_A for layer in base.lora.adapted.values()) and not roles.adapters
 
 
 def test_a_role_trains_its_adapter_and_its_head(base):
@@ -107,9 +107,9 @@ def test_a_role_trains_its_adapter_and_its_head(base):
 
 def test_an_adapter_has_rank_and_alpha_32_unless_told(base):
     adapter = new_adapter(base, None, None, [], seed=0)
-    assert (adapter.rank, adapter.alpha, len(adapter.deltas)) == (32, 32.0, 14)
-    assert next(iter(adapter.deltas.values())).scale == 1.0
-    assert new_adapter(base, 8, None, ["q_proj"], seed=0).deltas["model.layers.0.self_attn.q_proj"].scale == 4.0
+    assert (adapter.config.r, adapter.config.lora_alpha, len(adapter.paths)) == (32, 32.0, 14)
+    assert adapter.scale == 1.0
+    assert new_adapter(base, 8, None, ["q_proj"], seed=0).scale == 4.0
 
 
 def test_a_frozen_copy_of_nothing_is_nothing(base):
@@ -182,7 +182,7 @@ def stored(base, tmp_path):
 @pytest.mark.parametrize(("rank", "alpha"), [(None, None), (4, None), (None, 8.0), (4, 8.0)])
 def test_training_goes_on_from_a_checkpoints_adapter(base, stored, rank, alpha):
     source, adapter = stored
-    started = start_adapter(base, source, rank, alpha, [], seed=0)
+    started = start_adapter(base, source, sft_config(lora_rank=rank, lora_alpha=alpha), seed=0)
     for one, other in zip(started.parameters(), adapter.parameters(), strict=True):
         assert torch.equal(one, other) and one.requires_grad
 
@@ -192,20 +192,21 @@ def test_another_rank_or_alpha_starts_as_the_same_function(base, stored, rank, a
     source, adapter = stored
     roles = Roles(base)
     roles.add("stored", adapter)
-    roles.add("started", start_adapter(base, source, rank, alpha, [], seed=0))
+    roles.add("started", start_adapter(base, source, sft_config(lora_rank=rank, lora_alpha=alpha), seed=0))
     assert (states(roles, "stored") - states(roles, "started")).abs().max() <= 1e-5
-    assert (roles.adapters["started"].rank, roles.adapters["started"].alpha) == (rank or 4, alpha or 8.0)
+    config = roles.adapters["started"].config
+    assert (config.r, config.lora_alpha) == (rank or 4, alpha or 8.0)
 
 
 def test_a_smaller_rank_than_the_checkpoints_is_refused(base, stored):
     with pytest.raises(ConfigError, match="lora_rank 2 is smaller"):
-        start_adapter(base, stored[0], 2, None, [], seed=0)
+        start_adapter(base, stored[0], sft_config(lora_rank=2), seed=0)
 
 
 def test_a_base_starts_with_a_fresh_adapter(base):
-    started = start_adapter(base, base.source, None, None, ["q_proj"], seed=0)
-    assert (started.rank, len(started.deltas)) == (32, 2)
-    assert all(delta.b.abs().max() == 0 for delta in started.deltas.values())
+    started = start_adapter(base, base.source, sft_config(lora_targets=["q_proj"]), seed=0)
+    assert (started.config.r, len(started.paths)) == (32, 2)
+    assert started.is_zero
 
 
 def test_the_config_names_the_base_by_an_absolute_path(base, tmp_path):
@@ -216,9 +217,9 @@ def test_the_config_names_the_base_by_an_absolute_path(base, tmp_path):
 
 def test_other_layers_than_the_checkpoints_are_refused(base, stored, tmp_path):
     with pytest.raises(ConfigError, match="adapts other layers: down_proj, gate_proj, k_proj, o_proj") as caught:
-        start_adapter(base, stored[0], None, None, ["q_proj"], seed=0)
+        start_adapter(base, stored[0], sft_config(lora_targets=["q_proj"]), seed=0)
     assert caught.value.where == "lora_targets"
     few = random_adapter(base, 1, targets=("q_proj",))
     source = open_model(str(publish_checkpoint(tmp_path / "few", base, "sft", few)), stages=("sft",), what="--model")
-    started = start_adapter(base, source, None, None, ["q_proj"], seed=0)  # the same recipe, one stage on
-    assert set(started.deltas) == set(few.deltas) == set(start_adapter(base, source, None, None, [], seed=0).deltas)
+    started = start_adapter(base, source, sft_config(lora_targets=["q_proj"]), seed=0)  # the same recipe, one stage on
+    assert started.paths == few.paths == start_adapter(base, source, sft_config(), seed=0).paths

@@ -115,9 +115,8 @@ def test_weights_that_are_finite_but_give_no_numbers_are_not_published(model_fol
     line = training("sft", data, model_folder("llama"), data / "out", "--max-steps", 1, "--eval-fraction", 0)
 
     def spoiled(roles, adapter, step):
-        for delta in adapter.deltas.values():
-            delta.b.data.fill_(1e18)
-            delta.a.data.fill_(1e18)
+        for parameter in adapter.parameters():
+            parameter.data.fill_(1e18)
         return whole(roles, adapter, step)
 
     whole = session._stop_if_states_overflow
@@ -147,7 +146,7 @@ def test_a_checkpoint_that_holds_no_numbers_is_refused_by_every_command(model_fo
     base = open_folder(model_folder("llama"))
     adapter, head = random_adapter(base, 1), random_head(base.width, 2)
     whole = publish_checkpoint(data / "whole", base, "sft", adapter)
-    next(iter(adapter.deltas.values())).b.data[0, 0] = float("nan")
+    list(adapter.parameters())[1].data[0, 0] = float("nan")
     broken = publish_checkpoint(data / "broken", base, "sft", adapter)
     reward = publish_checkpoint(data / "reward", base, "reward", adapter, head=head)
     head.bias.data.fill_(float("inf"))

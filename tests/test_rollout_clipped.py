@@ -15,6 +15,7 @@ from stages.training.devices import Ranks
 from stages.training.session import open_progress
 from tests.parts import (
     all_rows,
+    base_parameters,
     experience_of,
     gradient,
     judged_at_random,
@@ -64,7 +65,7 @@ def both_gradients(roles):
 def weights(roles):
     """Every weight there is, by the role or part that it belongs to."""
     found = {role: [p.detach().clone() for p in roles.parameters(role)] for role in roles.adapters}
-    return found | {"base": [p.detach().clone() for p in roles.base.model.parameters()]}
+    return found | {"base": [p.detach().clone() for p in base_parameters(roles.base)]}
 
 
 def changed(before, after):
@@ -210,7 +211,7 @@ def test_a_shared_critics_gradient_is_the_sum_of_both(roles, judged):
 def test_both_trained_roles_get_gradients_and_nobody_else(roles, judged):
     """Check 52: policy and critic in one update; reference, reward and base in none."""
     backward_minibatch(ppo_config(), roles, RANKS, all_rows(judged))
-    frozen = [*roles.parameters("reference"), *roles.parameters("reward"), *roles.base.model.parameters()]
+    frozen = [*roles.parameters("reference"), *roles.parameters("reward"), *base_parameters(roles.base)]
     assert all(p.grad is None for p in frozen)
     for role in ("policy", "critic"):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in roles.parameters(role)), role

@@ -291,7 +291,7 @@ def test_a_model_whose_numbers_overflow_is_named(open_tiny):
     """One weight of 3e38 is finite, and no state behind it is."""
     roles = Roles(open_tiny("llama"))
     adapter = random_adapter(roles.base, 1)
-    next(iter(adapter.deltas.values())).b.data[0, 0] = 3e38
+    list(adapter.parameters())[1].data[0, 0] = 3e38
     roles.add("policy", adapter)
     with roles.use("policy"), pytest.raises(NotFiniteError, match="log-probabilities that are not finite"):
         generate(roles.base, sequences_of([5, 3]), [(0,), (1,)], (2,), Sampling(1.0, 4))

@@ -223,7 +223,7 @@ def test_sources_of_two_lists_stand_side_by_side(base, roles, tmp_path):
     assert torch.equal(rewards.score(ROWS, RESPONSES, TEXTS, ended), alone)
     assert not torch.equal(gold.score(ROWS, RESPONSES, TEXTS, ended), alone)
     assert not any(p.requires_grad for role in ("reward", "gold", "gold1") for p in roles.parameters(role))
-    assert base.switch.active is None
+    assert base.lora.active == []
 
 
 # --- a function that fails or hangs at one response

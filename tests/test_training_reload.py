@@ -50,7 +50,7 @@ def test_one_bit_of_any_tensor_is_seen(written):
                 check_reload(base, folder, adapter, head)
             (folder / file).write_bytes(whole)
     check_reload(base, folder, adapter, head)
-    assert all(not layer.deltas for layer in base.layers.values())  # nothing is left on the base
+    assert all(not layer.lora_A for layer in base.lora.adapted.values())  # nothing is left on the base
 
 
 @pytest.mark.parametrize("file", [ADAPTER, HEAD, "adapter_config.json"])

@@ -15,7 +15,7 @@ from stages.errors import ModelError
 from stages.files.atomic import read_text
 from stages.models import attention
 from stages.models.checks import check_finite, check_tensors, config_problem, library_reason
-from stages.models.lora import LoraLinear, Switch, wrap
+from stages.models.lora import LoraLayers
 from stages.models.native import Native, native_of
 from stages.models.prefixes import pack
 from stages.models.quantised import four_bit_options, keep_gradients
@@ -28,7 +28,7 @@ ANOTHER = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-Neo
 
 
 class Base:
-    """The frozen model, its LoRA layers, and its body and readout taken apart.
+    """The frozen model, its linear layers and their adapters, and its body and readout taken apart.
 
     `hidden` runs the body over ragged sequences; `logits` reads hidden states out. Sequences run packed in one row
     without padding where that was measured to give the same hidden states, padded on the right elsewhere; a beginning
@@ -39,8 +39,8 @@ class Base:
     def __init__(self, model: nn.Module, source: ModelRef):
         self.model = model.eval().requires_grad_(False)
         self.source = source
-        self.switch = Switch()
-        self.layers: dict[str, LoraLinear] = wrap(model, self.switch)
+        self.lora = LoraLayers(model)
+        self.layers = self.lora.linear
         self.body: nn.Module = model.base_model
         self.output: nn.Module = model.get_output_embeddings()
         config = model.config.get_text_config()
@@ -54,6 +54,7 @@ class Base:
         self.packs = self.shares = self.checkpoints = False
         self.caches: bool | None = None  # whether decoding with transformers' cache is right; None: not measured
         self.native: Native | None = None
+        self.has_dora = False
         self.packs = self._probe()
         self.shares = self.packs and self._probe_sharing()
         self.native = self._probe_native() if self.shares else None
@@ -65,6 +66,13 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         return self.output.weight.dtype
+
+    def prepare_for_dora(self) -> None:
+        """Run through transformers from here on: our own forward pass does not cover DoRA."""
+        self.has_dora, self.native = True, None
+        if self.checkpoints:
+            self.checkpoints = False
+            self.checkpoint_activations()
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass.

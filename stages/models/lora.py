@@ -1,92 +1,64 @@
-"""LoRA adapters: many low-rank deltas on one frozen linear layer, one of them active at a time (Hu et al. 2021).
+"""LoRA adapters (Hu et al. 2021) on one frozen base, run and stored by PEFT.
 
-The file format is PEFT's; the layer is our own because here four roles share one base: switching a role is one
-attribute, never a walk over the modules, and it never touches `requires_grad`.
+An adapter exists by itself, as parameters under PEFT's names; PEFT's layers run these same parameters for every role
+that takes it. All layers share one list with the name of the active role, so that switching is one assignment and
+never touches `requires_grad`: PEFT's own `set_adapter` walks over the layers and freezes the other adapters.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import logging
 import math
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ConfigError, ModelError
-from stages.models.fused import Linear
 from stages.models.quantised import is_four_bit
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
 PEFT_PREFIX = "base_model.model."
-
-
-class Switch:
-    """Names the role whose adapter is active; None is the base alone. Shared by every layer of one base."""
-
-    def __init__(self) -> None:
-        self.active: str | None = None
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer plus the delta of the active role: y = base(x) + scale * B A x."""
-
-    def __init__(self, base: nn.Module, switch: Switch):
-        super().__init__()
-        self.base = base
-        self.switch = switch
-        self.deltas: dict[str, Delta] = {}  # not registered: adapters are owned by their roles, not by the base
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    def now(self) -> Linear:
-        """The layer under the active role, as the native forward pass takes it."""
-        delta = self._delta()
-        if delta is None:
-            return Linear(self.base.weight, self.base.bias, None, None)
-        return Linear(self.base.weight, self.base.bias, delta.a, delta.b, delta.scale)
-
-    def _delta(self) -> Delta | None:
-        return self.deltas.get(self.switch.active) if self.switch.active is not None else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
-        delta = self._delta()
-        if delta is None:
-            return out
-        down = nn.functional.linear(x, delta.a.to(x.dtype))
-        flat = torch.addmm(
-            out.reshape(-1, out.shape[-1]), down.reshape(-1, down.shape[-1]), delta.b.to(x.dtype).T, alpha=delta.scale
-        )
-        return flat.view_as(out)
-
-
-@dataclass
-class Delta:
-    """One layer's share of an adapter."""
-
-    a: nn.Parameter  # (rank, in) fp32
-    b: nn.Parameter  # (out, rank) fp32
-    scale: float  # alpha / rank
+MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # kernels read `out_proj` past PEFT's layer
+LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 @dataclass
 class Adapter:
-    """One role's deltas, by the path of the layer in the base."""
+    """One role's weights, by PEFT's names without its prefix, and PEFT's config of them.
 
-    rank: int
-    alpha: float
-    deltas: dict[str, Delta] = field(default_factory=dict)
+    Layer by layer A (rank, in), B (out, rank) and, with DoRA, the magnitudes (out,) of the rows of W + scale B A.
+    """
+
+    config: LoraConfig
+    weights: dict[str, nn.Parameter]
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the adapted layers in the base."""
+        return [name.removesuffix(LORA_A) for name in self.weights if name.endswith(LORA_A)]
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) if rank-stabilised (Kalajdzievski 2023)."""
+        return self.config.lora_alpha / (math.sqrt(self.config.r) if self.config.use_rslora else self.config.r)
+
+    @property
+    def is_zero(self) -> bool:
+        """True if the adapter certainly changes nothing; never of DoRA, which rounds."""
+        return not self.config.use_dora and not any(w.any() for n, w in self.weights.items() if n.endswith(LORA_B))
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        for delta in self.deltas.values():
-            yield delta.a
-            yield delta.b
+        yield from self.weights.values()
 
     @property
     def size(self) -> int:
@@ -94,54 +66,107 @@ class Adapter:
         return sum(p.numel() for p in self.parameters())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights under PEFT's names, ready for adapter_model.safetensors."""
-        out: dict[str, Tensor] = {}
-        for path, delta in self.deltas.items():
-            out[f"{PEFT_PREFIX}{path}.lora_A.weight"] = delta.a.detach()
-            out[f"{PEFT_PREFIX}{path}.lora_B.weight"] = delta.b.detach()
-        return out
+        """Weights as adapter_model.safetensors holds them."""
+        return {PEFT_PREFIX + name: weight.detach() for name, weight in self.weights.items()}
 
     def copy(self, *, trainable: bool) -> Adapter:
         """An independent adapter with the same numbers."""
-        twin = Adapter(self.rank, self.alpha)
-        for path, delta in self.deltas.items():
-            a = nn.Parameter(delta.a.detach().clone(), requires_grad=trainable)
-            b = nn.Parameter(delta.b.detach().clone(), requires_grad=trainable)
-            twin.deltas[path] = Delta(a, b, delta.scale)
-        return twin
+        twins = {n: nn.Parameter(w.detach().clone(), requires_grad=trainable) for n, w in self.weights.items()}
+        return Adapter(self.config, twins)
 
     def grown(self, rank: int, alpha: float, seed: int) -> Adapter:
         """The same function at a larger rank: new rows of A are random, new columns of B are zero.
 
         Raises ConfigError where `rank` is smaller, since that would change what the checkpoint does.
         """
-        if rank < self.rank:
+        if rank < self.config.r:
             raise ConfigError(
-                f"lora_rank {rank} is smaller than the checkpoint's {self.rank}",
+                f"lora_rank {rank} is smaller than the checkpoint's {self.config.r}",
                 where="lora_rank",
-                fix=f"leave lora_rank out, or give at least {self.rank}; or start from the base",
+                fix=f"leave lora_rank out, or give at least {self.config.r}; or start from the base",
             )
-        twin = Adapter(rank, alpha)
-        for index, (path, delta) in enumerate(self.deltas.items()):
-            a = random_a(rank, delta.a.shape[1], delta.a.device, seed + index)
-            a[: self.rank] = delta.a.detach()
-            b = delta.b.new_zeros(delta.b.shape[0], rank)
-            b[:, : self.rank] = delta.b.detach() * (delta.scale / (alpha / rank))
-            twin.deltas[path] = Delta(nn.Parameter(a), nn.Parameter(b), alpha / rank)
+        twin = self.copy(trainable=True)
+        twin.config = dataclasses.replace(self.config, r=rank, lora_alpha=alpha)
+        for index, path in enumerate(self.paths):
+            old_a, old_b = self.weights[path + LORA_A].detach(), self.weights[path + LORA_B].detach()
+            a = random_a(rank, old_a.shape[1], old_a.device, seed + index)
+            a[: len(old_a)] = old_a
+            b = old_b.new_zeros(len(old_b), rank)
+            b[:, : len(old_a)] = old_b * (self.scale / twin.scale)
+            twin.weights[path + LORA_A], twin.weights[path + LORA_B] = nn.Parameter(a), nn.Parameter(b)
         return twin
 
 
-def random_a(rank: int, width: int, device: torch.device, seed: int) -> Tensor:
-    """A (rank, in) matrix drawn uniformly as nn.Linear's default (Kaiming, a = sqrt 5), a function of the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    bound = 1.0 / math.sqrt(width)
-    return ((torch.rand(rank, width, generator=generator) * 2 - 1) * bound).to(device)
+class LoraLayers:
+    """The linear layers of a base, and PEFT's layers around those that have had adapters.
+
+    `active` names the active role; while it is empty, and in layers that the role does not adapt, the base runs alone.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.linear = linear_layers(model)
+        self.adapted: dict[str, LoraLayer] = {}
+        self.active: list[str] = []
+
+    def add(self, role: str, adapter: Adapter) -> None:
+        """Let PEFT's layers run an adapter under a role's name."""
+        from peft import inject_adapter_in_model
+
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a second adapter on one model
+            # PEFT changes the config that it is given; it finds the layers by the names of the weights.
+            config = copy.deepcopy(adapter.config)
+            inject_adapter_in_model(config, self.model, role, low_cpu_mem_usage=True, state_dict=adapter.weights)
+        for path in adapter.paths:
+            layer = self.adapted[path] = self.model.get_submodule(path)
+            layer.lora_A[role].weight = adapter.weights[path + LORA_A]
+            layer.lora_B[role].weight = adapter.weights[path + LORA_B]
+            if adapter.config.use_dora:
+                layer.lora_magnitude_vector[role].weight = adapter.weights[path + MAGNITUDE]
+        for layer in self.adapted.values():
+            layer._active_adapter = self.active
+        for parameter, flag in flags:  # PEFT leaves those of the new adapter alone trainable
+            parameter.requires_grad_(flag)
+
+    @contextmanager
+    def using(self, role: str | None) -> Iterator[None]:
+        """Make a role the active one within the block; None is the base alone."""
+        before = self.active[:]
+        self.active[:] = [] if role is None else [role]
+        try:
+            yield
+        finally:
+            self.active[:] = before
+
+    def remove(self, role: str) -> None:
+        """Forget what a role adapts, if anything."""
+        assert role not in self.active, f"{role} is in use"
+        for layer in self.adapted.values():
+            layer.delete_adapter(role)
+        getattr(self.model, "peft_config", {}).pop(role, None)
+
+    @torch.no_grad()
+    def merge_and_unload(self, role: str) -> None:
+        """Fold a role's adapter into the base's own weights, rounding once, and put the plain layers back."""
+        for path, layer in self.adapted.items():
+            if role in layer.lora_A:
+                layer.merge(adapter_names=[role])
+            self.model.set_submodule(path, layer.base_layer)
+        self.adapted.clear()
+        vars(self.model).pop("peft_config", None)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Paths of all linear layers but the output layer; raises ModelError where there is none."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {p: module for p, module in model.named_modules() if module is not output and _is_linear(module)}
+    refused = "out_proj" if getattr(getattr(model, "config", None), "model_type", None) in MAMBA else None
+    linear = {
+        path: module
+        for path, module in model.named_modules()
+        if module is not output and path.rsplit(".", 1)[-1] != refused and _is_linear(module)
+    }
     if not linear:
         raise ModelError("the model has no linear layers that LoRA could adapt", where="model", fix="use another base")
     return linear
@@ -164,49 +189,7 @@ def _is_linear(module: nn.Module) -> bool:
         return False
 
 
-def _matches(path: str, target: str) -> bool:
-    return path == target or path.endswith("." + target)
-
-
-def wrap(model: nn.Module, switch: Switch) -> dict[str, LoraLinear]:
-    """Replace every linear layer of the base (not the output layer) by a `LoraLinear`; returns them by path."""
-    layers: dict[str, LoraLinear] = {}
-    for path, module in linear_layers(model).items():
-        parent_path, _, leaf = path.rpartition(".")
-        layers[path] = LoraLinear(module, switch)
-        setattr(model.get_submodule(parent_path), leaf, layers[path])
-    return layers
-
-
-def shape_of(base: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer; GPT-2's Conv1D stores its weight transposed, 4-bit layers store it packed."""
-    if hasattr(base, "in_features"):
-        return base.in_features, base.out_features
-    return base.weight.shape[0], base.weight.shape[1]
-
-
-def is_transposed(base: nn.Module) -> bool:
-    """True where the base's file holds the weight as (in, out): GPT-2's Conv1D, also once it is held in 4 bits."""
-    from transformers.pytorch_utils import Conv1D
-
-    return issubclass(getattr(base, "source_cls", type(base)), Conv1D)
-
-
-def fresh(layers: dict[str, LoraLinear], rank: int, alpha: float, targets: list[str], seed: int) -> Adapter:
-    """A new trainable adapter that changes nothing yet (B = 0), on every layer or on those that `targets` names.
-
-    Raises ModelError for a target that is no layer's name.
-    """
-    adapter = Adapter(rank, alpha)
-    for index, (path, layer) in enumerate(targeted(layers, targets).items()):
-        width, out = shape_of(layer.base)
-        device = layer.base.weight.device
-        a = random_a(rank, width, device, seed + index)
-        adapter.deltas[path] = Delta(nn.Parameter(a), nn.Parameter(torch.zeros(out, rank, device=device)), alpha / rank)
-    return adapter
-
-
-def targeted(layers: dict[str, LoraLinear], targets: list[str]) -> dict[str, LoraLinear]:
+def targeted(layers: dict[str, nn.Module], targets: list[str]) -> dict[str, nn.Module]:
     """The layers that targets name, all where there are none; raises ModelError for a target that names nothing."""
     for target in targets:
         if not any(_matches(path, target) for path in layers):
@@ -217,73 +200,127 @@ def targeted(layers: dict[str, LoraLinear], targets: list[str]) -> dict[str, Lor
     return {p: layer for p, layer in layers.items() if not targets or any(_matches(p, t) for t in targets)}
 
 
-def from_tensors(
-    layers: dict[str, LoraLinear], tensors: dict[str, Tensor], rank: int, alpha: float, *, where: str, trainable: bool
+def _matches(path: str, target: str) -> bool:
+    return path == target or path.endswith("." + target)
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer; GPT-2's Conv1D stores its weight transposed, 4-bit layers store it packed."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features
+    return layer.weight.shape[0], layer.weight.shape[1]
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """True where the base's file holds the weight as (in, out): GPT-2's Conv1D, also once it is held in 4 bits."""
+    from transformers.pytorch_utils import Conv1D
+
+    return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
+
+
+# --- making adapters
+
+
+def initial_adapter(
+    layers: dict[str, nn.Module], rank: int, alpha: float, targets: list[str], seed: int, lora_type: str = "lora"
+) -> Adapter:
+    """A trainable adapter that changes nothing yet (B = 0), on every layer or on those that `targets` names.
+
+    Raises ModelError for a target that is no layer's name.
+    """
+    chosen = targeted(layers, targets)
+    weights: dict[str, nn.Parameter] = {}
+    for index, (path, layer) in enumerate(chosen.items()):
+        width, out = shape_of(layer)
+        a = random_a(rank, width, layer.weight.device, seed + index)
+        b = torch.zeros(out, rank, device=layer.weight.device)
+        weights[path + LORA_A], weights[path + LORA_B] = nn.Parameter(a), nn.Parameter(b)
+        if lora_type == "dora":
+            weights[path + MAGNITUDE] = nn.Parameter(_magnitudes(layer, a, b))
+    return Adapter(lora_config(layers, list(chosen), rank, alpha, lora_type), weights)
+
+
+def random_a(rank: int, width: int, device: torch.device, seed: int) -> Tensor:
+    """A (rank, in) matrix drawn uniformly as nn.Linear's default (Kaiming, a = sqrt 5), a function of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1.0 / math.sqrt(width)
+    return ((torch.rand(rank, width, generator=generator) * 2 - 1) * bound).to(device)
+
+
+def _magnitudes(layer: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """Norms (out,) of the rows of a layer's weight, with which DoRA begins (Liu et al. 2024); b is zero."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    dora = DoraLinearLayer(fan_in_fan_out=not hasattr(layer, "in_features"))
+    dora.update_layer(base_layer=layer, lora_A=a, lora_B=b, scaling=1.0)
+    return dora.weight.detach().float()
+
+
+def adapter_from(
+    layers: dict[str, nn.Module],
+    tensors: dict[str, Tensor],
+    rank: int,
+    alpha: float,
+    lora_type: str,
+    *,
+    where: str,
+    trainable: bool,
 ) -> Adapter:
     """An adapter from PEFT-named tensors; raises CheckpointError where they do not fit the base's layers."""
-    adapter = Adapter(rank, alpha)
-    paths = {name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name}
-    for path, layer in layers.items():
-        if path not in paths:
-            continue
-        width, out = shape_of(layer.base)
-        a = tensors.get(f"{PEFT_PREFIX}{path}.lora_A.weight")
-        b = tensors.get(f"{PEFT_PREFIX}{path}.lora_B.weight")
-        if a is None or b is None or a.shape != (rank, width) or b.shape != (out, rank):
-            raise CheckpointError(
-                f"the adapter's weights for {path} do not have the base's shape",
-                where=where,
-                fix="train it again on this base",
-            )
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise CheckpointError(
-                f"the adapter's weights for {path} are not finite numbers",
-                where=where,
-                fix="train it again with a lower --learning-rate; the run that wrote it had diverged",
-            )
-        device = layer.base.weight.device
-        a = nn.Parameter(a.to(device, torch.float32), requires_grad=trainable)
-        b = nn.Parameter(b.to(device, torch.float32), requires_grad=trainable)
-        adapter.deltas[path] = Delta(a, b, alpha / rank)
-    unknown = sorted(paths - set(layers))
-    if unknown or not adapter.deltas:
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    stored = {name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)}
+    chosen = [path for path in layers if path in stored]
+    weights: dict[str, nn.Parameter] = {}
+    for path in chosen:
+        width, out = shape_of(layers[path])
+        shapes = {LORA_A: (rank, width), LORA_B: (out, rank)} | ({MAGNITUDE: (out,)} if lora_type == "dora" else {})
+        for name, shape in ((path + suffix, shape) for suffix, shape in shapes.items()):
+            if name not in tensors or tensors[name].shape != shape:
+                raise CheckpointError(
+                    f"the adapter's weights for {path} do not have the base's shape",
+                    where=where,
+                    fix="train it again on this base",
+                )
+            if not torch.isfinite(tensors[name]).all():
+                raise CheckpointError(
+                    f"the adapter's weights for {path} are not finite numbers",
+                    where=where,
+                    fix="train it again with a lower --learning-rate; the run that wrote it had diverged",
+                )
+            weight = tensors[name].to(layers[path].weight.device, torch.float32)
+            weights[name] = nn.Parameter(weight, requires_grad=trainable)
+    unknown = sorted(stored - set(layers))
+    if unknown or not weights:
         name = unknown[0] if unknown else "any layer"
         raise CheckpointError(
             f"the adapter is for {name}, which the base lacks", where=where, fix="use the base it was trained on"
         )
-    return adapter
+    return Adapter(lora_config(layers, chosen, rank, alpha, lora_type), weights)
 
 
-def peft_config(model: nn.Module, layers: dict[str, LoraLinear], adapter: Adapter, base_name: str, task: str) -> dict:
-    """adapter_config.json as PEFT writes it, so that PeftModel and serving engines load the folder as it is."""
-    leaves = sorted({path.rsplit(".", 1)[-1] for path in adapter.deltas})
+# --- PEFT's config
+
+
+def lora_config(layers: dict[str, nn.Module], paths: list[str], rank: int, alpha: float, lora_type: str) -> LoraConfig:
+    """PEFT's config of an adapter on the layers at these paths, by the last parts of their names if that is enough."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import which kernels it does without
+    from peft import LoraConfig
+
+    leaves = {path.rsplit(".", 1)[-1] for path in paths}
     by_leaf = {path for path in layers if path.rsplit(".", 1)[-1] in leaves}
-    config = {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base_name,
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(is_transposed(layers[path].base) for path in adapter.deltas),
-        "target_modules": leaves if by_leaf == set(adapter.deltas) else sorted(adapter.deltas),
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "use_rslora": False,
-    }
-    return config | ({"modules_to_save": ["score"]} if task == "SEQ_CLS" else {})
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=leaves if by_leaf == set(paths) else set(paths),
+        fan_in_fan_out=any(is_transposed(layers[path]) for path in paths),
+        use_rslora=lora_type == "rslora",
+        use_dora=lora_type == "dora",
+    )
 
 
-@torch.no_grad()
-def merge_and_unwrap(model: nn.Module, layers: dict[str, LoraLinear], adapter: Adapter | None) -> None:
-    """Fold an adapter into the base's own weights, in fp32 and then rounded, and put the plain layers back."""
-    for path, layer in layers.items():
-        delta = adapter.deltas.get(path) if adapter else None
-        if delta is not None:
-            change = (delta.b.float() @ delta.a.float()) * delta.scale
-            if not hasattr(layer.base, "in_features"):
-                change = change.T  # Conv1D stores (in, out)
-            layer.base.weight.copy_(layer.base.weight.float() + change)
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.base)
+def config_to_save(config: LoraConfig, base_name: str, task: str) -> dict[str, Any]:
+    """adapter_config.json of an adapter, which PeftModel and serving engines load as it is."""
+    heads = ["score"] if task == "SEQ_CLS" else None
+    about = {"base_model_name_or_path": base_name, "task_type": task, "inference_mode": True, "modules_to_save": heads}
+    plain = dataclasses.replace(config, **about).to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}

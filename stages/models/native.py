@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from stages.models import attention, dense
 from stages.models.fused import Linear, gated_mlp, project, rms_norm, rotate
-from stages.models.lora import LoraLinear
 from stages.models.prefixes import Packing
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3")
@@ -37,22 +36,42 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: where its linear layers are, and the shape of its attention."""
+    """One layer: the modules that its linear layers are in, and the shape of its attention.
+
+    The linear layers are looked up when they run, since PEFT puts its own around them once they are adapted.
+    """
 
     before_attention: Norm
     before_mlp: Norm
     query_norm: Norm | None
     key_norm: Norm | None
-    q: LoraLinear
-    k: LoraLinear
-    v: LoraLinear
-    o: LoraLinear
-    gate: LoraLinear
-    up: LoraLinear
-    down: LoraLinear
+    attention: nn.Module
+    mlp: nn.Module
     head_size: int
+    kv_heads: int
     scale: float
     window: int | None
+
+    def qkv(self) -> tuple[Linear, Linear, Linear]:
+        own = self.attention
+        return under_role(own.q_proj), under_role(own.k_proj), under_role(own.v_proj)
+
+    def o(self) -> Linear:
+        return under_role(self.attention.o_proj)
+
+    def gate_up_down(self) -> tuple[Linear, Linear, Linear]:
+        return under_role(self.mlp.gate_proj), under_role(self.mlp.up_proj), under_role(self.mlp.down_proj)
+
+
+def under_role(layer: nn.Module) -> Linear:
+    """A linear layer with the weights of the active role, if PEFT's layer around it has any."""
+    if type(layer) is nn.Linear:
+        return Linear(layer.weight, layer.bias, None, None)
+    base, down = layer.base_layer, layer.lora_A
+    for role in layer.active_adapters:
+        if role in down:
+            return Linear(base.weight, base.bias, down[role].weight, layer.lora_B[role].weight, layer.scaling[role])
+    return Linear(base.weight, base.bias, None, None)
 
 
 class Native:
@@ -110,9 +129,9 @@ def _block(
     del q, k, v  # what is not kept for a backward pass is gone before the widest layers
     if wanted is not None:
         x, mixed = x[wanted], mixed[wanted]
-    (x,) = project(mixed, (block.o.now(),), residual=x)
+    (x,) = project(mixed, (block.o(),), residual=x)
     del mixed
-    return gated_mlp(block.before_mlp(x), x, block.gate.now(), block.up.now(), block.down.now())
+    return gated_mlp(block.before_mlp(x), x, *block.gate_up_down())
 
 
 def attend_native(
@@ -128,15 +147,14 @@ def attend_native(
 
 def heads_of(block: Block, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (N, heads, D), keys and values (N, kv heads, D) of normed states (N, H), turned by their positions."""
-    linears: tuple[Linear, ...] = (block.q.now(), block.k.now(), block.v.now())
-    q, k, v = (y.unflatten(-1, (-1, block.head_size)) for y in project(x, linears))
+    q, k, v = (y.unflatten(-1, (-1, block.head_size)) for y in project(x, block.qkv()))
     if block.query_norm is not None and block.key_norm is not None:
         q, k = block.query_norm(q), block.key_norm(k)
     return rotate(q, *angles), rotate(k, *angles), v
 
 
 def native_of(model: nn.Module) -> Native | None:
-    """The native form of a loaded and wrapped model; None where its architecture is not covered."""
+    """The native form of a loaded model that has no adapters yet; None where its architecture is not covered."""
     config, body = model.config, model.base_model
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type not in COVERED or rope.get("rope_type", "default") not in ROTATIONS:
@@ -144,7 +162,8 @@ def native_of(model: nn.Module) -> Native | None:
     if getattr(config, "hidden_act", None) != "silu" or "rope_type" not in rope:
         return None
     blocks = [_block_of(layer, config) for layer in body.layers]
-    plain = all(type(linear.base) is nn.Linear for b in blocks for linear in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down))
+    linears = (m for b in blocks for part in (b.attention, b.mlp) for m in part.children() if isinstance(m, nn.Linear))
+    plain = all(type(linear) is nn.Linear for linear in linears)
     return Native(body, blocks) if plain else None
 
 
@@ -156,14 +175,10 @@ def _block_of(layer: nn.Module, config: object) -> Block:
         before_mlp=_norm(layer.post_attention_layernorm),
         query_norm=_norm(own.q_norm) if hasattr(own, "q_norm") else None,
         key_norm=_norm(own.k_norm) if hasattr(own, "k_norm") else None,
-        q=own.q_proj,
-        k=own.k_proj,
-        v=own.v_proj,
-        o=own.o_proj,
-        gate=layer.mlp.gate_proj,
-        up=layer.mlp.up_proj,
-        down=layer.mlp.down_proj,
+        attention=own,
+        mlp=layer.mlp,
         head_size=own.head_dim,
+        kv_heads=own.k_proj.out_features // own.head_dim,
         scale=own.scaling,
         window=window,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,8 @@ from stages.files.tensors import load_tensors, read_header, save_tensors
 from stages.models.base import Base
 from stages.models.candidates import Candidate
 from stages.models.heads import ScalarHead, head_from
-from stages.models.lora import Adapter, fresh, from_tensors, peft_config, targeted
-from stages.models.source import ADAPTER_CONFIG, ModelRef, read_adapter_shape
+from stages.models.lora import Adapter, adapter_from, config_to_save, initial_adapter, targeted
+from stages.models.source import ADAPTER_CONFIG, ModelRef, lora_type_of, read_adapter_shape
 
 ADAPTER, HEAD = "adapter_model.safetensors", "head.safetensors"
 SCORE_KEY = "base_model.model.score.weight"  # where PEFT looks for a sequence classifier's head
@@ -40,14 +42,15 @@ class Roles:
         """Put an adapter (None: the base alone) and perhaps a head under a role's name."""
         self.remove(role)
         self.adapters[role] = adapter
-        for path, delta in (adapter.deltas if adapter else {}).items():
-            self.base.layers[path].deltas[role] = delta
+        if adapter is not None:
+            self.base.lora.add(role, adapter)
+            if adapter.config.use_dora and not self.base.has_dora:
+                self.base.prepare_for_dora()
         if head is not None:
             self.heads[role] = head
 
     def remove(self, role: str) -> None:
-        for layer in self.base.layers.values():
-            layer.deltas.pop(role, None)
+        self.base.lora.remove(role)
         self.adapters.pop(role, None)
         self.heads.pop(role, None)
 
@@ -55,17 +58,13 @@ class Roles:
     def use(self, role: str) -> Iterator[None]:
         """Make `role` the active one within the block."""
         assert role in self.adapters, f"no role {role}"
-        before = self.base.switch.active
-        self.base.switch.active = role
-        try:
+        with self.base.lora.using(role):
             yield
-        finally:
-            self.base.switch.active = before
 
     def alike(self, a: str, b: str) -> bool:
         """True where two roles compute the same: equal adapters, or ones that change nothing."""
         both = self.adapters[a], self.adapters[b]
-        if all(adapter is None or not any(d.b.any() for d in adapter.deltas.values()) for adapter in both):
+        if all(adapter is None or adapter.is_zero for adapter in both):
             return True
         if None in both:
             return False
@@ -85,9 +84,11 @@ class Roles:
         return list({id(buffer): buffer for buffer in whole}.values())
 
 
-def new_adapter(base: Base, rank: int | None, alpha: float | None, targets: list[str], seed: int) -> Adapter:
-    """A fresh trainable adapter; None takes the defaults."""
-    return fresh(base.layers, rank or DEFAULT_RANK, alpha or DEFAULT_ALPHA, targets, seed)
+def new_adapter(
+    base: Base, rank: int | None, alpha: float | None, targets: list[str], seed: int, lora_type: str = "lora"
+) -> Adapter:
+    """A trainable adapter that changes nothing yet; None takes the defaults."""
+    return initial_adapter(base.layers, rank or DEFAULT_RANK, alpha or DEFAULT_ALPHA, targets, seed, lora_type)
 
 
 def adapter_of(base: Base, source: ModelRef, *, trainable: bool, folder: Path | None = None) -> Adapter | None:
@@ -95,9 +96,8 @@ def adapter_of(base: Base, source: ModelRef, *, trainable: bool, folder: Path | 
     where = folder or source.folder
     if where is None:
         return None
-    rank, alpha = read_adapter_shape(where)
-    tensors = {k: v for k, v in load_tensors(where / ADAPTER).items() if k != SCORE_KEY}
-    return from_tensors(base.layers, tensors, rank, alpha, where=str(where / ADAPTER), trainable=trainable)
+    shape, tensors = read_adapter_shape(where), load_tensors(where / ADAPTER)
+    return adapter_from(base.layers, tensors, *shape, where=str(where / ADAPTER), trainable=trainable)
 
 
 def head_of(base: Base, folder: Path) -> ScalarHead:
@@ -113,25 +113,24 @@ def head_of(base: Base, folder: Path) -> ScalarHead:
     return head_from(load_tensors(path), base.width, base.device, where=str(path))
 
 
-def start_adapter(
-    base: Base, source: ModelRef, rank: int | None, alpha: float | None, targets: list[str], seed: int
-) -> Adapter:
+def start_adapter(base: Base, source: ModelRef, config: Any, seed: int) -> Adapter:
     """What training starts from: the checkpoint's adapter (grown where a larger rank is asked for), or a fresh one.
 
-    Raises ConfigError where other layers are asked for than the checkpoint's adapter has, or a smaller rank.
+    `config` has the knobs lora_rank, lora_alpha, lora_targets and lora_type. Raises ConfigError where other layers are
+    asked for than the checkpoint's adapter has, or a smaller rank.
     """
     stored = adapter_of(base, source, trainable=True)
+    rank, alpha, targets = config.lora_rank, config.lora_alpha, config.lora_targets
     if stored is None:
-        return new_adapter(base, rank, alpha, targets, seed)
-    if targets and set(targeted(base.layers, targets)) != set(stored.deltas):
+        return new_adapter(base, rank, alpha, targets, seed, lora_type_of(config, source))
+    if targets and set(targeted(base.layers, targets)) != set(stored.paths):
         raise ConfigError(
-            f"{source.name} adapts other layers: {', '.join(sorted({p.rsplit('.', 1)[-1] for p in stored.deltas}))}",
+            f"{source.name} adapts other layers: {', '.join(sorted({p.rsplit('.', 1)[-1] for p in stored.paths}))}",
             where="lora_targets",
             fix="leave lora_targets out to go on with them, or start from the base",
         )
-    if rank in (None, stored.rank) and alpha in (None, stored.alpha):
-        return stored
-    return stored.grown(rank or stored.rank, alpha or stored.alpha, seed)
+    shape = rank or stored.config.r, alpha or stored.config.lora_alpha
+    return stored if shape == (stored.config.r, stored.config.lora_alpha) else stored.grown(*shape, seed)
 
 
 def save_adapter(folder: Path, base: Base, adapter: Adapter, head: ScalarHead | None = None) -> list[str]:
@@ -142,7 +141,7 @@ def save_adapter(folder: Path, base: Base, adapter: Adapter, head: ScalarHead | 
         tensors[SCORE_KEY] = head.weight.detach()[None]
     save_tensors(folder / ADAPTER, tensors)
     task = "SEQ_CLS" if head is not None else "CAUSAL_LM"
-    write_json(folder / ADAPTER_CONFIG, peft_config(base.model, base.layers, adapter, base.source.base_name, task))
+    write_json(folder / ADAPTER_CONFIG, config_to_save(adapter.config, base.source.base_name, task))
     if head is None:
         return [ADAPTER, ADAPTER_CONFIG]
     save_tensors(folder / HEAD, head.tensors())
@@ -160,8 +159,8 @@ def candidate_adapter(base: Base, candidate: Candidate) -> Adapter | None:
     if not candidate.is_unfinished:
         adapter = adapter_of(base, source, trainable=True)
     else:
-        shape = [candidate.knobs.get(name) for name in ("lora_rank", "lora_alpha")]
-        adapter = start_adapter(base, source, *shape, candidate.knobs.get("lora_targets") or [], seed=0)
+        knobs = {name: candidate.knobs.get(name) for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_type")}
+        adapter = start_adapter(base, source, SimpleNamespace(**knobs), seed=0)
     flat = read_state(candidate.state).tensors.get("policy.weights")
     if flat is None or flat.numel() != adapter.size:
         raise CheckpointError(

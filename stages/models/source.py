@@ -8,6 +8,7 @@ import re
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from stages.config import damaged_knob, describe_special
 from stages.errors import CheckpointError, ModelError
@@ -19,6 +20,11 @@ from stages.places import absolute
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 ADAPTER_CONFIG = "adapter_config.json"
+UNSUPPORTED = (  # keys of adapter_config.json that change what an adapter computes, or on what
+    "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
+    "alora_invocation_tokens", "megatron_config", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+    "velora_config", "monteclora_config",
+)  # fmt: skip
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 
 
@@ -107,8 +113,16 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
     return source
 
 
-def read_adapter_shape(folder: Path) -> tuple[int, float]:
-    """Rank and alpha of a checkpoint's adapter, from adapter_config.json. Raises CheckpointError."""
+class AdapterShape(NamedTuple):
+    """What tells one LoRA adapter on the same layers from another."""
+
+    rank: int
+    alpha: float
+    lora_type: str
+
+
+def read_adapter_shape(folder: Path) -> AdapterShape:
+    """The shape of a checkpoint's adapter, from adapter_config.json. Raises CheckpointError if it is none of ours."""
     place, train_again = folder / ADAPTER_CONFIG, "train the checkpoint again"
     try:
         config = read_json(place)
@@ -123,7 +137,38 @@ def read_adapter_shape(folder: Path) -> tuple[int, float]:
             where=str(folder),
             fix=train_again,
         )
-    return rank, float(alpha)
+    problem = _why_unsupported(config)
+    if problem:
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG} {problem}", where=str(folder), fix="merge that adapter into its base with PEFT"
+        )
+    lora_type = next((name for name in ("dora", "rslora") if config.get(f"use_{name}")), "lora")
+    return AdapterShape(rank, float(alpha), lora_type)
+
+
+def _why_unsupported(config: dict) -> str:
+    """Why an adapter of PEFT cannot be one of several on one frozen base, empty if it can."""
+    if config.get("peft_type", "LORA") != "LORA":
+        return f"is of peft_type {reprlib.repr(config['peft_type'])}, and only LORA is supported"
+    start = config.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian"):
+        return f"sets init_lora_weights {reprlib.repr(start)}, which may rewrite the base that all roles share"
+    heads = config.get("modules_to_save") or []
+    if heads and not (heads == ["score"] and config.get("task_type") == "SEQ_CLS"):
+        return f"sets modules_to_save {reprlib.repr(heads)}, which replaces parts of the base that all roles share"
+    if config.get("bias", "none") != "none":
+        return f"sets bias {reprlib.repr(config['bias'])}, which trains parts of the base that all roles share"
+    if config.get("use_dora") and config.get("use_rslora"):
+        return "sets use_dora and use_rslora together, of which one at a time is supported"
+    found = next((name for name in UNSUPPORTED if config.get(name)), None)
+    return f"sets {found}, which is not supported" if found else ""
+
+
+def lora_type_of(config: Any, source: ModelRef) -> str:
+    """The kind of adapter that a command has: the checkpoint's own, or the one asked for."""
+    if source.manifest is not None and ADAPTER_CONFIG in source.manifest.files:
+        return read_adapter_shape(source.folder).lora_type
+    return getattr(config, "lora_type", None) or "lora"
 
 
 def _open_base(

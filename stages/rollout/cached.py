@@ -143,11 +143,8 @@ def cache_works(base: Base) -> bool:
     Measured once per base. Recurrent models, and some with positions of their own, do not get on with padded rows.
     """
     if base.caches is None:
-        role, base.switch.active = base.switch.active, None
-        try:
+        with base.lora.using(None):
             base.caches = _probe_cache(base)
-        finally:
-            base.switch.active = role
     return base.caches
 
 

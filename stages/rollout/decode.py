@@ -6,6 +6,7 @@ slots than the furthest row has filled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class Layer(NamedTuple):
     down: StackedLinears
 
 
-def stack_linears(linears: list[Linear]) -> StackedLinears:
+def stack_linears(linears: Sequence[Linear]) -> StackedLinears:
     """Linear layers under a role, made ready for many steps.
 
     In fp32 the delta is folded into copies of the weights; in half precision that would round it away, and it stays
@@ -76,12 +77,12 @@ def layers_of(native: Native) -> list[Layer]:
     return [
         Layer(
             block,
-            stack_linears([block.q.now(), block.k.now(), block.v.now()]),
-            stack_linears([block.o.now()]),
-            stack_linears([block.gate.now(), block.up.now()]),
-            stack_linears([block.down.now()]),
+            stack_linears(block.qkv()),
+            stack_linears([block.o()]),
+            stack_linears(mlp[:2]),
+            stack_linears(mlp[2:]),
         )
-        for block in native.blocks
+        for block, mlp in ((block, block.gate_up_down()) for block in native.blocks)
     ]
 
 
@@ -94,7 +95,7 @@ class KvCache:
     @classmethod
     def empty(cls, native: Native, rows: int, room: int, dtype: torch.dtype, device: torch.device) -> KvCache:
         """Slots for so many rows of up to `room` tokens."""
-        shapes = [(rows, len(b.k.weight) // b.head_size, room, b.head_size) for b in native.blocks]
+        shapes = [(rows, b.kv_heads, room, b.head_size) for b in native.blocks]
         return cls(*([torch.zeros(s, dtype=dtype, device=device) for s in shapes] for _ in range(2)))
 
     def first(self, rows: int) -> KvCache:

@@ -134,7 +134,8 @@ def check_engine(base: Base, engine: str) -> tuple[str, ...]:
     """What there is to say of the engine that will sample; raises ModelError where ours is asked for in vain."""
     if base.native is not None or engine == "transformers":
         return ()
-    held = " in 4 bits" if any(is_four_bit(layer.base) for layer in base.layers.values()) else ""
+    held = " in 4 bits" if any(is_four_bit(layer) for layer in base.layers.values()) else ""
+    held += " with DoRA adapters" if base.has_dora else ""
     why = f"our own decoder does not cover `{base.source.config['model_type']}`{held}"
     if engine == "native":
         raise ModelError(why, where="rollout_engine", fix="leave --rollout-engine out")

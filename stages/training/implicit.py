@@ -98,7 +98,7 @@ def _read_cache(path: Path, key: str, count: int) -> Tensor | None:
 def _key(roles: Roles, digest: str, rows: list[TokenRow]) -> str:
     """Identifies the numbers: the model, its precision and device, and every token that is asked about."""
     base = roles.base
-    held = f"{base.dtype}{' in 4 bits' if any(is_four_bit(layer.base) for layer in base.layers.values()) else ''}"
+    held = f"{base.dtype}{' in 4 bits' if any(is_four_bit(layer) for layer in base.layers.values()) else ''}"
     text = hashlib.sha256(f"1 {digest} {held} {base.device.type} {torch.__version__}".encode())
     for row in rows:
         text.update(f"{row.ids.tolist()} {row.targets.tolist()}".encode())

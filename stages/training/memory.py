@@ -117,8 +117,12 @@ def activation_bytes(
         norms = s.norms * s.hidden * (width if s.centred else FP32)
         norms += (s.queries + s.keys) * FP32 if s.head_norms else 0
         attention = 2 * (s.queries + s.keys) * width + s.heads * FP32  # q, k, v and the result; its norm's logarithm
-        layer = norms + inputs + attention + s.curve * s.inner * width + layers_linear * rank * width
-        passing = 2 * s.inner * width
+        curve = s.curve * s.inner * width
+        if width < FP32:  # PEFT's layers each keep a copy in fp32 of what they read
+            inputs = ((layers_linear - 2) * s.hidden + s.queries + s.inner) * FP32
+            curve -= s.inner * width
+        layer = norms + inputs + attention + curve + layers_linear * rank * FP32
+        passing = 3 * s.inner * FP32
         last = s.hidden * (width if s.centred else FP32)  # the norm behind all layers
     if checkpointing:
         return s.layers * s.hidden * width + last, layer + passing

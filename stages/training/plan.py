@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.config import AUTO, is_function
 from stages.models.roles import ADAPTER, DEFAULT_RANK
-from stages.models.source import ModelRef, open_model
+from stages.models.source import ModelRef, lora_type_of, open_model
 from stages.results import Result, Table
 from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, micro_batches
 from stages.training.devices import free_memory, pick_device, pick_dtype
@@ -72,10 +72,15 @@ class ResidentBytes:
         return self.adapters + self.moments + self.copies
 
 
-def source_shapes(source: ModelRef, four_bit: bool = False) -> Shapes:
-    """The shapes of a base on disk; in 4 bits transformers runs it."""
+def source_shapes(source: ModelRef, config: Any) -> Shapes:
+    """The shapes of a base on disk; in 4 bits, or with DoRA, transformers runs it."""
     shapes = shapes_of(source.config, tensor_shapes(source.base))
-    return replace(shapes, native=False) if four_bit else shapes
+    return replace(shapes, native=shapes.native and not config.load_in_4bit and not uses_dora(config, source))
+
+
+def uses_dora(config: Any, source: ModelRef) -> bool:
+    """Whether a stage trains DoRA adapters."""
+    return lora_type_of(config, source) == "dora"
 
 
 def adapter_size(config: Any, source: ModelRef, linear: dict[str, tuple[int, int]]) -> tuple[int, int]:
@@ -84,11 +89,13 @@ def adapter_size(config: Any, source: ModelRef, linear: dict[str, tuple[int, int
         stored = {name: shape for name, shape in shapes_in(source.folder / ADAPTER).items() if ".lora_" in name}
         rank = next(shape[0] for name, shape in stored.items() if ".lora_A." in name)
         wanted = config.lora_rank or rank
-        return sum(map(math.prod, stored.values())) // rank * wanted, wanted
+        magnitudes = sum(math.prod(shape) for shape in stored.values() if len(shape) == 1)
+        return (sum(map(math.prod, stored.values())) - magnitudes) // rank * wanted + magnitudes, wanted
     targets = [f".{target}.weight" for target in config.lora_targets] or [""]
     chosen = [shape for name, shape in linear.items() if any(f".{name}".endswith(target) for target in targets)]
     rank = config.lora_rank or DEFAULT_RANK
-    return sum(rank * (a + b) for a, b in chosen), rank
+    magnitudes = sum(out for out, _ in chosen) if uses_dora(config, source) else 0
+    return sum(rank * (a + b) for a, b in chosen) + magnitudes, rank
 
 
 def adapters_held(stage: str, config: Any, source: ModelRef) -> tuple[int, int]:
@@ -107,7 +114,7 @@ def resident_bytes(stage: str, config: Any, source: ModelRef, shapes: Shapes, wi
     """Adapters in fp32, and of those that are trained the gradient and both moments."""
     size, _ = adapter_size(config, source, shapes.linear)
     held, trained = adapters_held(stage, config, source)
-    in_base_precision = size * width if width < FP32 else 0  # of the adapter that is active
+    in_base_precision = size * width if width < FP32 and shapes.native else 0  # of the adapter that is active
     return ResidentBytes(held * size * FP32, 3 * trained * size * FP32, in_base_precision, size)
 
 
@@ -219,9 +226,7 @@ def memory_text(stage: str, config: Any, tokens: int) -> str:
     """The same estimate in a line, for a pass over one row of so many tokens."""
     known = ("sft", "reward", "ppo", "dpo")
     source = open_model(config.model, stages=known, what="--model", trust_remote_code=config.trust_remote_code)
-    parts = memory_by_part(
-        config, Work(stage, [tokens]), source, source_shapes(source, config.load_in_4bit), tokens=tokens
-    )
+    parts = memory_by_part(config, Work(stage, [tokens]), source, source_shapes(source, config), tokens=tokens)
     return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
 
 
@@ -229,7 +234,7 @@ def plan_result(config: Any, source: ModelRef, work: Work, total: int, left_out:
     """The plan of a stage that was resolved and checked but will not train."""
     device = pick_device(config.device)
     width = pick_dtype(config.dtype, device).itemsize
-    shapes = source_shapes(source, config.load_in_4bit)
+    shapes = source_shapes(source, config)
     free = free_memory(device)
     beside = None if free is None else free - base_bytes(shapes, width, four_bit=config.load_in_4bit)
     passes = choose_passes(config, work, source, shapes, beside)

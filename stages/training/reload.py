@@ -65,15 +65,15 @@ def check_reload(
         _expect(same, f"the head written beside the adapter in {folder} is not the one in memory")
 
 
-def check_adaptable(base: Base, targets: list[str]) -> None:
+def check_adaptable(base: Base, targets: list[str], lora_type: str = "lora") -> None:
     """Save and load a small adapter on the layers of a base, so that no run is lost at its end for not reading back.
 
     Raises ModelError if what is written is not what is read. Without room for the trial, on disk or in memory, there is
     none: the run itself says what is missing.
     """
-    adapter = new_adapter(base, 1, 1.0, targets, 0)
-    for delta in adapter.deltas.values():
-        delta.b.data.fill_(0.01)  # not zero, which would change nothing wherever it is put
+    adapter = new_adapter(base, 1, 1.0, targets, 0, lora_type)
+    for parameter in adapter.parameters():
+        parameter.data.add_(0.01)  # B is not zero, which would change nothing wherever it is put
     try:
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(Path(folder), base, adapter)

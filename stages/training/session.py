@@ -21,7 +21,7 @@ from stages.models.coverage import measure_coverage, sample_texts
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
 from stages.models.roles import Roles, save_adapter
-from stages.models.source import ModelRef
+from stages.models.source import ModelRef, lora_type_of
 from stages.models.tokens import Text, TokenRow, load_text
 from stages.results import Reporter
 from stages.training.comparing import TokenComparison
@@ -125,6 +125,8 @@ def open_base(source: ModelRef, config: Any, text: Text) -> tuple[Base, Ranks]:
         four_bit=config.load_in_4bit,
         trust_remote_code=config.trust_remote_code,
     )
+    if lora_type_of(config, source) == "dora":
+        base.prepare_for_dora()
     if len(text.tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
         raise ModelError(
             f"the tokenizer has {len(text.tokenizer)} tokens, the base has embeddings for "
@@ -142,8 +144,10 @@ def open_for_training(source: ModelRef, config: Any, text: Text, work: Work, rep
     Raises ModelError for a base whose adapters could not be saved in the end.
     """
     base, ranks = open_base(source, config, text)
-    check_adaptable(base, [] if source.folder else config.lora_targets)
-    free, shapes = free_memory(base.device), source_shapes(source, config.load_in_4bit)
+    check_adaptable(base, [] if source.folder else config.lora_targets, lora_type_of(config, source))
+    if base.has_dora:
+        reporter.note("DoRA adapters run through transformers, which is slower than the pass for other adapters")
+    free, shapes = free_memory(base.device), source_shapes(source, config)
     passes = choose_passes(config, work, source, shapes, free)
     if passes.checkpointing:
         try:

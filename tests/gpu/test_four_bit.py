@@ -17,10 +17,10 @@ CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
 def test_states_and_gradients_are_those_of_the_rounded_weights(opened, device, dtype):
     four, full = (opened("llama-wide", dtype=dtype, four_bit=bits, scale=0.05) for bits in (True, False))
     for path, layer in four.layers.items():
-        weight = layer.base.weight
-        assert is_four_bit(layer.base) and weight.device == device and weight.dtype == torch.uint8
+        weight = layer.weight
+        assert is_four_bit(layer) and weight.device == device and weight.dtype == torch.uint8
         rounded = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-        full.layers[path].base.weight.data.copy_(rounded)
+        full.layers[path].weight.data.copy_(rounded)
     found, sequences = [], sequences_of([9, 4, 12])
     for base in (four, full):
         roles = Roles(base)

@@ -1,0 +1,156 @@
+"""rslora and DoRA through the stages: trained, resumed, stored, read by PEFT, and refused where they cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+
+from stages.errors import CheckpointError
+from stages.models.source import read_adapter_shape
+from tests.commands import SHORT, SMALL, assert_same_weights, contents, done, manifest, refused, result, rlhf, weights
+from tests.commands import write_data as write_rows
+from tests.parts import sequences_of, whole_model
+from tests.test_resume import in_a_process
+
+IDS = sequences_of([11], seed=3)[0]
+STATES = ("--save-every", 1, "--keep-state", "--learning-rate", "1e-2")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model_folder):
+    """A folder with rows, and a DoRA chain: sft, reward and ppo, each from the one before."""
+    folder = tmp_path_factory.mktemp("dora")
+    write_rows(folder)
+    base, sft, reward = model_folder("llama"), folder / "sft", folder / "reward"
+    line = ("sft", "--model", base, "--dataset", folder / "demonstrations.jsonl", "--lora-type", "dora")
+    ended = done(*line, "--output", sft, *SMALL, *STATES)
+    assert ended.stderr.count("DoRA adapters run through transformers") == 1
+    line = ("reward", "--model", sft, "--dataset", folder / "comparisons.jsonl", "--eval-limit", 16)
+    done(*line, "--output", reward, *SMALL)
+    ppo = ("ppo", "--model", sft, "--reward", reward, "--dataset", folder / "prompts.jsonl", *SMALL, *SHORT)
+    ended = done(*ppo, "--output", folder / "ppo")
+    assert "with DoRA adapters: transformers samples, which is slower" in ended.stderr
+    return folder
+
+
+def test_every_stage_goes_on_with_the_checkpoints_type(place):
+    for name in ("sft", "reward", "ppo", "ppo/critic"):
+        stored = json.loads((place / name / "adapter_config.json").read_text())
+        assert (stored["use_dora"], stored["use_rslora"], stored["r"]) == (True, False, 4)
+    assert manifest(place / "sft")["config"]["lora_type"] == "dora"
+    assert manifest(place / "ppo")["config"]["lora_type"] is None
+
+
+def test_magnitudes_are_trained_and_stored(place, model_folder):
+    from safetensors.torch import load_file
+
+    base = load_file(model_folder("llama") / "model.safetensors")
+    stored = load_file(place / "sft/adapter_model.safetensors")
+    names = [name for name in stored if name.endswith("magnitude_vector")]
+    assert len(names) == 14 and len(stored) == 3 * 14
+    for name in names:
+        path = name.removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector")
+        moved = (stored[name] - base[f"{path}.weight"].norm(dim=1)).abs()
+        assert 1e-4 < moved.max() < 0.1  # three steps of at most 1e-2
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_peft_gives_the_same_numbers(place, model_folder, stage, open_tiny):
+    from peft import PeftModel
+
+    from stages.models.roles import Roles, adapter_of
+
+    base = open_tiny("llama")
+    roles = Roles(base)
+    roles.add("policy", adapter_of(base, base.source, trainable=False, folder=place / stage))
+    theirs = PeftModel.from_pretrained(whole_model(model_folder("llama")), place / stage).eval()
+    with torch.no_grad(), roles.use("policy"):
+        ours = base.logits(base.hidden([IDS]))
+        assert (theirs(IDS[None]).logits[0] - ours).abs().max() <= 1e-5 * ours.abs().max()
+
+
+@pytest.mark.parametrize("lora_type", ["rslora", "dora"])
+def test_an_interrupted_run_ends_with_the_same_bits(place, model_folder, tmp_path, lora_type):
+    line = ("sft", "--model", model_folder("gpt2"), "--dataset", place / "demonstrations.jsonl", *SMALL, *STATES)
+    line += ("--lora-type", lora_type, "--samples", 0)
+    done(*line, "--output", tmp_path / "whole")
+    assert in_a_process(signal.SIGTERM, 2, *line, "--output", tmp_path / "stopped").returncode == 143
+    done(*line, "--output", tmp_path / "stopped")
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_evaluate_and_export_take_dora(place, tmp_path):
+    line = ("evaluate", "--dataset", place / "prompts.jsonl", "--reward", place / "reward", "--limit-rows", 8, *SHORT)
+    assert result(*line, "--model", place / "ppo", "--against", place / "sft")["policy"]["score"] is not None
+    result(*line, "--model", place / "ppo", "--also", place / "sft/state", "--against", place / "sft")
+    done("export", "--model", place / "ppo", "--output", tmp_path / "merged")  # compares what it wrote
+
+
+def test_the_plan_counts_magnitudes(place, model_folder):
+    line = ("--dataset", place / "demonstrations.jsonl", "--output", place / "x", "--dry-run")
+    plan = result("sft", "--model", model_folder("llama"), *line, *SMALL, "--lora-type", "dora")["plan"]
+    stored = sum(tensor.numel() for tensor in weights(place / "sft").values())
+    assert plan["trainable_parameters_per_adapter"] == stored
+    plan = result("sft", "--model", place / "sft", *line, "--batch-size", 8, "--lora-rank", 8)["plan"]
+    magnitudes = 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
+    assert plan["trainable_parameters_per_adapter"] == 2 * (stored - magnitudes) + magnitudes
+
+
+def test_another_type_than_the_checkpoints_is_refused(place, tmp_path):
+    line = ("reward", "--model", place / "sft", "--dataset", place / "comparisons.jsonl", "--output", tmp_path / "x")
+    said = refused(*line, "--lora-type", "lora")
+    assert "lora_type is lora, but the adapter of" in said and "is dora" in said and "leave lora_type out" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_our_own_decoder_does_not_take_dora(place, tmp_path):
+    line = ("sample", "--model", place / "ppo", "--dataset", place / "prompts.jsonl", "--output", tmp_path / "s.jsonl")
+    assert "our own decoder does not cover DoRA" in refused(*line, "--rollout-engine", "native", *SHORT)
+    ended = done(*line, *SHORT)
+    assert "with DoRA adapters: transformers samples" in ended.stderr
+
+
+REFUSED = {
+    "init_lora_weights": ["pissa", "olora", "loftq", "eva", "corda", "pissa_niter_4"],
+    "peft_type": ["IA3"],
+    "modules_to_save": [["lm_head"], ["score", "embed_tokens"]],
+    "bias": ["all", "lora_only"],
+    "use_rslora": [True],  # with use_dora
+    "rank_pattern": [{"q_proj": 2}],
+    "alpha_pattern": [{"q_proj": 2}],
+    "lora_bias": [True],
+    "target_parameters": [["experts.down_proj"]],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values])
+def test_what_one_shared_base_cannot_hold_is_refused_by_its_name(place, tmp_path, key, value):
+    stored = json.loads((place / "sft/adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | {key: value}))
+    with pytest.raises(CheckpointError, match=f"adapter_config.json .*{key}") as caught:
+        read_adapter_shape(tmp_path)
+    assert caught.value.where == str(tmp_path)
+
+
+def test_such_a_checkpoint_is_refused_before_a_model_loads(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "sft", tmp_path / "sft")
+    file = tmp_path / "sft/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa"}))
+    about = json.loads((tmp_path / "sft/checkpoint.json").read_text())
+    about["files"]["adapter_config.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (tmp_path / "sft/checkpoint.json").write_text(json.dumps(about))
+    monkeypatch.setattr("stages.models.base.load_base", None)
+    line = ("sample", "--dataset", place / "prompts.jsonl", "--output", tmp_path / "s.jsonl", *SHORT)
+    said = refused(*line, "--model", tmp_path / "sft")
+    assert "init_lora_weights 'pissa'" in said and "the base that all roles share" in said
+
+
+def test_a_type_that_there_is_not_is_refused_with_those_there_are(place, tmp_path):
+    ended = rlhf("sft", "--model", "m", "--dataset", "d", "--output", tmp_path, "--lora-type", "pissa")
+    assert ended.code == 2 and "rslora" in ended.stderr and "dora" in ended.stderr
+    assert contents(tmp_path) == {}
