@@ -228,6 +228,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=200, help="prompts that every policy is measured on")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: does it run?")
     args = parser.parse_args()
+    import matplotlib.figure  # noqa: F401  # fails now rather than after hours of training
+
     args.output.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     bench = Bench(args.base, args.demonstrations, args.prompts, args.output.resolve(), seeds, args.held_out, args.quick)
@@ -247,13 +249,15 @@ def main() -> None:
 
 
 def write_results(bench: Bench, found: dict, points: list[Point], best_of: dict[int, list[dict]]) -> None:
-    """Numbers as JSON, tables as Markdown, and two pictures."""
+    """Numbers as JSON, tables as Markdown, and two plots."""
+    from stages.rollout.plot import write_plot
+
     about = {"machine": machine(), "commands": bench.commands, "knobs": {"policy": POLICY, **ONLINE, "dpo": DPO}}
     record = {**about, **found, "points": [asdict(p) for p in points], "best_of_by_seed": best_of}
     (bench.folder / "learning.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     (bench.folder / "learning.md").write_text(tables(found), encoding="utf-8")
     for measure, title in (("gold", "The true reward, never trained on"), ("proxy", "The reward model's score")):
-        (bench.folder / f"{measure}.svg").write_text(draw(points, best_of, measure, title), encoding="utf-8")
+        write_plot(bench.folder / f"{measure}.svg", draw(points, best_of, measure, title))
 
 
 if __name__ == "__main__":

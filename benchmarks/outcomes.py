@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import typing
 from dataclasses import dataclass
 
 from gold import cheerfulness
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AT_KL = (1.84, 4.0, 6.0, 10.0)  # nats; the first is best-of-16's, ln 16 - 15/16
 AT_SECONDS = (30.0, 60.0, 120.0)
@@ -173,9 +177,9 @@ def cell(value: tuple[float, float], digits: int = 3) -> str:
     return f"{mean:.{digits}f}" + (f" ± {width:.{digits}f}" if math.isfinite(width) else "")
 
 
-def draw(points: list[Point], best_of: dict[int, list[dict]], measure: str, title: str) -> str:
+def draw(points: list[Point], best_of: dict[int, list[dict]], measure: str, title: str) -> Figure:
     """A measure against KL as a picture: every run a line, a colour for each method."""
-    from stages.files import plot
+    from stages.rollout import plot
 
     column = {"gold": "gold", "proxy": "score"}[measure]
     curves = [

@@ -566,7 +566,12 @@ class EvaluateConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
         EVALUATION,
         paths=True,
     )
-    plot: str | None = knob(None, "draw scores over KL into this .svg file", OUTPUT, may_change_on_resume=True)
+    plot: str | None = knob(
+        None,
+        "draw scores over KL into this .svg, .png or .pdf file (needs matplotlib)",
+        OUTPUT,
+        may_change_on_resume=True,
+    )
     examples: int = knob(3, "prompts shown with their responses", EVALUATION, low=0)
     temperature: float | None = knob(
         None, "sampling temperature", ROLLOUT, above=0, auto="what the policy was trained at, else 1.0"

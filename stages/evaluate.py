@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.config import EvaluateConfig
 from stages.errors import ConfigError, DatasetError, NotFiniteError
-from stages.files.atomic import write_json, write_text
+from stages.files.atomic import write_json
 from stages.files.rows import Demonstration, Prompt
 from stages.inputs import Inputs
 from stages.maths.statistics import clustered_interval, mean_with_error
@@ -31,6 +31,7 @@ from stages.rollout.measure import (
     sampling_of,
     summarise_responses,
 )
+from stages.rollout.plot import write_plot
 from stages.rollout.samples import flatten_text
 from stages.rollout.sources import RewardSources, check_templates
 from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
@@ -73,8 +74,7 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
     if output:
         write_json(output, found)
     if plot:
-        picture = plot_kl_curve(curve_of(found), found.get("best_of", []), f"{found['prompts']} prompts")
-        write_text(plot, picture)
+        write_plot(plot, plot_kl_curve(curve_of(found), found.get("best_of", []), f"{found['prompts']} prompts"))
         reporter.note(f"drew {config.plot}")
     is_policy = source.manifest is not None and source.manifest.stage != "reward"
     further = (f"rlhf export --model {shlex.quote(config.model)} --output DIR",) if is_policy else ()

@@ -28,9 +28,7 @@ from stages.config import (
 )
 from stages.errors import CheckpointError, ConfigError, DatasetError, ModelError, OutputError, RewardError, UserError
 from stages.files import rows as files
-from stages.files.atomic import read_json, read_text
 from stages.files.manifest import locate
-from stages.files.plot import MARK
 from stages.files.rows import Dataset
 from stages.files.run import Run, open_run
 from stages.files.splits import SPLIT, held_out_everywhere, is_held_out, shared_prompts, split_held_out
@@ -38,7 +36,9 @@ from stages.launch import read_launch
 from stages.models.candidates import Candidate, candidate_of, open_candidates
 from stages.models.source import ModelRef, adapter_beside, lora_type_of, open_model, read_adapter_shape, same_base
 from stages.places import absolute
+from stages.reading import read_bytes, read_json, read_text
 from stages.results import Result, metrics_table, next_commands
+from stages.rollout.plot import MARK, METADATA, check_matplotlib
 from stages.rollout.specs import RewardSpec, open_rewards
 
 POLICIES = ("sft", "ppo", "dpo")
@@ -289,7 +289,7 @@ def _with_reference(candidate: Candidate, given: ModelRef | None, trusted: bool)
 def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
     source = _policy(config, "--model")
     _response_fits(config, source)
-    _writable_file(config, ".jsonl", RESPONSE_KEYS)
+    _writable_file(config, ".jsonl", ours=RESPONSE_KEYS)
     data = _reader(files.read_prompts, config)(config.dataset)
     return Inputs(source, data, warnings=_left_out(data))
 
@@ -524,19 +524,20 @@ def _response_fits(config: Any, source: ModelRef) -> None:
 def _check_outputs(config: EvaluateConfig) -> None:
     """The files that `rlhf evaluate` writes."""
     if config.output:
-        _writable_file(config, ".json", REPORT_KEYS)
+        _writable_file(config, ".json", ours=REPORT_KEYS)
     if config.plot:
-        _writable_file(config, ".svg", MARK, knob="plot")
+        _writable_file(config, *METADATA, ours=MARK, knob="plot")
+        check_matplotlib("--plot")
 
 
-def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: str = "output") -> None:
+def _writable_file(config: Any, *suffixes: str, ours: tuple[str, ...] | str, knob: str = "output") -> None:
     """Raise OutputError unless a knob names a new file, or one that this command wrote before and does not read now."""
-    name, flag = getattr(config, knob), f"--{knob}"
-    path, another = absolute(name, flag), f"give another file name ending in {suffix}"
+    name, flag, kinds = getattr(config, knob), f"--{knob}", " or ".join(suffixes)
+    path, another = absolute(name, flag), f"give another file name ending in {kinds}"
     if path.is_dir():
         raise OutputError(f"{name} is a folder", where=flag, fix=another)
-    if path.suffix != suffix:
-        raise OutputError(f"{name} does not end in {suffix}", where=flag, fix=another)
+    if path.suffix not in suffixes:
+        raise OutputError(f"{name} does not end in {kinds}", where=flag, fix=another)
     special = describe_special(path)
     if special and not special.startswith("a link to"):  # such a link is written through
         raise OutputError(f"{name} is {special}", where=flag, fix=another)
@@ -546,7 +547,7 @@ def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: 
     if path.exists() and read.exists() and os.path.samefile(path, read):
         raise OutputError(f"{name} is the dataset that is read", where=flag, fix=another)
     inside = Path(os.path.realpath(path)).parent
-    if suffix in files.SUFFIXES and read.is_dir() and os.path.realpath(read) == str(inside):
+    if path.suffix in files.SUFFIXES and read.is_dir() and os.path.realpath(read) == str(inside):
         raise OutputError(
             f"{name} lies in the dataset's folder, where it would be read as rows", where=flag, fix=another
         )
@@ -560,9 +561,10 @@ def _writable_file(config: Any, suffix: str, ours: tuple[str, ...] | str, knob: 
 def _wrote(path: Path, ours: tuple[str, ...] | str) -> bool:
     """True where a file is empty, holds a text of ours, or begins with a JSON object of these keys."""
     try:
-        text = read_text(path)
         if isinstance(ours, str):
-            return not text.strip() or ours in text
+            content = read_bytes(path)
+            return not content.strip() or ours.encode() in content
+        text = read_text(path)
         value = json.loads(text if path.suffix == ".json" else text.partition("\n")[0]) if text.strip() else {}
     except (OSError, ValueError, RecursionError):
         return False

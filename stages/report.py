@@ -11,8 +11,8 @@ import shlex
 from pathlib import Path
 
 from stages.errors import CheckpointError
-from stages.files.atomic import read_text
 from stages.places import absolute
+from stages.reading import read_text
 from stages.results import Reporter, Result, Table
 from stages.rollout.frontier import curve_tables
 

@@ -6,10 +6,11 @@ from functools import partial
 
 from stages.config import SampleConfig
 from stages.errors import ConfigError
-from stages.files.atomic import to_json, write_text
+from stages.files.atomic import write_text
 from stages.inputs import RESPONSE_KEYS, Inputs
 from stages.models.roles import Roles, adapter_of
 from stages.places import absolute
+from stages.reading import to_json
 from stages.results import Reporter, Result, Table, facts_table
 from stages.rollout.generate import Sampling, check_engine, generate
 from stages.rollout.samples import flatten_text

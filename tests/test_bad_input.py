@@ -641,7 +641,7 @@ try:
     app()
 except SystemExit as end:
     code = end.code
-heavy = sorted({"torch", "transformers", "datasets", "peft", "numpy"} & set(sys.modules))
+heavy = sorted({"torch", "transformers", "datasets", "peft", "pyarrow", "pandas"} & set(sys.modules))
 print("loaded:", *heavy)
 sys.exit(code)
 """

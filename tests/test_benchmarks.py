@@ -91,7 +91,10 @@ def test_tables_and_pictures_hold_every_method(outcomes):
     # At 4 nats, 1.25 and 1.75: standard error 0.25, times 12.706, of two seeds.
     (row,) = [line for line in text.partition("4 nats")[2].splitlines() if line.startswith("| ppo |")][:1]
     assert row.split(" | ")[2] == "1.500 ± 3.176 (2)"
-    assert outcomes.draw(points, best_of, "gold", "x").count("polyline") >= 4
+    (axes,) = outcomes.draw(points, best_of, "gold", "x").axes
+    names = [f"{kind}, seed {seed}" for kind in ("ppo", "best of n") for seed in (0, 1)]
+    assert [one.get_label() for one in axes.containers] == names
+    assert axes.containers[1][0].get_xydata().tolist() == [[0, 0], [4, 1.75]]
 
 
 # --- the alarms benchmark

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import torch
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.tensors import load_tensors, read_header, save_tensors, tensor_metadata
+from stages.reading import sha256_of, to_json
 
 
 class Killed(BaseException):
@@ -54,7 +53,7 @@ def test_json_has_null_for_what_json_cannot_say_and_keeps_the_order(tmp_path):
 
 
 def test_json_of_half_a_surrogate_pair_is_still_utf8():
-    text = atomic.to_json({"prompt": "\ud83d!"})
+    text = to_json({"prompt": "\ud83d!"})
     assert text.encode("utf-8") == b'{"prompt": "\\ud83d!"}'
     assert json.loads(text) == {"prompt": "\ud83d!"}
 
@@ -162,7 +161,7 @@ def test_truncate_and_remove(tmp_path):
 
 def test_sha256_is_the_published_one(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, example B.1
-    assert atomic.sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 # --- folders
@@ -287,43 +286,6 @@ def test_leftovers_of_one_name_and_of_all(tmp_path):
     atomic.clear_leftovers(tmp_path)
     assert names(tmp_path) == kept
     atomic.clear_leftovers(tmp_path / "absent")
-
-
-# --- the lock
-
-
-def test_a_lock_is_held_once_and_leaves_no_file(tmp_path):
-    path = tmp_path / "run.lock"
-    handle = atomic.lock(path)
-    for take in (atomic.check_lock, atomic.lock):
-        with pytest.raises(OutputError, match=f"in use by process {os.getpid()} on "):
-            take(path)
-    atomic.unlock(handle, path)
-    assert names(tmp_path) == []
-    atomic.check_lock(path)
-    atomic.unlock(atomic.lock(path), path)
-
-
-def test_a_dead_processes_lock_is_no_obstacle(tmp_path):
-    path = tmp_path / "run.lock"
-    code = "import os, sys; from stages.files import atomic; atomic.lock(sys.argv[1]); os.kill(os.getpid(), 9)"
-    ended = subprocess.run([sys.executable, "-c", code, str(path)])
-    assert ended.returncode == -9
-    assert json.loads(path.read_text())["pid"] != os.getpid()
-    atomic.check_lock(path)
-    handle = atomic.lock(path)
-    assert json.loads(path.read_text())["pid"] == os.getpid()
-    atomic.unlock(handle, path)
-
-
-def test_a_file_system_without_locks_gives_none(tmp_path, monkeypatch):
-    def refuse(handle, kind):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(atomic.fcntl, "flock", refuse)
-    assert atomic.lock(tmp_path / "run.lock") is None
-    atomic.check_lock(tmp_path / "run.lock")
-    assert names(tmp_path) == []
 
 
 # --- tensors

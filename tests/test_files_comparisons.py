@@ -20,8 +20,8 @@ from stages.files.comparisons import (
     read_rating,
     shared_text,
 )
+from stages.files.raw_rows import RawRow
 from stages.files.rows import read_comparisons
-from stages.files.sources import RawRow
 
 
 def user(content):

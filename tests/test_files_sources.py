@@ -13,7 +13,8 @@ import pyarrow
 import pytest
 
 from stages.errors import DatasetError
-from stages.files.sources import RawRow, check_messages, check_number, read_raw_dataset
+from stages.files.raw_rows import RawRow, check_messages, check_number
+from stages.files.sources import read_raw_dataset
 
 
 def write(folder, name, content):

@@ -19,6 +19,7 @@ FLOORS = {
     "stages.places": 1,
     "stages.launch": 1,
     "stages.config": 1,
+    "stages.reading": 1,
     "stages.results": 1,
     "stages.maths": 2,
     "stages.files": 3,
@@ -29,8 +30,19 @@ FLOORS = {
     "stages.*": 8,  # a stage file
     "rlhf_cli": 9,
 }
-GROUND = ("stages.errors", "stages.places", "stages.launch", "stages.config", "stages.results")
-HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow"}
+GROUND = ("stages.errors", "stages.places", "stages.launch", "stages.config", "stages.reading", "stages.results")
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+}
 TERMINAL = {"typer", "click", "rich", "rlhf_cli"}
 
 # Prefix of a module's name -> packages it must not import above its functions.
@@ -40,6 +52,7 @@ LIGHT = {
     "stages.errors": HEAVY,
     "stages.places": HEAVY,
     "stages.launch": HEAVY,
+    "stages.reading": HEAVY,
     "stages.results": HEAVY,
     "stages.report": HEAVY,
     "stages.files": HEAVY,
@@ -52,6 +65,7 @@ NEVER = {
     "stages.errors": HEAVY,
     "stages.places": HEAVY,
     "stages.launch": HEAVY,
+    "stages.reading": HEAVY,
     "stages.results": HEAVY,
     "stages.report": HEAVY,
     "rlhf_cli": HEAVY,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stages import inputs, report
 from stages.config import STAGES, SftConfig, knobs, read_recipe, resolve
 from stages.errors import CheckpointError, ConfigError, UserError
-from stages.files import rows, sources
+from stages.files import raw_rows, rows, sources
 from stages.files.manifest import read_manifest
 from stages.files.run import open_run
 from stages.files.tensors import read_header, save_tensors, tensor_metadata
@@ -52,7 +52,7 @@ TEXT = st.text(max_size=12) | st.sampled_from(["", " ", "a b", "\0", "\x1b[2J", 
 ATOMS = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | TEXT
 JSON = st.recursive(ATOMS, lambda part: st.lists(part, max_size=3) | st.dictionaries(TEXT, part, max_size=3))
 MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from([*sources.ROLES, *sources.ROLE_ALIASES, "cat"]) | JSON, "content": TEXT | JSON},
+    {"role": st.sampled_from([*raw_rows.ROLES, *raw_rows.ROLE_ALIASES, "cat"]) | JSON, "content": TEXT | JSON},
     optional={"tool_calls": JSON, "name": TEXT, "from": TEXT, "value": TEXT},
 )
 SHAREGPT = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system"]) | JSON, "value": TEXT | JSON})

@@ -1,4 +1,4 @@
-"""Variants of the policy's loss: other clips, other weights of tokens, whole responses, and the KL as a loss."""
+"""Variants of the policy's loss: other clips, other weights of tokens, and the KL as a loss."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import pad
 
-from stages.maths.losses import aggregate, kl_loss, policy_loss, sequence_policy_loss, token_weights
+from stages.maths.losses import aggregate, kl_loss, policy_loss, token_weights
 from stages.maths.tensors import entropy
 from tests.test_maths_losses import LENGTHS, POISON, double, ragged
 
@@ -49,8 +48,6 @@ def test_without_dual_clip_the_loss_grows_with_the_ratio():
 def test_a_dual_clip_that_would_cap_every_loss_is_refused(dual_clip):
     with pytest.raises(ValueError, match=str(dual_clip)):
         one_token(1.0, -1.0, dual_clip=dual_clip)
-    with pytest.raises(ValueError, match=str(dual_clip)):
-        sequence_policy_loss(double([0.0]), double([0.0]), double(1.0), ONE[:, :1], 0.2, dual_clip=dual_clip)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +146,6 @@ def test_padding_reaches_no_weighted_loss(poison):
         "k1": lambda x, y, z, w: kl_loss(x, y, mask, "k1", weights=w),
         "k2": lambda x, y, z, w: kl_loss(x, y, mask, "k2", weights=w),
         "k3": lambda x, y, z, w: kl_loss(x, y, mask, "k3", weights=w),
-        "whole": lambda x, y, z, w: sequence_policy_loss(x, y, z[:, 0], mask, 0.2).loss,
     }
     for loss in losses.values():
         found = []
@@ -183,83 +179,6 @@ def test_an_entropy_bonus_is_minus_the_aggregated_entropy():
     assert loss.item() == pytest.approx(-(spread + math.log(2)) / 2)
     expected = [p * (math.log(p) + spread) / 2 for p in (0.75, 0.25)]
     torch.testing.assert_close(slope[0], double(expected, [0, 0], [0, 0]))
-
-
-# --- the ratio of whole responses
-
-
-def test_a_responses_ratio_is_the_product_of_its_tokens_ratios():
-    """Ratio clip on 1.1 * 1.2 = 1.32 and .5 * 1.4 = .7, though some tokens alone would not have been clipped."""
-    old = double([-1.0, -2.0], [-1.0, -2.0])
-    logprobs = (old + double([1.1, 1.2], [0.5, 1.4]).log()).requires_grad_()
-    mask = torch.ones(2, 2, dtype=torch.bool)
-
-    def found(*advantage, **options):
-        result = sequence_policy_loss(logprobs, old, double(*advantage), mask, 0.2, **options)
-        slope = torch.autograd.grad(result.loss, logprobs)[0]
-        assert result.ratio.tolist() == pytest.approx([1.32, 0.7])
-        assert not result.ratio.requires_grad
-        return result.loss.item(), slope.flatten().tolist(), result.clipped_count.item(), result.capped_count.item()
-
-    def close(loss, slope, *counts):
-        return (pytest.approx(loss), pytest.approx(slope), *counts)
-
-    assert found(1.0, 1.0) == close((-1.2 - 0.7) / 2, [0, 0, -0.35, -0.35], 1, 0)
-    assert found(-1.0, -1.0) == close((1.32 + 0.8) / 2, [0.66, 0.66, 0, 0], 1, 0)
-    assert found(1.0, 1.0, clip_high=0.4) == close((-1.32 - 0.7) / 2, [-0.66, -0.66, -0.35, -0.35], 0, 0)
-    assert found(-1.0, 1.0, dual_clip=1.1) == close((1.1 - 0.7) / 2, [0, 0, -0.35, -0.35], 0, 1)
-    assert found(-1.0, 1.0, denominator=8) == close((1.32 - 0.7) / 8, [0.165, 0.165, -0.0875, -0.0875], 0, 0)
-
-
-def test_the_first_step_on_whole_responses_is_that_on_their_tokens():
-    """Check 4: at ratio 1 both give minus the mean over responses of A times the gradient of log pi of them."""
-    (x, _, _), mask = ragged(count=3)
-    x.requires_grad_()
-    advantage = double(1.0, -2.0, 0.5, 3.0)
-    whole = sequence_policy_loss(x, x.detach(), advantage, mask, 0.2)
-    assert whole.ratio.tolist() == [1.0] * 4
-    assert (whole.clipped_count.item(), whole.capped_count.item(), whole.approx_kl_sum.item()) == (0, 0, 0)
-    found = torch.autograd.grad(whole.loss, x)[0]
-    torch.testing.assert_close(found, -(advantage[:, None] * mask) / 4, rtol=1e-12, atol=0)
-    weights = token_weights(mask, "constant", tokens=23, sequences=double(4.0)[0], max_length=1)
-    by_token = policy_loss(x, x.detach(), advantage[:, None].expand(4, 12), mask, 0.2, weights=weights).loss
-    torch.testing.assert_close(torch.autograd.grad(by_token, x)[0], found, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_micro_batches_of_whole_responses_add_up(size):
-    """Checks 24 and 26: over the number of responses of the step."""
-    (x, y, z), mask = ragged(count=3)
-    x = (y + 0.1 * (x - y)).detach().requires_grad_()
-    whole = sequence_policy_loss(x, y, z[:, 0], mask, 0.2)
-    pieces = [tuple(t[i : i + size] for t in (x, y, z[:, 0], mask)) for i in range(0, 4, size)]
-    parts = [sequence_policy_loss(*piece, 0.2, 4) for piece in pieces]
-    assert sum(part.loss for part in parts).item() == pytest.approx(whole.loss.item(), rel=1e-12)
-    assert sum(part.clipped_count for part in parts).item() == whole.clipped_count.item()
-    assert sum(part.approx_kl_sum for part in parts).item() == pytest.approx(whole.approx_kl_sum.item())
-    found = torch.autograd.grad(sum(part.loss for part in parts), x)[0]
-    torch.testing.assert_close(found, torch.autograd.grad(whole.loss, x)[0], rtol=1e-12, atol=1e-15)
-    per_token = policy_loss(x, y, z, mask, 0.2).approx_kl_sum.item()
-    assert whole.approx_kl_sum.item() == pytest.approx(per_token)
-
-
-def test_a_row_without_tokens_is_no_response():
-    (x, y, z), mask = ragged(count=3)
-    found = sequence_policy_loss(*(pad(t, (0, 0, 0, 1), value=POISON) for t in (x, y)), pad(z[:, 0], (0, 1), value=9),
-                                 pad(mask, (0, 0, 0, 1), value=False), 0.2)  # fmt: skip
-    expected = sequence_policy_loss(x, y, z[:, 0], mask, 0.2)
-    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
-    assert found.ratio.tolist() == [*expected.ratio.tolist(), 0.0]
-    assert found.clipped_count == expected.clipped_count
-    nothing = sequence_policy_loss(x, y, z[:, 0], torch.zeros_like(mask), 0.2)
-    assert nothing.loss.item() == 0
-
-
-def test_a_long_responses_ratio_stays_finite():
-    change = torch.full((1, 1000), 1.0)
-    result = sequence_policy_loss(change, torch.zeros(1, 1000), -torch.ones(1), torch.ones(1, 1000).bool(), 0.2)
-    assert result.ratio.item() == pytest.approx(math.exp(20))
-    assert result.loss.isfinite()
 
 
 # --- the KL as a loss

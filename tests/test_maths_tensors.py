@@ -9,11 +9,8 @@ import torch
 from stages.maths.tensors import (
     entropy,
     last_index,
-    lengths_to_first_stop,
-    masked_mean,
     masked_moments,
     masked_sum,
-    response_mask,
     scale_to_unit_variance,
     token_logprobs,
     whiten,
@@ -49,9 +46,8 @@ def ragged_batch(rows, width, seed=0):
     return x, torch.arange(width) < lengths[:, None]
 
 
-def test_masked_sum_and_mean_see_only_the_mask():
+def test_masked_sum_sees_only_the_mask():
     assert masked_sum(FOUR, RAGGED).item() == 10
-    assert masked_mean(FOUR, RAGGED).item() == 2.5
 
 
 def test_masked_sum_ignores_infinities_and_nan_under_the_padding_also_in_the_gradient():
@@ -64,13 +60,11 @@ def test_masked_sum_ignores_infinities_and_nan_under_the_padding_also_in_the_gra
 
 def test_a_single_token_is_its_own_mean():
     one = torch.tensor([[False, True, False], [False] * 3, [False] * 3])
-    assert masked_mean(FOUR, one).item() == 2
     assert [moment.item() for moment in masked_moments(FOUR, one)] == [2, 0, 1]
 
 
 def test_nothing_masked_means_zero_and_not_nan():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
-    assert masked_mean(torch.ones(2, 3), nothing).item() == 0
     assert [moment.item() for moment in masked_moments(torch.ones(2, 3), nothing)] == [0, 0, 0]
     assert whiten(torch.ones(2, 3), nothing).tolist() == [[0, 0, 0]] * 2
 
@@ -134,43 +128,6 @@ def test_moments_in_shards_are_the_same_on_every_rank():
     expected = [x[mask].mean().item(), x[mask].var(correction=0).item(), 6.0]
     for moments in in_shards(lambda piece, reduce: masked_moments(*piece, reduce), pieces):
         torch.testing.assert_close([moment.item() for moment in moments], expected)
-
-
-def test_a_response_ends_with_its_first_stop_token_inclusive():
-    """Check 18: stop token first, in the middle, twice, last, absent; two stop ids; padding that is a stop id."""
-    tokens = torch.tensor(
-        [
-            [0, 5, 5, 5, 5],
-            [5, 5, 0, 5, 5],
-            [5, 0, 5, 0, 5],
-            [5, 5, 5, 5, 0],
-            [5, 5, 5, 5, 5],
-            [5, 7, 5, 0, 5],
-            [5, 5, 5, 0, 0],
-            [5, 5, 0, 0, 0],
-        ]
-    )
-    generated = torch.tensor([5, 5, 5, 5, 5, 5, 3, 3])
-    lengths, ended = lengths_to_first_stop(tokens, generated, (0, 7))
-    assert lengths.tolist() == [1, 3, 2, 5, 5, 2, 3, 3]
-    assert ended.tolist() == [True, True, True, True, False, True, False, True]
-    mask = response_mask(tokens, lengths)
-    assert mask.dtype == torch.bool
-    assert mask.int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 1],
-        [1, 1, 1, 1, 1],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 0, 0],
-    ]
-
-
-def test_without_stop_ids_no_response_ends():
-    lengths, ended = lengths_to_first_stop(torch.tensor([[1, 2, 0]]), torch.tensor([2]), ())
-    assert (lengths.tolist(), ended.tolist()) == ([2], [False])
 
 
 def test_last_index_is_found_by_position_and_not_by_counting():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
@@ -639,10 +638,10 @@ def test_secrets_of_the_environment_are_written_nowhere(chain, tmp_path, monkeyp
 
 def test_a_running_process_tells_only_who_it_is(tmp_path):
     """run.lock, which others read while a run lasts."""
-    from stages.files import atomic
+    from stages.files.lock import take_lock
 
-    handle = atomic.lock(tmp_path / "run.lock")
+    held = take_lock(tmp_path / "run.lock")
     try:
         assert set(json.loads((tmp_path / "run.lock").read_text())) == {"pid", "host", "started"}
     finally:
-        os.close(handle)
+        held.release()

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from stages.files import atomic
+from stages.files.atomic import make_folder
+from stages.files.lock import release_lock, take_lock
 from tests.commands import SHORT, prompts, refused, result, rlhf
 from tests.tiny import write_jsonl
 
@@ -38,12 +39,12 @@ def test_a_run_is_known_again_by_every_spelling(chain, here):
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_lock_holds_under_every_spelling(chain, here, spelling):
-    atomic.make_folder(here / "o")
-    held = atomic.lock(here / "o" / "run.lock")
+    make_folder(here / "o")
+    held = take_lock(here / "o" / "run.lock")
     try:
         said = refused(*sft(chain(), spelling.replace("HERE", str(here))))
     finally:
-        atomic.unlock(held, here / "o" / "run.lock")
+        release_lock(held, here / "o" / "run.lock")
     assert f"{here / 'o'}: in use by process {os.getpid()}" in said
 
 

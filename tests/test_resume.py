@@ -376,8 +376,8 @@ def test_a_second_process_is_kept_out(chain, tmp_path):
     """The lock of a living process: exit 2 for whoever comes second, and the first one is not disturbed."""
     line = command(chain(), "sft", tmp_path / "x")
     code = (
-        "import sys; from stages.files import atomic\n"
-        "handle = atomic.lock(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+        "import sys; from stages.files.lock import take_lock\n"
+        "handle = take_lock(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
     )
     (tmp_path / "x").mkdir()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}

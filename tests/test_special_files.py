@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from stages.config import describe_special
-from stages.files.atomic import read_json, sha256_of
+from stages.reading import read_json, sha256_of
 from tests.commands import SHORT, refused
 
 KINDS = {

@@ -6,6 +6,7 @@ import itertools
 import math
 import shutil
 import statistics
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -301,7 +302,7 @@ def test_other_sampling_than_in_training_is_told(chain, scores):
         (("--also", "S/state"), ["--also: ", "state holds no state", "--keep-state"]),
         (("--plot", "x.svg", "--reward", "R"), ["--plot: one checkpoint alone is no curve"]),
         (("--plot", "x.svg", "--also", "S"), ["--plot: there is no score to draw"]),
-        (("--plot", "x.png", "--also", "S", "--reward", "R"), ["--plot: x.png does not end in .svg"]),
+        (("--plot", "x.jpg", "--also", "S", "--reward", "R"), ["--plot: x.jpg does not end in .svg or .png or .pdf"]),
         (("--plot", "D", "--also", "S", "--reward", "R"), ["--plot", "does not end in .svg"]),
     ],
 )
@@ -311,6 +312,16 @@ def test_what_is_refused_before_a_model_loads(chain, monkeypatch, more, words):
     monkeypatch.setattr("stages.training.session.load_base", None)
     said = refused("evaluate", "--model", found.ppo, "--dataset", found.prompts, *(names.get(m, m) for m in more))
     assert all(word in said for word in words), said
+
+
+def test_a_plot_without_matplotlib_is_refused_before_a_model_loads(chain, monkeypatch, tmp_path):
+    monkeypatch.setattr("stages.training.session.load_base", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    line = ("evaluate", "--model", chain().ppo, "--dataset", chain().prompts, "--reward", chain().reward)
+    said = refused(*line, "--best-of", "1,2", "--plot", tmp_path / "x.svg")
+    assert "--plot: matplotlib is not installed" in said and "pip install 'rlhf[plot]'" in said
+    assert not (tmp_path / "x.svg").exists()
 
 
 def test_somebody_elses_picture_is_not_drawn_over(chain, scores, tmp_path):

@@ -1,4 +1,4 @@
-"""Writes that are there whole or not at all, and the lock that keeps two processes off one folder.
+"""Writes that are there whole or not at all.
 
 Every byte this tool writes itself goes through here, so a process killed at any instant leaves either the old
 file or the new one, plus at most a leftover whose name starts with `TEMP` or `ASIDE`.
@@ -7,31 +7,21 @@ file or the new one, plus at most a leftover whose name starts with `TEMP` or `A
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
-import fcntl
-import hashlib
-import json
-import math
 import os
 import re
 import secrets
 import shutil
-import socket
-import time
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.config import describe_special
 from stages.errors import OutputError
+from stages.reading import to_json
 
-DEEPEST = 100  # levels of objects and lists in JSON
 TEMP = ".rlhf-tmp-"  # half-written, or on its way out: never of use
 ASIDE = ".rlhf-old-"  # a whole previous folder, put aside while its successor is renamed into place
 _LEFTOVER = re.compile(r"\.rlhf-(tmp|old)-[0-9a-f]{8}-(.+)", re.DOTALL)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # only ever about writing
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -74,53 +64,6 @@ def _output_error(path: str | Path, number: int | None, reason: str) -> OutputEr
     return OutputError(f"cannot write: {reason}", where=str(path), fix=fix)
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """A plain file's content. Raises OSError, also for a pipe, a socket or a device, which might never end."""
-    special = describe_special(path)
-    if special:
-        raise OSError(errno.EINVAL, f"it is {special}, not a file", str(path))
-    return Path(path).read_bytes()
-
-
-def read_text(path: str | Path) -> str:
-    """A plain file's UTF-8 text. Raises OSError as `read_bytes` does, and UnicodeDecodeError."""
-    return read_bytes(path).decode("utf-8")
-
-
-def read_json(path: str | Path) -> typing.Any:
-    """JSON as this tool writes it, from a plain file. Raises OSError, and ValueError in words.
-
-    NaN, infinities and values nested too deeply for whoever goes through them are none of it.
-    """
-    try:
-        value = json.loads(read_text(path), parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    _check_depth(value)
-    return value
-
-
-def _refuse_constant(name: str) -> typing.NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
-def _check_depth(value: object) -> None:
-    """Raise ValueError for JSON nested more than `DEEPEST` levels deep, without recursion: a level at a time."""
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [item for found in level if isinstance(found, (dict, list)) for item in _items(found)]
-        if not level:
-            return
-    raise ValueError("it is nested too deeply")
-
-
-def _items(found: dict | list) -> typing.Iterable[object]:
-    return found.values() if isinstance(found, dict) else found
-
-
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -152,26 +95,6 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON as `write_bytes` does: keys in their order, NaN and infinities as null."""
     write_text(path, to_json(value, indent=2) + "\n")
-
-
-def to_json(value: object, indent: int | None = None) -> str:
-    """JSON text that every reader takes: NaN and infinities become null, and it always encodes to UTF-8."""
-    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and UTF-8 cannot hold
-        text = json.dumps(_finite(value), indent=indent, allow_nan=False)
-    return text
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 def append_text(path: str | Path, text: str) -> None:
@@ -225,15 +148,6 @@ def sync(path: str | Path) -> None:
                 raise
         finally:
             os.close(handle)
-
-
-def sha256_of(path: str | Path) -> str:
-    """sha256 of a plain file's content, in hex; raises OSError as it comes."""
-    special = describe_special(path)
-    if special:
-        raise OSError(errno.EINVAL, f"it is {special}, not a file", str(path))
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_new(path: Path, data: bytes) -> None:
@@ -389,99 +303,3 @@ def _discard(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             os.unlink(path)
-
-
-# --- the lock -------------------------------------------------------------------------------------------------------
-
-
-def lock(path: str | Path) -> int | None:
-    """Take a lock file and write into it who holds it; the handle keeps it, `unlock` or the process's end drops it.
-
-    Returns None where the file system has no locks. Raises OutputError naming the process that holds it.
-    """
-    for _ in range(5):
-        with raising_output_errors(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            try:
-                if _flock(handle, fcntl.LOCK_EX) and _same_file(handle, path):
-                    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-                    holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-                    os.ftruncate(handle, 0)
-                    _write_all(handle, json.dumps(holder).encode())
-                    _held.add(handle)
-                    return handle
-            except BaseException as error:
-                os.close(handle)
-                if isinstance(error, OSError) and error.errno in _NO_LOCKS:
-                    _discard(Path(path))
-                    return None
-                raise
-            os.close(handle)
-        time.sleep(0.02)  # somebody may only be looking, as `check_lock` does
-    check_lock(path)
-    raise OutputError("in use by another process", where=str(path), fix="wait for it to end")
-
-
-def check_lock(path: str | Path) -> None:
-    """Raise OutputError if a living process holds this lock, saying which; changes nothing."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return
-    try:
-        if _flock(handle, fcntl.LOCK_SH):
-            return
-        holder = os.read(handle, 4096)
-    except OSError:
-        return
-    finally:
-        os.close(handle)
-    try:
-        about = json.loads(holder)
-        who = f"process {about['pid']} on {about['host']} (since {about['started']})"
-    except (ValueError, TypeError, KeyError, RecursionError):
-        who = "another process"
-    raise OutputError(
-        f"in use by {who}", where=str(Path(path).parent), fix="wait for it to end, stop it, or choose another --output"
-    )
-
-
-def unlock(handle: int, path: str | Path) -> None:
-    """Drop a lock taken by `lock` and remove its file."""
-    try:
-        if _same_file(handle, path):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-    finally:
-        _held.discard(handle)
-        os.close(handle)
-
-
-_held: set[int] = set()  # handles of locks; a forked child that had one would hold the lock beyond our end
-
-
-def _close_held() -> None:
-    while _held:
-        with contextlib.suppress(OSError):
-            os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_held)
-
-
-def _flock(handle: int, kind: int) -> bool:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _same_file(handle: int, path: str | Path) -> bool:
-    """False once the file behind a handle was removed, and perhaps made anew by somebody else."""
-    try:
-        mine, there = os.fstat(handle), os.stat(path)
-    except FileNotFoundError:
-        return False
-    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)

@@ -25,15 +25,12 @@ import typing
 import uuid
 from collections.abc import Iterator
 
-from stages.files.atomic import DEEPEST
+from stages.reading import DEEPEST
 
 if typing.TYPE_CHECKING:
     import pyarrow
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-_EPOCH = datetime.date(1970, 1, 1).toordinal()
-_DAYS_IN_400_YEARS = 146_097
-_DAY = 86_400  # seconds
 
 
 def json_value(value: object, depth: int = 0) -> object:
@@ -99,8 +96,8 @@ def _json_leaf(value: object, depth: int) -> object:
 def table_rows(table: pyarrow.Table) -> Iterator[dict[str, object]]:
     """Rows of a table: lists and objects of Python's values; dates, times and the like stay Arrow's own scalars.
 
-    Python has no year 10,000, no nanoseconds and no zone it does not know: such a cell is read all the same, and
-    `json_value` gives its text. Raises ValueError for an object with two fields of one name.
+    Python has no year 10,000 and no zone it does not know: such a cell is read all the same, and `json_value` gives
+    its text. Raises ValueError for an object with two fields of one name.
     """
     columns = [_column_values(table.column(place)) for place in range(table.num_columns)]
     return (dict(zip(table.column_names, cells, strict=True)) for cells in zip(*columns, strict=True))
@@ -156,59 +153,16 @@ def _value_of(scalar: typing.Any) -> object:
 
 
 def _json_scalar(scalar: typing.Any) -> object:
-    """JSON for an Arrow scalar that `table_rows` left as it was."""
+    """JSON for an Arrow scalar that `table_rows` left as it was; Arrow's text, in UTC, of a time that Python lacks."""
+    import pyarrow
     from pyarrow import types
 
     kind = scalar.type
-    if types.is_date32(kind):
-        return _date_text(scalar.value)
-    if types.is_date64(kind):
-        return _date_text(scalar.value // (_DAY * 1000))
-    if types.is_time(kind):
-        return _time_text(scalar.value * (10**9 // _PER_SECOND[kind.unit]))
     if types.is_duration(kind):
         whole, rest = divmod(scalar.value, _PER_SECOND[kind.unit])
         return scalar.value / _PER_SECOND[kind.unit] if rest else whole
-    if types.is_timestamp(kind):
-        return _timestamp_text(scalar.value * (10**9 // _PER_SECOND[kind.unit]), kind.tz)
-    return json_value(scalar.as_py())
-
-
-def _timestamp_text(nanoseconds: int, zone: str | None) -> str:
-    """ISO 8601 of nanoseconds since 1970; in UTC where the zone, or its offset in that year, is not known."""
-    seconds, fraction = divmod(nanoseconds, 10**9)
-    offset, suffix = _offset(seconds, zone) if zone else (0, "")
-    days, second = divmod(seconds + offset, _DAY)
-    return f"{_date_text(days)}T{_time_text(second * 10**9 + fraction)}{suffix}"
-
-
-def _offset(seconds: int, zone: str) -> tuple[int, str]:
-    """Seconds that a zone is ahead of UTC at a time, and how ISO 8601 writes that."""
-    import pyarrow
-
     try:
-        when = datetime.datetime.fromtimestamp(seconds, datetime.UTC).astimezone(pyarrow.lib.string_to_tzinfo(zone))
-        return int(when.utcoffset().total_seconds()), when.replace(microsecond=0).isoformat()[19:]
-    except (ValueError, OverflowError, OSError, KeyError, ImportError, pyarrow.ArrowException):
-        return 0, "+00:00"
-
-
-def _date_text(days: int) -> str:
-    """ISO 8601 of a day counted from 1970-01-01; years beyond four digits have a sign."""
-    cycles = 0
-    ordinal = _EPOCH + days
-    if not 1 <= ordinal <= datetime.date.max.toordinal():  # the calendar repeats itself every 400 years
-        cycles, ordinal = divmod(ordinal - 1, _DAYS_IN_400_YEARS)
-        ordinal += 1
-    day = datetime.date.fromordinal(ordinal)
-    year = day.year + 400 * cycles
-    return f"{year:04d}{day.isoformat()[4:]}" if 0 <= year <= 9999 else f"{year:+06d}{day.isoformat()[4:]}"
-
-
-def _time_text(nanoseconds: int) -> str:
-    """ISO 8601 of a time of day, with as many digits of a second as it needs: none, six or nine."""
-    seconds, fraction = divmod(nanoseconds, 10**9)
-    text = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-    if not fraction:
-        return text
-    return f"{text}.{fraction // 1000:06d}" if fraction % 1000 == 0 else f"{text}.{fraction:09d}"
+        return json_value(scalar.as_py())
+    except (OverflowError, ValueError, KeyError):  # the year 10,000, a zone that nobody knows
+        plain = scalar.cast(pyarrow.timestamp("s"), safe=False) if types.is_timestamp(kind) else scalar
+        return plain.cast(pyarrow.string()).as_py().replace(" ", "T")

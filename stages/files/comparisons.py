@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 
-from stages.files.sources import Content, Message, RawRow, bad_row, check_content, check_number, check_prompt, named
+from stages.files.raw_rows import Content, Message, RawRow, bad_row, check_content, check_number, check_prompt, named
 
 TURN = "\n\nAssistant:"  # ends the prompt in texts written like Anthropic's HH data
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from stages.errors import CheckpointError, ModelError, UserError
-from stages.files import atomic
 from stages.files.tensors import read_header
+from stages.reading import read_text, sha256_of
 
 _SAMPLE = 4096  # bytes read at each end of a tensor
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -143,16 +143,16 @@ def file_digest(path: str | Path) -> str:
     path = Path(path)
     try:
         if not path.is_dir():
-            return atomic.sha256_of(path)
+            return sha256_of(path)
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        return _digest([f"{file.relative_to(path).as_posix()} {atomic.sha256_of(file)}" for file in files])
+        return _digest([f"{file.relative_to(path).as_posix()} {sha256_of(file)}" for file in files])
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror or error}", where=str(path), fix="check the path") from error
 
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(atomic.read_text(path))
+        value = json.loads(read_text(path))
     except OSError as error:
         raise ModelError(
             f"cannot read: {error.strerror or error}", where=str(path), fix="download or save the model again"

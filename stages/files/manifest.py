@@ -18,6 +18,7 @@ from stages.config import LARGEST, damaged_knob
 from stages.errors import CheckpointError, UserError
 from stages.files import atomic
 from stages.files.identity import base_digest
+from stages.reading import read_json, sha256_of, to_json
 
 FORMAT_VERSION = 1
 MANIFEST = "checkpoint.json"
@@ -88,7 +89,7 @@ def is_checkpoint(folder: str | Path) -> bool:
 def checkpoint_digest(folder: str | Path) -> str:
     """sha256 of a checkpoint's manifest, and thereby of all its files. Raises CheckpointError where there is none."""
     try:
-        return atomic.sha256_of(Path(folder, MANIFEST))
+        return sha256_of(Path(folder, MANIFEST))
     except OSError as error:
         raise _unreadable(Path(folder), error) from error
 
@@ -109,7 +110,7 @@ def write_manifest(folder: str | Path, manifest: Manifest, files: list[str]) -> 
         if not path.is_file():
             raise _broken(folder, f"`{name}` is missing")
         atomic.sync(path)
-        hashes[name] = atomic.sha256_of(path)
+        hashes[name] = sha256_of(path)
     for place in sorted({Path(folder, name).parent for name in files}):
         atomic.sync(place)
     stored = dataclasses.replace(
@@ -122,7 +123,7 @@ def write_manifest(folder: str | Path, manifest: Manifest, files: list[str]) -> 
     )
     content = {"format_version": FORMAT_VERSION} | dataclasses.asdict(stored)
     del content["folder"]
-    readable = _parse(json.loads(atomic.to_json(content)), folder)
+    readable = _parse(json.loads(to_json(content)), folder)
     atomic.write_json(folder / MANIFEST, content)
     return readable
 
@@ -148,7 +149,7 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     """
     folder = Path(folder)
     try:
-        content = atomic.read_json(_inside(folder, MANIFEST))
+        content = read_json(_inside(folder, MANIFEST))
     except OSError as error:
         raise _unreadable(folder, error) from error
     except ValueError as error:
@@ -164,7 +165,7 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
 
 def _verify(folder: Path, name: str, path: Path, digest: str) -> None:
     try:
-        found = atomic.sha256_of(path)
+        found = sha256_of(path)
     except FileNotFoundError:
         raise _broken(folder, f"`{name}` is missing") from None
     except OSError as error:

@@ -13,8 +13,8 @@ import unicodedata
 from collections.abc import Iterator
 
 from stages.files.comparisons import Comparison
+from stages.files.raw_rows import Content
 from stages.files.rows import Demonstration, Prompt
-from stages.files.sources import Content
 
 TAG = re.compile(
     r"""

@@ -9,18 +9,9 @@ from dataclasses import dataclass, field
 from stages.errors import DatasetError
 from stages.files import comparisons
 from stages.files.comparisons import Comparison, Pair
-from stages.files.sources import (
-    READERS,
-    Content,
-    Message,
-    RawDataset,
-    RawRow,
-    bad_row,
-    check_prompt,
-    listed,
-    quoted,
-    read_raw_dataset,
-)
+from stages.files.raw_rows import Content, Message, RawRow, bad_row, check_prompt, listed, quoted
+from stages.files.readers import READERS
+from stages.files.sources import RawDataset, read_raw_dataset
 
 __all__ = [
     "Comparison", "Content", "Demonstration", "Message", "Pair", "Prompt", "Dataset",

@@ -19,6 +19,7 @@ from pathlib import Path
 from stages.errors import CheckpointError
 from stages.files import atomic
 from stages.files.tensors import load_tensors, save_tensors
+from stages.reading import read_text, sha256_of
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
@@ -57,14 +58,14 @@ def owner_of(place: Path) -> object:
 
 def _read(path: Path) -> typing.Any:
     """JSON of a state, infinities included. Raises OSError, ValueError and RecursionError."""
-    return json.loads(atomic.read_text(path))
+    return json.loads(read_text(path))
 
 
 def write_state(place: Path, run: object, state: ResumeState) -> None:
     """Write a state of the run with this id, whole or not at all. Raises OutputError."""
     with atomic.folder(place) as temporary:
         save_tensors(temporary / TENSORS, state.tensors)
-        digest = atomic.sha256_of(temporary / TENSORS)
+        digest = sha256_of(temporary / TENSORS)
         content = {"run": run, "step": state.step, "sizes": state.sizes, "tensors": digest, "facts": state.facts}
         content = json.loads(json.dumps(content))  # as it will be read, or the digest would not agree
         text = json.dumps({"sha256": _digest(content), "content": content}, indent=2)
@@ -78,7 +79,7 @@ def read_about(place: Path) -> dict[str, typing.Any]:
         content = stored["content"]
         if stored["sha256"] != _digest(content):
             raise CheckpointError(f"{ABOUT} is not what was saved", where=str(place))
-        if atomic.sha256_of(place / TENSORS) != content["tensors"]:
+        if sha256_of(place / TENSORS) != content["tensors"]:
             raise CheckpointError(f"{TENSORS} is not what was saved", where=str(place))
         about = {name: content[name] for name in ("run", "step", "facts", "sizes")}
         if (

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stages.maths.kl import k1, k2, k3
-from stages.maths.tensors import at_least_fp32, masked_sum, sequence_sum
+from stages.maths.tensors import at_least_fp32, masked_sum
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class PolicyLoss:
     """The policy's loss, with gradient, and what to report about it, without."""
 
     loss: Tensor  # scalar
-    ratio: Tensor  # (B, T) new over old probability, 0 off-mask; (B,) where the ratio is a whole response's
-    clipped_count: Tensor  # scalar, masked tokens (responses) whose loss the clip raised
-    capped_count: Tensor  # scalar, masked tokens (responses) whose loss the dual clip lowered
-    approx_kl_sum: Tensor  # scalar, masked sum of (logprobs - old_logprobs)^2 / 2 of tokens
+    ratio: Tensor  # (B, T) new over old probability, 0 off-mask
+    clipped_count: Tensor  # scalar, masked tokens whose loss the clip raised
+    capped_count: Tensor  # scalar, masked tokens whose loss the dual clip lowered
+    approx_kl_sum: Tensor  # scalar, masked sum of (logprobs - old_logprobs)^2 / 2
 
 
 @dataclass(frozen=True)
@@ -95,42 +95,22 @@ def policy_loss(
     Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; the upper range apart from the
     lower: Yu et al. 2025, "DAPO"; dual clip: Ye et al. 2020, "Mastering Complex Control in MOBA Games".
     """
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"a dual clip of {dual_clip} would cap the loss of an unchanged policy")
+    # Under padding the change is 0, where neither clip acts and nothing is counted.
     change = (logprobs - old_logprobs).masked_fill(~mask, 0)
-    surrogate = _surrogate(change, advantages, clip_range, clip_high, dual_clip)
+    ratio = change.clamp(-20, 20).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + (clip_range if clip_high is None else clip_high))
+    losses = torch.maximum(unclipped, clipped)
+    highest = torch.full_like(losses, torch.inf)
+    if dual_clip is not None:
+        highest = torch.where(advantages < 0, -dual_clip * advantages, highest)
     return PolicyLoss(
-        loss=aggregate(surrogate.losses, mask, denominator, weights),
-        ratio=surrogate.ratio.detach().masked_fill(~mask, 0),
-        clipped_count=surrogate.clipped_count,
-        capped_count=surrogate.capped_count,
-        approx_kl_sum=0.5 * masked_sum(change.detach().square(), mask),
-    )
-
-
-def sequence_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    clip_range: float,
-    denominator: float | Tensor | None = None,
-    *,
-    clip_high: float | None = None,
-    dual_clip: float | None = None,
-) -> PolicyLoss:
-    """`policy_loss` with the ratio of whole responses: log-probabilities (B, T) summed over the mask, advantage (B,).
-
-    `denominator` is the number of responses of the optimiser step; None means the rows with any token at all. Ratio
-    (B,) and counts are of responses, approx_kl_sum is of tokens as in `policy_loss`.
-    Source: Ahmadian et al. 2024, "Back to Basics" (RLOO), clipped as in TRL.
-    """
-    change = logprobs - old_logprobs
-    rows = mask.any(dim=1)
-    surrogate = _surrogate(sequence_sum(change, mask), advantage, clip_range, clip_high, dual_clip)
-    return PolicyLoss(
-        loss=aggregate(surrogate.losses, rows, denominator),
-        ratio=surrogate.ratio.detach().masked_fill(~rows, 0),
-        clipped_count=surrogate.clipped_count,
-        capped_count=surrogate.capped_count,
+        loss=aggregate(torch.minimum(losses, highest), mask, denominator, weights),
+        ratio=ratio.detach().masked_fill(~mask, 0),
+        clipped_count=(clipped > unclipped).sum(),
+        capped_count=(losses > highest).sum(),
         approx_kl_sum=0.5 * masked_sum(change.detach().square(), mask),
     )
 
@@ -208,39 +188,3 @@ def pair_loss(
     # -logsigmoid(x) is softplus(-x), without the cut-off at 20 of torch's softplus.
     losses = -probability * logsigmoid(lead) - (1 - probability) * logsigmoid(-lead)
     return losses + centre_coef * (better + worse).square()
-
-
-@dataclass(frozen=True)
-class _Surrogate:
-    losses: Tensor  # (...) one per ratio
-    ratio: Tensor  # (...) exp of the change
-    clipped_count: Tensor  # scalar
-    capped_count: Tensor  # scalar
-
-
-def _surrogate(
-    change: Tensor,
-    advantages: Tensor,
-    clip_range: float,
-    clip_high: float | None,
-    dual_clip: float | None,
-) -> _Surrogate:
-    """The clipped surrogate of changes in log-probability, of tokens or of responses; both tensors of one shape.
-
-    Where the change is 0, as it is made to be under padding, neither clip acts and nothing is counted.
-    """
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"a dual clip of {dual_clip} would cap the loss of an unchanged policy")
-    ratio = change.clamp(-20, 20).exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + (clip_range if clip_high is None else clip_high))
-    losses = torch.maximum(unclipped, clipped)
-    highest = torch.full_like(losses, torch.inf)
-    if dual_clip is not None:
-        highest = torch.where(advantages < 0, -dual_clip * advantages, highest)
-    return _Surrogate(
-        losses=torch.minimum(losses, highest),
-        ratio=ratio,
-        clipped_count=(clipped > unclipped).sum(),
-        capped_count=(losses > highest).sum(),
-    )

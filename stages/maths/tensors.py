@@ -1,4 +1,4 @@
-"""Masked sums, whitening, response lengths and log-probabilities.
+"""Masked sums, whitening and log-probabilities.
 
 A mask is True where a token counts. Whatever stands where it is False, infinities included, changes nothing:
 it is replaced before the arithmetic, not multiplied by zero after it.
@@ -22,11 +22,6 @@ def identity(x: Tensor) -> Tensor:
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of `x` where `mask`; a scalar."""
     return x.masked_fill(~mask, 0).sum()
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` where `mask`; a scalar, 0 for an empty mask."""
-    return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
 def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
@@ -64,25 +59,6 @@ def scale_to_unit_variance(x: Tensor, mask: Tensor, reduce: Reduce = identity, e
     """
     mean, variance, _ = masked_moments(x, mask, reduce)
     return ((x - mean) * torch.rsqrt(variance + eps) + mean).masked_fill(~mask, 0)
-
-
-def response_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """True for the first `lengths` (B,) tokens of each response of `tokens` (B, T); the stop token is one of them."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    return positions < lengths[:, None]
-
-
-def lengths_to_first_stop(tokens: Tensor, generated: Tensor, stop_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """How long each response is, and whether it ended by itself.
-
-    `tokens` (B, T), of which `generated` (B,) were sampled and the rest is padding. Returns lengths (B,), up to and
-    including the first stop token, or `generated` where there is none; and ended (B,), True where there is one.
-    """
-    stops = torch.isin(tokens, torch.tensor(stop_ids, dtype=tokens.dtype, device=tokens.device))
-    stops &= response_mask(tokens, generated)
-    before = (stops.cumsum(dim=1) == 0).sum(dim=1)
-    ended = stops.any(dim=1)
-    return torch.where(ended, before + 1, generated), ended
 
 
 def last_index(mask: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.errors import ModelError
-from stages.files.atomic import read_text
 from stages.models import attention
 from stages.models.checks import check_finite, check_tensors, config_problem, library_reason
 from stages.models.lora import LoraLayers
@@ -21,6 +20,7 @@ from stages.models.prefixes import pack
 from stages.models.quantised import four_bit_options, keep_gradients
 from stages.models.rotary import LengthBands
 from stages.models.source import ModelRef
+from stages.reading import read_text
 
 PROBE = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
 NO_ADAPTER = "no adapter of PEFT"  # a folder inside the base's that is not there: where transformers is to look for one

@@ -11,11 +11,11 @@ from typing import Any
 
 from stages.config import damaged_knob
 from stages.errors import CheckpointError
-from stages.files.atomic import read_json
 from stages.files.manifest import is_checkpoint
 from stages.files.states import ABOUT, AHEAD, STATE, read_about, states_in
 from stages.models.source import ModelRef, open_model
 from stages.places import absolute
+from stages.reading import read_json
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from stages.errors import ModelError
-from stages.files.atomic import read_text
 from stages.places import absolute
+from stages.reading import read_text
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

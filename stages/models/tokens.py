@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stages.errors import DatasetError, ModelError
+from stages.files.raw_rows import first_line
 from stages.files.rows import Comparison, Content, Demonstration, Prompt
-from stages.files.sources import first_line
 from stages.models.templates import TEMPLATES, choose_template, opening_tokens
 from stages.models.turns import content_end, find_turn, marked_spans
 

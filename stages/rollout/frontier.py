@@ -6,10 +6,14 @@ No torch: `rlhf report` reads the same rows from a file, where anything may be m
 from __future__ import annotations
 
 import math
+import typing
 from pathlib import PurePath
 
-from stages.files.plot import Point, Series, scatter
 from stages.results import Table
+from stages.rollout.plot import Point, Series, scatter
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, object]
 # Key, heading, decimals.
@@ -114,8 +118,8 @@ def _name(row: Row) -> str:
 # --- the picture ----------------------------------------------------------------------------------------------------
 
 
-def plot_kl_curve(rows: list[Row], best_of: list[Row], title: str) -> str:
-    """Score (solid) and gold score (dashed) over the KL to the reference, as SVG: a line for each run with states."""
+def plot_kl_curve(rows: list[Row], best_of: list[Row], title: str) -> Figure:
+    """Score (solid) and gold score (dashed) over the KL to the reference: a line for each run with states."""
     series = []
     for colour, (kind, points) in enumerate([*by_run(rows).items(), ("best of n", best_of)]):
         for key, dashed in (("score", False), ("gold", True)):

@@ -192,7 +192,7 @@ def _resume(
         if state is not None:
             found = {"step": state.step, "ahead": state.facts.pop(AHEAD, None), "facts": state.facts}
             progress.restore(state.tensors, state.facts)
-            if run.extending and 0 < state.step < total:
+            if run.standing.extending and 0 < state.step < total:
                 warn_of_schedule(read_metrics(run), config, state.step, total, reporter)
     found = ranks.from_first(found)
     if found is None:

@@ -16,12 +16,11 @@ LENGTH_CORRELATION = 0.5
 BEYOND_LABELS = 0.2  # of the scores' correlation with length beyond the labels'
 MIN_STD_RATIO = 0.1  # of sampled scores, in standard deviations of held-out scores
 FARTHEST = 3.0  # of the mean sampled score from the demonstrations', in their standard deviations
-DECISIONS = ("go", "caution", "no-go", "unknown")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A decision out of DECISIONS, what led to it, and what else is worth knowing."""
+    """A decision (go, caution, no-go or unknown), what led to it, and what else is worth knowing."""
 
     decision: str
     reasons: tuple[str, ...]
