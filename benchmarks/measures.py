@@ -104,10 +104,16 @@ def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
+class UnlimitedRatios(PpoConfig):
+    """PPO that takes a step on every minibatch: random weights may have any ratio."""
+
+    ratio_limit = 1e9
+
+
 def open_model(base: Base, shapes: Shapes, tokens: int) -> Model:
     """Policy, reference, critic and reward on a base, with the optimisers of the two that are trained."""
     device = base.device
-    config = PpoConfig(
+    config = UnlimitedRatios(
         model="random-weights",
         dataset="random-tokens",
         output="nowhere",
@@ -118,7 +124,6 @@ def open_model(base: Base, shapes: Shapes, tokens: int) -> Model:
         ppo_epochs=1,
         max_response_tokens=tokens,
         target_approx_kl=None,
-        ratio_limit=1e9,
     )
     memory = {"base": float(allocated(device))}
     roles = Roles(base)

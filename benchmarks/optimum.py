@@ -89,7 +89,7 @@ ESTIMATORS = {
     "gae": FOUR_PASSES,
     "rloo": ("--advantage", "rloo"),
     "reinforce++": ("--advantage", "reinforce++", *FOUR_PASSES),
-    CONTROL: ("--advantage", "rloo", "--kl-estimator", "k3", "--kl-placement", "reward", "--force-biased-kl"),
+    CONTROL: ("--advantage", "rloo", "--kl-estimator", "k3", "--kl-placement", "reward", "--force"),
 }
 LIMITS = {"gae": 0.02, "rloo": 0.03, "reinforce++": 0.03}  # of total variation beyond what exact gradients reach
 WITHIN = 0.01  # of the objective that exact gradients reach

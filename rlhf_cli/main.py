@@ -15,13 +15,14 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from rlhf_cli.console import plain, rank, reporting, say
-from rlhf_cli.options import PanelCommand, given, knob_options, nearest, option, write_panels
+from rlhf_cli.console import plain, rank, reporting, say, show
+from rlhf_cli.options import PanelCommand, given, help_all_option, knob_options, nearest, option, write_panels
 from rlhf_cli.program import App, load, stdout_for_results, unprintable
 from stages import __version__
-from stages.config import REQUIRED, STAGES, TrainingKnobs, default_of, knobs, read_recipe, resolve
+from stages.config import REQUIRED, STAGES, TrainingKnobs, default_of, knobs
 from stages.errors import ConfigError, Interrupted, StopRequested, TrainingStopped, UserError, escape_lines, words_of
 from stages.launch import check_docstrings, check_launch
+from stages.recipe import read_recipe, removal_of, resolve
 from stages.results import Reporter, Result
 
 # A command worth copying for each stage; one without an entry is shown with its required knobs.
@@ -39,7 +40,7 @@ RUN_OPTIONS = {
     "dry_run": ("--dry-run", "check everything, print the plan, and stop before the work", bool | None, None),
     "overwrite": (
         "--overwrite",
-        "replace a run of other knobs or inputs; the same run goes on, or is done",
+        "replace a run that has different knobs or inputs; an identical run is resumed, not restarted",
         bool | None,
         None,
     ),
@@ -89,7 +90,8 @@ def usage_error(error: Exception) -> int:
     what, fix = message[:1].lower() + message[1:], f"see {ctx.command_path if ctx else 'rlhf'} --help"
     if type(error).__name__ == "NoSuchOption" and ctx:
         near = nearest(wrong, [flag for p in ctx.command.params for flag in (*p.opts, *p.secondary_opts)])
-        what, fix = f"no such option: {wrong}", f"did you mean {near}?" if near else fix
+        removed = removal_of(wrong.removeprefix("--"), STAGES.get(ctx.command.name))
+        what, fix = f"no such option: {wrong}", removed or (f"did you mean {near}?" if near else fix)
     if rank() == 0:
         say(f"error: {escape_lines(what)}\n  -> {fix}")
     return 2
@@ -125,7 +127,7 @@ def root(ctx: typer.Context, version: Annotated[bool, VERSION] = False) -> None:
 def add_stage(name: str, cls: type) -> None:
     """Make the command of a stage from its config class: its knobs, and how this one run is to go."""
     extras = [extra for extra in RUN_OPTIONS if extra != "overwrite" or issubclass(cls, TrainingKnobs)]
-    parameters = knob_options(cls) + [option(extra, *RUN_OPTIONS[extra]) for extra in extras]
+    parameters = [*knob_options(cls), *(option(extra, *RUN_OPTIONS[extra]) for extra in extras), help_all_option()]
 
     def command(**values: object) -> int:
         return run_stage(name, cls, values)
@@ -144,7 +146,7 @@ for stage_name, config_class in STAGES.items():
     add_stage(stage_name, config_class)
 
 
-REPORT = "What came of a run: every stage's held-out numbers, and SFT against PPO side by side."
+REPORT = "Show the results of a run: held-out metrics of every stage, and SFT compared with PPO."
 
 
 @app.command("report", cls=PanelCommand, help=f"{REPORT}\n\n\b\nExample:\n  rlhf report runs/x", short_help=REPORT)
@@ -231,8 +233,6 @@ def guarded(work: Callable[[], Result], as_json: bool, debug: bool) -> int:
 
 def deliver(result: Result, as_json: bool, stdout: TextIO) -> int:
     """Print a result; a reader of stdout that has gone away (`| head`) is not a failure, a full disk is."""
-    from rlhf_cli.output import show
-
     try:
         show(result, as_json, stdout)
     except OSError as error:

@@ -1,4 +1,7 @@
-"""Config fields become command-line options: same name, help, default and panel as in `stages.config`."""
+"""Config fields become command-line options: same name, help, default and panel as in `stages.config`.
+
+--help shows the required and the main knobs of a command, --help-all shows every knob under the heading of its panel.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,23 @@ import typing
 import typer
 from typer.core import TyperCommand
 
-from stages.config import DATA, DEVICE, LORA, MODEL, OPTIMISER, OUTPUT, REQUIRED, TRAINING, Knob, default_of, knobs
+from stages.config import (
+    DATA,
+    DEVICE,
+    LORA,
+    MODEL,
+    OPTIMISER,
+    OUTPUT,
+    REQUIRED,
+    STAGES,
+    TRAINING,
+    Knob,
+    default_of,
+    knobs,
+)
 
-THIS_RUN = "This run"
+REQUIRED_KNOBS, MAIN_KNOBS, THIS_RUN = "Required", "Main knobs", "This run"
+SHOW_ALL = "rlhf.help_all"  # key of a context whose help page shows every knob
 PANELS_FIRST = (MODEL, DATA, OUTPUT)
 PANELS_LAST = (TRAINING, OPTIMISER, LORA, DEVICE, THIS_RUN)
 TYPE_NAMES = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
@@ -62,7 +79,7 @@ def metavar(about: Knob, kind: object) -> str:
 
 
 def shown_default(default: object, about: Knob) -> str:
-    """A knob's default in brackets for --help; empty where nothing is the default."""
+    """A knob's default in brackets for --help; "" if there is none."""
     if default is REQUIRED:
         return "[required]"
     if default is None or default in ([], {}):
@@ -87,19 +104,51 @@ def nearest(wrong: str, flags: list[str]) -> str | None:
     return near[0] if near else None
 
 
+def help_all_option() -> inspect.Parameter:
+    """The flag --help-all, which answers before any other option is read."""
+    text = "show every knob and exit"
+    about = typer.Option(False, "--help-all", help=text, is_eager=True, callback=_show_all, rich_help_panel=THIS_RUN)
+    return inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, annotation=bool, default=about)
+
+
+def _show_all(ctx: typer.Context, asked: bool) -> None:
+    if asked:
+        ctx.meta[SHOW_ALL] = True
+        typer.echo(ctx.get_help())
+        raise typer.Exit(0)
+
+
 class PanelCommand(TyperCommand):
-    """A command whose --help lists its options under their panels' headings, readable at 80 columns."""
+    """A command whose help page lists its options under headings, readable at 80 columns."""
 
     def format_options(self, ctx: typer.Context, formatter: typing.Any) -> None:
-        """Write one section of the help page per panel."""
-        write_panels(self.get_params(ctx), formatter)
+        """Write the main options, or with --help-all every option by panel; a line says how many are left out."""
+        params = self.get_params(ctx)
+        cls = STAGES.get(self.name or "")
+        if cls is None or not cls.main or ctx.meta.get(SHOW_ALL):
+            write_panels(params, formatter)
+            return
+        by_name = {param.name: param for param in params}
+        known = knobs(cls)
+        required = [name for name in by_name if name in known and default_of(known[name][0]) is REQUIRED]
+        shown = [(REQUIRED_KNOBS, by_name[name]) for name in required]
+        shown += [(MAIN_KNOBS, by_name[name]) for name in cls.main]
+        shown += [(THIS_RUN, param) for param in params if param.name not in known]
+        _write_sections(shown, formatter)
+        left_out = len(known) - len(required) - len(cls.main)
+        formatter.write_paragraph()
+        formatter.write_text(f"{left_out} more knobs: {ctx.command_path} --help-all")
 
 
 def write_panels(params: typing.Iterable[typing.Any], formatter: typing.Any, rest: str = THIS_RUN) -> None:
-    """Write a help section per panel, in the order in which panels first appear; `rest` is for what has none."""
+    """Write a help section per panel; `rest` is for options that have none."""
+    _write_sections([(getattr(param, "rich_help_panel", None) or rest, param) for param in params], formatter)
+
+
+def _write_sections(params: list[tuple[str, typing.Any]], formatter: typing.Any) -> None:
+    """Write pairs of heading and option, a section per heading, in the order in which headings first appear."""
     panels: dict[str, list[tuple[str, str]]] = {}
-    for param in params:
-        panel = getattr(param, "rich_help_panel", None) or rest
+    for panel, param in params:
         panels.setdefault(panel, []).append((_label(param), getattr(param, "help", None) or ""))
     for panel, rows in panels.items():
         with formatter.section(panel):

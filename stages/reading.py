@@ -9,7 +9,7 @@ import math
 import typing
 from pathlib import Path
 
-from stages.config import describe_special
+from stages.places import describe_special
 
 DEEPEST = 100  # levels of objects and lists in JSON
 

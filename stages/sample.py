@@ -7,7 +7,8 @@ from functools import partial
 from stages.config import SampleConfig
 from stages.errors import ConfigError
 from stages.files.atomic import write_text
-from stages.inputs import RESPONSE_KEYS, Inputs
+from stages.files.outputs import RESPONSE_KEYS
+from stages.inputs import Inputs
 from stages.models.roles import Roles, adapter_of
 from stages.places import absolute
 from stages.reading import to_json

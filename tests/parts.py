@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.config import PpoConfig, RewardConfig, SftConfig
+from stages.config import REMOVED, DpoConfig, PpoConfig, RewardConfig, SftConfig
 from stages.files.comparisons import Pair
 from stages.files.manifest import Manifest, checkpoint_digest, write_manifest
 from stages.models.base import Base
@@ -26,16 +26,27 @@ PACKING = ("llama", "gpt2", "gpt_neox", "gemma2", "gemma3", "mistral")
 PLACES = {"model": "m", "dataset": "d", "output": "o"}
 
 
+def config_of(cls: type, knobs: dict[str, object]):
+    """A config; values that are fixed outside tests may be among `knobs`, and are set in a subclass."""
+    fixed = {name: knobs[name] for name in knobs if name in REMOVED}
+    cls = type(cls.__name__, (cls,), fixed) if fixed else cls
+    return cls(**PLACES | {name: value for name, value in knobs.items() if name not in fixed})
+
+
 def sft_config(**knobs: object) -> SftConfig:
-    return SftConfig(**{**PLACES, **knobs})
+    return config_of(SftConfig, knobs)
 
 
 def reward_config(**knobs: object) -> RewardConfig:
-    return RewardConfig(**{**PLACES, **knobs})
+    return config_of(RewardConfig, knobs)
+
+
+def dpo_config(**knobs: object) -> DpoConfig:
+    return config_of(DpoConfig, knobs)
 
 
 def ppo_config(**knobs: object) -> PpoConfig:
-    return PpoConfig(**{**PLACES, "reward": ["r.py"], **knobs})
+    return config_of(PpoConfig, {"reward": ["r.py"]} | knobs)
 
 
 def sequences_of(lengths: list[int], seed: int = 0, vocabulary: int = 300) -> list[Tensor]:

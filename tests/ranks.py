@@ -13,7 +13,6 @@ import sys
 import torch
 
 from stages import dpo, reward
-from stages.config import DpoConfig
 from stages.errors import OutOfMemory, RewardError
 from stages.maths.preferences import kto_baseline
 from stages.maths.tensors import whiten
@@ -28,6 +27,7 @@ from stages.training.language import count_targets, learn_rows
 from stages.training.loop import apply_gradients
 from stages.training.session import open_progress
 from tests.parts import (
+    dpo_config,
     experience_of,
     judged_at_random,
     open_tiny_text,
@@ -90,7 +90,7 @@ def kto_step(base, ranks, count):
     roles = Roles(base)
     roles.add("policy", random_adapter(base, 1))
     roles.add("reference", None)
-    config = DpoConfig(model="m", dataset="d", output="o", loss="kto", beta=0.5, adam_eps=1e-3, micro_batch_size=2)
+    config = dpo_config(loss="kto", beta=0.5, adam_eps=1e-3, micro_batch_size=2)
     progress = open_progress(config, {"policy": roles.parameters("policy")})
     rows, numbers = token_comparisons(), [2, 0, 3][:count]
     batch = [

@@ -430,7 +430,7 @@ ROWS = {
     ),
     "evaluating a policy on comparisons": (
         EARLY, lambda c, p: evaluate(c, p, dataset=c.comparisons),
-        ["holds comparisons", "is no reward model", "prompts"],
+        ["holds comparisons", "is neither a reward model nor", "prompts"],
     ),
     "evaluating a reward model on prompts": (
         EARLY, lambda c, p: evaluate(c, p, model=c.reward),
@@ -532,7 +532,7 @@ ROWS = {
     ),
     "a sample over somebody else's file": (
         EARLY, lambda c, p: [*sample(c, p), "--output", rows(p, {"text": "mine"})],
-        ["belongs to something else", "--output"],
+        ["will not be overwritten", "--output"],
     ),
     "a sample over its own dataset": (
         EARLY, lambda c, p: [*sample(c, p, dataset=responses(p)), "--output", p / "rows.jsonl"],
@@ -540,7 +540,7 @@ ROWS = {
     ),
     "an evaluation over somebody else's file": (
         EARLY, lambda c, p: evaluate(c, p, "--reward", c.reward, "--output", written(p / "x.json", '{"mine": 1}')),
-        ["belongs to something else"],
+        ["will not be overwritten"],
     ),
     "an evaluation into a table": (
         EARLY, lambda c, p: evaluate(c, p, "--output", p / "x.csv"), ["does not end in .json"],

@@ -316,15 +316,13 @@ def test_an_open_phase_is_closed_before_the_error_is_told(monkeypatch):
 
 
 def test_a_full_disk_under_stdout_is_told(monkeypatch):
-    monkeypatch.setattr(
-        "rlhf_cli.output.show", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr("rlhf_cli.main.show", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     ended, _ = invoke(monkeypatch, SFT)
     assert ended.exit_code == 2 and "cannot be printed: No space left on device" in ended.stderr
 
 
 def test_a_reader_of_stdout_that_has_gone_away_is_no_failure(monkeypatch):
-    monkeypatch.setattr("rlhf_cli.output.show", lambda *_: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    monkeypatch.setattr("rlhf_cli.main.show", lambda *_: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
     ended, _ = invoke(monkeypatch, SFT)
     assert (ended.exit_code, ended.stderr) == (0, "")
 

@@ -9,13 +9,14 @@ from typer.testing import CliRunner
 
 from rlhf_cli.main import RUN_OPTIONS, app
 from rlhf_cli.options import given, knob_options, metavar, nearest, shown_default
-from stages.config import REQUIRED, STAGES, Knob, PpoConfig, SampleConfig, SftConfig, knob, knobs, resolve
+from stages.config import REQUIRED, STAGES, Knob, PpoConfig, SampleConfig, SftConfig, default_of, knob, knobs
+from stages.recipe import resolve
 
 RUNNER = CliRunner(env={"COLUMNS": "80"})
 
 
-def help_of(*command):
-    ended = RUNNER.invoke(app, [*command, "--help"])
+def help_of(*command, flag="--help-all"):
+    ended = RUNNER.invoke(app, [*command, flag])
     assert ended.exit_code == 0
     return ended.stdout
 
@@ -27,11 +28,11 @@ def headings(page):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_knob_is_a_flag_with_its_help(stage):
     page = help_of(stage)
-    words = " ".join(page.split())
+    text = "".join(page.split())  # lines may end after any hyphen
     for name, (_, about, kind) in knobs(STAGES[stage]).items():
         flag = name.replace("_", "-")
         assert (f"--[no-]{flag} " if kind is bool else f"--{flag} ") in page
-        assert " ".join(about.help.split()) in words
+        assert "".join(about.help.split()) in text
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -47,9 +48,43 @@ def test_panels_come_in_the_order_a_newcomer_reads_them():
     assert headings(help_of("export")) == ["Model", "Output", "Training", "Device", "This run"]
 
 
+def test_help_shows_the_required_and_the_main_knobs_and_counts_the_others():
+    page = help_of("ppo", flag="--help")
+    assert headings(page) == ["Required", "Main knobs", "This run"]
+    flags = [line.split()[0] for line in page.splitlines() if line.startswith("  --")]
+    assert flags == [
+        *("--model", "--dataset", "--output", "--reward"),
+        *("--max-steps", "--batch-size", "--responses-per-prompt", "--max-response-tokens", "--temperature"),
+        *("--kl-coef", "--advantage", "--ppo-epochs", "--learning-rate", "--lora-rank"),
+        *("--config", "--dry-run", "--overwrite", "--json", "--debug", "--help-all"),
+    ]
+    assert page.endswith(f"\n\n{len(knobs(PpoConfig)) - 14} more knobs: rlhf ppo --help-all\n")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_main_knobs_are_knobs_that_are_not_required(stage):
+    known = knobs(STAGES[stage])
+    assert all(default_of(known[name][0]) is not REQUIRED for name in STAGES[stage].main)
+
+
+def test_a_command_of_few_knobs_shows_all_of_them_by_either_flag():
+    assert help_of("export", flag="--help") == help_of("export")
+
+
+def test_help_all_answers_before_anything_is_read():
+    assert help_of("ppo", "--batch-size", "many", "--help-all", flag="--dry-run") == help_of("ppo")
+
+
+def test_a_removed_flag_says_what_became_of_it():
+    ended = RUNNER.invoke(app, ["ppo", "--ratio-limit", "3"])
+    assert ended.exit_code == 2
+    fix = "leave it out; it was removed: its value is fixed at 10.0"
+    assert ended.stderr == f"error: no such option: --ratio-limit\n  -> {fix}\n"
+
+
 def test_a_help_page_has_one_sentence_and_an_example():
     page = help_of("sft")
-    assert "the base learns to answer like the demonstrations." in " ".join(page.split())
+    assert "train the base to respond as the demonstrations do." in " ".join(page.split())
     assert "\n    rlhf sft --model " in page
 
 

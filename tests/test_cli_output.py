@@ -1,4 +1,4 @@
-"""rlhf_cli/output.py: what a command leaves on stdout."""
+"""rlhf_cli/console.py: the result that a command prints on stdout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.output import NUMERIC, closing, jsonable, payload, show
+from rlhf_cli.console import NUMERIC, closing, jsonable, payload, show
 from stages.results import Result, Table
 
 

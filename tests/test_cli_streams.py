@@ -97,7 +97,7 @@ def test_files_never_take_the_number_of_a_closed_stream(tmp_path):
     assert path.read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("sft", "--help"), ()])
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("sft", "--help"), ("sft", "--help-all"), ()])
 def test_answers_that_cannot_be_printed(arguments):
     def rlhf(streams):
         line = [sys.executable, "-m", "rlhf_cli", *arguments]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import yaml
@@ -17,13 +18,10 @@ from stages.config import (
     SftConfig,
     as_dict,
     default_of,
-    differing,
     knobs,
-    parse,
-    read_recipe,
-    resolve,
 )
 from stages.errors import ConfigError, UserError
+from stages.recipe import damaged_knob, differing, parse, read_recipe, resolve
 
 NEEDED = {"model": "base", "dataset": "rows.jsonl", "output": "out"}
 ALL_KNOBS = [(stage, name) for stage, cls in STAGES.items() for name in knobs(cls)]
@@ -411,3 +409,43 @@ def test_conditions_to_stop_on_come_as_a_list_or_with_commas(tmp_path, given, st
 def test_another_condition_to_stop_on_is_the_same_run():
     place = {"model": "m", "dataset": "d", "output": "o", "reward": ["r.py"]}
     assert differing(PpoConfig(**place, stop_on=["kl"]), as_dict(PpoConfig(**place, stop_on=[]))) == []
+
+
+# --- removed knobs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "reason"),
+    [
+        (SftConfig, "adam_beta1", "its value is fixed at 0.9"),
+        (SftConfig, "adam-eps", "its value is fixed at 1e-08"),
+        (PpoConfig, "adam_eps", "its value is fixed at 1e-05"),
+        (PpoConfig, "ratio_limit", "its value is fixed at 10.0"),
+        (PpoConfig, "force_biased_kl", "use force"),
+    ],
+)
+def test_a_removed_knob_of_an_old_recipe_says_what_became_of_it(tmp_path, cls, name, reason):
+    error = complaint(tmp_path, f"seed: 1\n{name}: 2\n", cls)
+    assert (error.what, error.fix) == (f"unknown knob `{name}`", f"leave it out; it was removed: {reason}")
+    assert error.where.endswith(":2")
+
+
+def test_a_removed_knob_of_another_stage_is_any_unknown_one(tmp_path):
+    assert "removed" not in complaint(tmp_path, "ratio_limit: 10").fix
+
+
+def test_a_stored_config_may_hold_removed_knobs_at_the_values_that_are_fixed_now():
+    place = NEEDED | {"reward": ["r.py"]}
+    old = {"adam_beta1": 0.9, "adam_eps": 1e-5, "ratio_limit": 10.0, "force_biased_kl": False}
+    assert differing(PpoConfig(**place), as_dict(PpoConfig(**place)) | old) == []
+    assert differing(PpoConfig(**place), as_dict(PpoConfig(**place)) | old | {"adam_eps": 1e-8}) == ["adam_eps"]
+    sft = as_dict(SftConfig(**NEEDED))
+    assert differing(SftConfig(**NEEDED), sft | {"adam_beta1": 0.9, "adam_eps": 1e-8}) == []
+    assert differing(SftConfig(**NEEDED), sft | {"ratio_limit": 10.0}) == ["ratio_limit"]
+    assert damaged_knob("ppo", json.loads(json.dumps(old))) == ""
+
+
+def test_a_biased_kl_needs_force(tmp_path):
+    biased = {"reward": ["r"], "kl_estimator": "k3", "kl_placement": "reward"}
+    assert complaint(tmp_path, cls=PpoConfig, **biased).what == "k3 in the reward does not have the gradient of the KL"
+    assert resolved(tmp_path, cls=PpoConfig, **biased, force=True).kl_is_biased

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from stages.config import (
-    LARGEST,
     STAGES,
     DpoConfig,
     EvaluateConfig,
@@ -16,11 +15,9 @@ from stages.config import (
     as_dict,
     default_of,
     knobs,
-    read_recipe,
-    resolve,
-    split_paths,
 )
 from stages.errors import ConfigError
+from stages.recipe import LARGEST, read_recipe, resolve, split_paths
 from tests.commands import refused, result
 from tests.tiny import write_jsonl
 
@@ -65,7 +62,9 @@ def test_a_flag_without_effect_is_a_mistake(tmp_path, cls, flags, name):
     with pytest.raises(ConfigError) as caught:
         resolved(cls, tmp_path, **flags)
     assert caught.value.where == "--" + name.replace("_", "-")
-    assert caught.value.what.startswith(f"{name} has no effect: ") and caught.value.fix.startswith("leave it out, or ")
+    assert caught.value.what.startswith(f"{name} has no effect because ") and caught.value.fix.startswith(
+        "leave it out, or "
+    )
 
 
 # Stage, flags with which the same knobs do something, or are off as they are anyway

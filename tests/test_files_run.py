@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.config import RewardConfig, SftConfig, read_recipe, resolve
+from stages.config import RewardConfig, SftConfig
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.manifest import BaseRef, Manifest, is_checkpoint, read_manifest, write_manifest
 from stages.files.run import open_run, write_config
 from stages.files.same_run import differences
 from stages.files.tensors import load_tensors, save_tensors
+from stages.recipe import read_recipe, resolve
 
 CONFIG = SftConfig(model="tiny", dataset="rows.jsonl", output="x")
 INPUTS = {"dataset": "1" * 64, "base": "2" * 64}

@@ -20,6 +20,7 @@ FLOORS = {
     "stages.launch": 1,
     "stages.config": 1,
     "stages.reading": 1,
+    "stages.recipe": 1,
     "stages.results": 1,
     "stages.maths": 2,
     "stages.files": 3,
@@ -30,25 +31,21 @@ FLOORS = {
     "stages.*": 8,  # a stage file
     "rlhf_cli": 9,
 }
-GROUND = ("stages.errors", "stages.places", "stages.launch", "stages.config", "stages.reading", "stages.results")
+GROUND = (
+    "stages.errors", "stages.places", "stages.launch", "stages.config", "stages.reading", "stages.recipe",
+    "stages.results",
+)  # fmt: skip
 HEAVY = {
-    "torch",
-    "transformers",
-    "datasets",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "numpy",
-    "pandas",
-    "pyarrow",
+    "torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow",
     "matplotlib",
-}
+}  # fmt: skip
 TERMINAL = {"typer", "click", "rich", "rlhf_cli"}
 
 # Prefix of a module's name -> packages it must not import above its functions.
 LIGHT = {
     "rlhf_cli": HEAVY | {"yaml"},
     "stages.config": HEAVY | {"yaml"},
+    "stages.recipe": HEAVY | {"yaml"},
     "stages.errors": HEAVY,
     "stages.places": HEAVY,
     "stages.launch": HEAVY,
@@ -62,6 +59,7 @@ LIGHT = {
 NEVER = {
     "stages": TERMINAL,
     "stages.config": HEAVY,
+    "stages.recipe": HEAVY,
     "stages.errors": HEAVY,
     "stages.places": HEAVY,
     "stages.launch": HEAVY,
@@ -202,7 +200,7 @@ def test_the_tree_is_found():
         ("stages.maths.losses", "from stages.errors import UserError", "not maths"),
         ("stages.maths.losses", "from stages.files.rows import read", "not a lower floor"),
         ("stages.config", "def f():\n    import torch", "never here"),
-        ("stages.config", "import yaml", "not before it is needed"),
+        ("stages.recipe", "import yaml", "not before it is needed"),
         ("stages.config", "import stages.maths.losses", "not a lower floor"),
         ("stages.report", "def f():\n    import torch", "never here"),
         ("stages.report", "from .sft import run", "write the full name"),
@@ -248,7 +246,7 @@ def loaded(*arguments: str) -> tuple[set[str], subprocess.CompletedProcess]:
     return {name.split(".")[0] for name in names}, ended
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ppo", "--help"], []])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ppo", "--help"], ["ppo", "--help-all"], []])
 def test_help_and_version_load_nothing_heavy(arguments):
     packages, ended = loaded(*arguments)
     assert ended.returncode == 0 and "typer" in packages

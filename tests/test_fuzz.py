@@ -13,14 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages import inputs, report
-from stages.config import STAGES, SftConfig, knobs, read_recipe, resolve
+from stages.config import STAGES, SftConfig, knobs
 from stages.errors import CheckpointError, ConfigError, UserError
 from stages.files import raw_rows, rows, sources
 from stages.files.manifest import read_manifest
 from stages.files.run import open_run
 from stages.files.tensors import read_header, save_tensors, tensor_metadata
 from stages.models import source
+from stages.models.candidates import parent_of
 from stages.models.source import open_model
+from stages.recipe import read_recipe, resolve
 from stages.results import Silent
 from tests.commands import rlhf, write_data
 
@@ -262,7 +264,7 @@ def test_any_manifest_is_read_or_refused(checkpoint, data):
         answers(lambda: read_manifest(checkpoint.ppo))
         found = answers(lambda: open_model(str(checkpoint.ppo), stages=("ppo",), what="--model"))
         if not isinstance(found, UserError):
-            answers(lambda: inputs.parent_of(found))
+            answers(lambda: parent_of(found))
             prompts = {"dataset": str(checkpoint.prompts), "model": str(checkpoint.ppo)}
             config = STAGES["evaluate"](**prompts)
             answers(lambda: inputs.open_inputs("evaluate", config))
@@ -279,7 +281,7 @@ def test_any_manifest_is_read_or_refused(checkpoint, data):
 @FUZZ
 @given(data=st.data())
 def test_any_evaluation_is_reported_or_refused(checkpoint, data):
-    from rlhf_cli.output import show
+    from rlhf_cli.console import show
 
     path = checkpoint.folder / "evaluate.json"
     before = rewritten(path, data.draw)

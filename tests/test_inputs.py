@@ -14,7 +14,8 @@ from stages.errors import DatasetError, ModelError, OutputError
 from stages.files.manifest import checkpoint_digest
 from stages.files.rows import Prompt
 from stages.files.splits import is_held_out, split_held_out
-from stages.inputs import open_inputs, parent_of
+from stages.inputs import open_inputs
+from stages.models.candidates import parent_of
 from tests.commands import contents, lines_of, refused, result
 from tests.tiny import write_jsonl
 
@@ -279,7 +280,7 @@ def test_sample_writes_over_its_own_files_alone(chain, tmp_path, content, free):
     if free:
         assert open_inputs("sample", config).source.folder == chain().sft
         return
-    with pytest.raises(OutputError, match="belongs to something else"):
+    with pytest.raises(OutputError, match="will not be overwritten"):
         open_inputs("sample", config)
 
 
@@ -287,7 +288,7 @@ def test_evaluate_writes_over_its_own_files_alone(chain, tmp_path):
     (tmp_path / "x.json").write_text('{"model": "m", "dataset": "d", "policy": {}}')
     open_inputs("evaluate", evaluate(chain(), output=str(tmp_path / "x.json")))
     (tmp_path / "x.json").write_text('{"name": "package"}')
-    with pytest.raises(OutputError, match="belongs to something else"):
+    with pytest.raises(OutputError, match="will not be overwritten"):
         open_inputs("evaluate", evaluate(chain(), output=str(tmp_path / "x.json")))
 
 

@@ -205,7 +205,7 @@ def test_a_line_end_in_an_argument_is_no_line_end_in_the_message(arguments):
 def test_help_is_whole_and_stages_are_refused_without_docstrings():
     run = [sys.executable, "-OO", "-m", "rlhf_cli"]
     page = subprocess.run([*run, "sft", "--help"], capture_output=True, text=True)
-    assert "Supervised fine-tuning: the base learns to answer like the demonstrations." in page.stdout
+    assert "Supervised fine-tuning: train the base to respond as the demonstrations" in page.stdout
     assert "SftConfig(" not in page.stdout
     ended = subprocess.run(
         [*run, "sft", "--model", "m", "--dataset", "d", "--output", "o"], capture_output=True, text=True

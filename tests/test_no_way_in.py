@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from rlhf_cli.output import show
+from rlhf_cli.console import show
 from stages.errors import CheckpointError, DatasetError
 from stages.files.sources import read_raw_dataset
 from stages.files.tensors import read_header

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import STAGES, read_recipe, resolve
+from stages.config import STAGES
+from stages.recipe import read_recipe, resolve
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted(RECIPES.glob("*/*.yaml"))

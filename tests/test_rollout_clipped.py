@@ -337,7 +337,8 @@ def test_a_minibatch_with_a_wild_ratio_is_not_learned_from(roles, judged):
     assert found["approx_kl"] == pytest.approx(4.5, rel=1e-4) and found["grad_norm"] == 0.0
     assert changed(before, weights(roles)) == set()
     assert all(o.gradient.abs().max() == 0 and o.updates == 0 for o in progress.optimizers.values())
-    learned = clipped_steps(dataclasses.replace(config, ratio_limit=21.0), roles, RANKS, progress, wild, 1e-6, 0)
+    config = ppo_config(ppo_epochs=2, minibatches=1, target_approx_kl=None, ratio_limit=21.0)
+    learned = clipped_steps(config, roles, RANKS, progress, wild, 1e-6, 0)
     assert learned["skipped_steps"] == 0.0 and progress.optimizers["policy"].updates == 2
 
 

@@ -120,8 +120,8 @@ def test_comparisons_are_answered_where_a_score_is_given(chain, dpo):
 @pytest.mark.parametrize(
     ("model", "more", "words"),
     [
-        ("sft", (), ["holds comparisons", "is no reward model, and no DPO or PPO policy"]),
-        ("base", (), ["holds comparisons", "is no reward model, and no DPO or PPO policy"]),
+        ("sft", (), ["holds comparisons", "is neither a reward model nor a DPO or PPO policy"]),
+        ("base", (), ["holds comparisons", "is neither a reward model nor a DPO or PPO policy"]),
         ("reward", ("--also", "sft"), ["--also: ", "`sft` checkpoint", "no score of its own", "--reward"]),
         ("reward", ("--also", "base"), ["--also: ", "is a base model", "no score of its own"]),
         ("reward", ("--best-of", "2", "--reward", "reward"), ["--best-of: ", "nothing is sampled"]),

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from stages.config import describe_special
+from stages.places import describe_special
 from stages.reading import read_json, sha256_of
 from tests.commands import SHORT, refused
 

@@ -98,7 +98,9 @@ def test_its_policy_goes_on_to_the_other_stages(chain, tmp_path):
 def test_smoothing_belongs_to_one_loss(chain, tmp_path):
     line = ("--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x")
     said = refused("dpo", *line, "--loss", "ipo", "--label-smoothing", "0.1")
-    assert "label_smoothing belongs to the sigmoid loss" in said and not (tmp_path / "x").exists()
+    assert (
+        "label_smoothing has no effect because it belongs to the sigmoid loss" in said and not (tmp_path / "x").exists()
+    )
 
 
 # --- what the reference says, once per run -------------------------------------------------------------------------

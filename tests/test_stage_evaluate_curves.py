@@ -300,8 +300,8 @@ def test_other_sampling_than_in_training_is_told(chain, scores):
         (("--best-of", "2;3", "--reward", "R"), ["--best-of", "such as 1,2,4"]),
         (("--also", "R"), ["--also", "no policy", "--reward"]),
         (("--also", "S/state"), ["--also: ", "state holds no state", "--keep-state"]),
-        (("--plot", "x.svg", "--reward", "R"), ["--plot: one checkpoint alone is no curve"]),
-        (("--plot", "x.svg", "--also", "S"), ["--plot: there is no score to draw"]),
+        (("--plot", "x.svg", "--reward", "R"), ["--plot: --plot needs at least two points"]),
+        (("--plot", "x.svg", "--also", "S"), ["--plot: --plot needs scores"]),
         (("--plot", "x.jpg", "--also", "S", "--reward", "R"), ["--plot: x.jpg does not end in .svg or .png or .pdf"]),
         (("--plot", "D", "--also", "S", "--reward", "R"), ["--plot", "does not end in .svg"]),
     ],
@@ -327,7 +327,7 @@ def test_a_plot_without_matplotlib_is_refused_before_a_model_loads(chain, monkey
 def test_somebody_elses_picture_is_not_drawn_over(chain, scores, tmp_path):
     (tmp_path / "x.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     line = ("evaluate", "--model", chain().ppo, "--dataset", chain().prompts, "--also", chain().sft, *scores)
-    assert "belongs to something else" in refused(*line, "--plot", tmp_path / "x.svg")
+    assert "will not be overwritten" in refused(*line, "--plot", tmp_path / "x.svg")
 
 
 def test_demonstrations_are_answered_only_for_a_score(chain):

@@ -273,7 +273,7 @@ def test_alarms_are_part_of_the_result(run, tmp_path):
     [
         ("nan,ratios", "--stop-on: `ratios` is not a choice\n  -> choose from kl, negative-kl"),
         ("entropi", "did you mean `entropy`?"),
-        ("kl,none", "`none` stands alone"),
+        ("kl,none", "`none` cannot be combined with other conditions"),
     ],
 )
 def test_a_condition_that_is_none_is_refused(chain, tmp_path, value, what):

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import typing
@@ -14,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from stages import __version__
-from stages.config import LARGEST, damaged_knob
 from stages.errors import CheckpointError, UserError
 from stages.files import atomic
 from stages.files.identity import base_digest
 from stages.reading import read_json, sha256_of, to_json
+from stages.recipe import LARGEST, damaged_knob, is_stored
 
 FORMAT_VERSION = 1
 MANIFEST = "checkpoint.json"
@@ -64,7 +63,7 @@ class Manifest:
     dtype: str
     steps: int
     seconds: float
-    inputs: dict[str, object] = field(default_factory=dict)  # digests by which the same command is known again
+    inputs: dict[str, str] = field(default_factory=dict)  # digests by which the same command is known again
     files: dict[str, str] = field(default_factory=dict)  # relative name -> sha256
     created: str = ""  # UTC, ISO 8601
     folder: Path | None = None  # where it was read; not stored
@@ -184,49 +183,39 @@ def _parse(content: object, folder: Path) -> Manifest:
             where=str(folder / MANIFEST),
             fix="upgrade rlhf",
         )
-    values = {name: _typed(content, name, kind, folder) for name, kind in _KINDS.items()}
-    values["base"] = _reference(content.get("base"), BaseRef, "base", folder)
-    values["parents"] = tuple(_reference(p, Parent, "parents", folder) for p in values["parents"])
-    values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    hints = {name: hint for name, hint in typing.get_type_hints(Manifest).items() if name != "folder"}
+    damaged = [name for name, hint in hints.items() if not is_stored(content.get(name), hint)]
+    if damaged:
+        raise _damaged_at(folder, damaged[0])
+    values = {name: content[name] for name in hints}
+    values["base"] = _reference(content["base"], BaseRef)
+    values["parents"] = tuple(_reference(parent, Parent) for parent in content["parents"])
+    values["stop_token_ids"] = tuple(content["stop_token_ids"])
     wrong = damaged_knob(values["stage"], values["config"])
     sound = {
-        "stop_token_ids": all(type(number) is int and 0 <= number < 2**31 for number in values["stop_token_ids"]),
-        "files": all(isinstance(digest, str) for digest in values["files"].values()),
-        "inputs": all(isinstance(digest, str) for digest in values["inputs"].values()),
+        "base": _has_no_nul(values["base"]),
+        "parents": all(map(_has_no_nul, values["parents"])),
+        "stop_token_ids": all(0 <= number < 2**31 for number in values["stop_token_ids"]),
         "steps": 0 <= values["steps"] <= LARGEST,
-        "seconds": 0 <= values["seconds"] < math.inf,
+        "seconds": values["seconds"] >= 0,
         f"config.{wrong}": not wrong,
     }
     for name, is_sound in sound.items():
         if not is_sound:
-            raise _broken(folder, f"`{MANIFEST}` is damaged at `{name}`")
+            raise _damaged_at(folder, name)
     return Manifest(**values, folder=folder)
 
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("stage", "tokenizer_digest", "device", "dtype", "created"), str),
-    **dict.fromkeys(("config", "datasets", "metrics", "throughput", "versions", "inputs", "files"), dict),
-    **dict.fromkeys(("parents", "stop_token_ids"), list),
-    "steps": int,
-    "seconds": (int, float),
-}
+def _reference(content: dict, cls: type[_Ref]) -> _Ref:
+    return cls(**{f.name: content.get(f.name) for f in dataclasses.fields(cls)})
 
 
-def _typed(content: dict, name: str, kind: type | tuple[type, ...], folder: Path) -> typing.Any:
-    value = content.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise _broken(folder, f"`{MANIFEST}` is damaged at `{name}`")
-    return value
+def _has_no_nul(ref: BaseRef | Parent) -> bool:
+    return not any("\0" in text for text in dataclasses.astuple(ref) if text)
 
 
-def _reference(content: object, cls: type[_Ref], name: str, folder: Path) -> _Ref:
-    optional = {"relative"} | ({"path"} if cls is BaseRef else set())
-    kinds = {f.name: (str, type(None)) if f.name in optional else str for f in dataclasses.fields(cls)}
-    texts = [content.get(key) for key in kinds] if isinstance(content, dict) else []
-    fits = isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
-    if not fits or any("\0" in text for text in texts if text):
-        raise _broken(folder, f"`{MANIFEST}` is damaged at `{name}`")
-    return cls(**{key: content.get(key) for key in kinds})
+def _damaged_at(folder: Path, name: str) -> CheckpointError:
+    return _broken(folder, f"`{MANIFEST}` is damaged at `{name}`")
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -18,14 +18,16 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.config import as_dict, damaged_knob, describe_special
+from stages.config import as_dict
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest
 from stages.files.same_run import changed_functions, differences, ends_later, ends_of
 from stages.files.splits import SPLIT
 from stages.files.states import STATE, read_about, states_in
+from stages.places import describe_special
 from stages.reading import read_json
+from stages.recipe import damaged_knob
 
 if typing.TYPE_CHECKING:
     from stages.files.run import Run

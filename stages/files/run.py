@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages import __version__
-from stages.config import as_dict, describe_special
+from stages.config import as_dict
 from stages.errors import CheckpointError, OutputError
 from stages.files import atomic
 from stages.files.lock import check_lock, release_lock, take_lock
@@ -31,7 +31,7 @@ from stages.files.output_folder import (
 )
 from stages.files.splits import SPLIT
 from stages.files.states import STATE, ResumeState, owner_of, read_state, states_in, step_of, write_state
-from stages.places import absolute
+from stages.places import absolute, describe_special
 from stages.reading import to_json
 
 if typing.TYPE_CHECKING:

@@ -8,8 +8,9 @@ import os
 import re
 import typing
 
-from stages.config import as_dict, differing
+from stages.config import as_dict
 from stages.reading import to_json
+from stages.recipe import differing
 
 
 def differences(
@@ -23,7 +24,7 @@ def differences(
     inputs, old_inputs = ({_place_of(n): digest for n, digest in found.items()} for found in (inputs, old_inputs))
     lines = []
     for name in differing(config, old_config):
-        old, new = old_config.get(name), mine.get(name)
+        old, new = old_config.get(name), mine.get(name, getattr(config, name, None))
         place = name in inputs and name in old_inputs and isinstance(old, str) and isinstance(new, str)
         place = place or (name == "reward" and _places_of(old) == _places_of(new))
         if name != "output" and old != new and not place:

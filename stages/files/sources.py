@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.config import describe_special
 from stages.errors import DatasetError
 from stages.files.cells import json_value, table_rows
 from stages.files.raw_rows import RawRow, first_line
 from stages.files.readers import READERS, import_library, read_file
+from stages.places import describe_special
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?")
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from stages.files.manifest import Manifest
 from stages.files.prompts import first_question, whole_prompt
 from stages.files.rows import Comparison, Demonstration, Prompt
 
@@ -57,6 +58,48 @@ def shared_prompts(rows: Sequence[Row], others: Iterable[Row]) -> list[Row]:
     key = prompt_key if divides else whole_prompt
     known = {key(row) for row in others}
     return [row for row in rows if key(row) in known]
+
+
+def warn_of_trained_prompts(eval_dataset: str, held_out: Sequence[Row], train: Iterable[Row]) -> tuple[str, ...]:
+    """A warning if rows of --eval-dataset have prompts that are trained on."""
+    shared = shared_prompts(held_out, train)
+    if not shared:
+        return ()
+    return (
+        f"{len(shared)} of {len(held_out)} rows of --eval-dataset {eval_dataset} have prompts that are trained on, so "
+        f"what is measured on them is no test; the first is {shared[0].where}",
+    )
+
+
+def warn_of_another_split(
+    dataset: str, held_out: Iterable[Row], fraction: float, parents: Iterable[Manifest]
+) -> tuple[str, ...]:
+    """Warnings if another stage may train, or a parent was possibly trained, on prompts that are held out here."""
+    warnings = [_describe_parent(parent, fraction) for parent in parents]
+    if not held_out_everywhere(held_out, fraction):
+        warnings.insert(
+            0,
+            f"{dataset} has too few prompts, or too many rows of one, to hold out those that every stage does at "
+            f"--eval-fraction {fraction:g}, so another stage may train on what is measured here; give --eval-dataset "
+            "to be sure",
+        )
+    return tuple(warning for warning in warnings if warning)
+
+
+def _describe_parent(parent: Manifest, fraction: float) -> str:
+    """How a parent may have been trained on prompts that are held out here; "" if it was not."""
+    share = parent.config.get("eval_fraction")
+    if not fraction or not isinstance(share, (int, float)):
+        return ""
+    if parent.config.get("eval_dataset"):
+        why = "was tested on an --eval-dataset and trained on all of its dataset"
+    elif share < fraction:
+        why = f"held out {share:g} of the prompts, this run {fraction:g}"
+    elif parent.versions.get("split") != SPLIT:
+        why = "was made by an earlier rlhf, which held out other prompts"
+    else:
+        return ""
+    return f"{parent.folder} {why}: it may have been trained on prompts that are held out here"
 
 
 def prompt_key(row: Row) -> str:

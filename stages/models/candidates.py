@@ -5,17 +5,21 @@ Checked on disk before torch is imported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stages.config import damaged_knob
 from stages.errors import CheckpointError
-from stages.files.manifest import is_checkpoint
+from stages.files.manifest import is_checkpoint, locate
 from stages.files.states import ABOUT, AHEAD, STATE, read_about, states_in
-from stages.models.source import ModelRef, open_model
+from stages.models.source import ModelRef, open_model, same_base
 from stages.places import absolute
 from stages.reading import read_json
+from stages.recipe import damaged_knob
+
+POLICIES = ("sft", "ppo", "dpo")
+ADAPTERS = (*POLICIES, "reward")
+IMPLICIT = ("dpo", "ppo")  # policies that are optimal for a reward of their own: beta x log(policy / reference)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,64 @@ def open_candidates(
             f"{name} is an unfinished run", where=what, fix=f"finish it, or give its states: {Path(name) / STATE}"
         )
     return [candidate_of(name, open_model(name, stages=stages, what=what, trust_remote_code=trust_remote_code))]
+
+
+def open_beside(
+    names: list[str], first: ModelRef, stages: tuple[str, ...], advice: str, *, trust_remote_code: bool = False
+) -> list[Candidate]:
+    """What --also names: candidates on the base of --model, from `stages` (with "sft", a plain base too).
+
+    Raises CheckpointError for another stage or base; in `advice`, {} is the name.
+    """
+    found: list[Candidate] = []
+    for name in names:
+        opened = open_candidates(name, ADAPTERS, "--also", trust_remote_code=trust_remote_code)
+        for candidate in opened:
+            if candidate.stage not in stages and not (candidate.stage is None and "sft" in stages):
+                what = f"a `{candidate.stage}` checkpoint" if candidate.stage else "a base model"
+                policy = "which has no score of its own, and cannot be measured on comparisons"
+                raise CheckpointError(
+                    f"{name} is {what}, {policy if 'reward' in stages else 'no policy that could answer prompts'}",
+                    where="--also",
+                    fix=advice.format(name),
+                )
+            same_base(first, candidate.source, first_flag="--model", second_flag="--also")
+        found += opened
+    return found
+
+
+def with_reference(candidate: Candidate, given: ModelRef | None, *, trust_remote_code: bool = False) -> Candidate:
+    """A candidate with the reference of its implicit reward: `given`, else what it was trained from.
+
+    Raises CheckpointError if it has no score on comparisons.
+    """
+    if candidate.stage == "reward":
+        if candidate.state is not None:
+            raise CheckpointError(
+                f"{candidate.name} is of a `reward` run, whose states are not read",
+                where="--also",
+                fix="finish the run and give its folder",
+            )
+        return candidate
+    if not candidate.beta:
+        raise CheckpointError(
+            f"{candidate.name} was trained with kl_coef 0, so it has no implicit reward",
+            where="--model, --also",
+            fix="leave it out, or give a --reward to have it answer the prompts",
+        )
+    parent = candidate.source if candidate.is_unfinished else parent_of(candidate.source, trust_remote_code)
+    return replace(candidate, reference=given or parent)
+
+
+def parent_of(source: ModelRef, trust_remote_code: bool = False) -> ModelRef:
+    """The checkpoint that a policy was trained from, else its base. Raises UserError if it is gone."""
+    if source.manifest is None:
+        return source
+    parent = next((p for p in source.manifest.parents if p.role == "model"), None)
+    if parent is None:
+        return open_model(str(source.base), stages=(), what="base", trust_remote_code=trust_remote_code)
+    place = str(locate(source.folder, parent))
+    return open_model(place, stages=ADAPTERS, what="reference", trust_remote_code=trust_remote_code)
 
 
 def run_of(state: Path) -> Path:

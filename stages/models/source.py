@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.config import damaged_knob, describe_special
 from stages.errors import CheckpointError, ModelError
 from stages.files.identity import base_digest, tokenizer_digest
 from stages.files.manifest import BaseRef, Manifest, checkpoint_digest, is_checkpoint, locate, read_manifest
-from stages.places import absolute
+from stages.places import absolute, describe_special
 from stages.reading import read_json, read_text
+from stages.recipe import damaged_knob
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from stages.config import describe_special, is_function
 from stages.errors import ConfigError, RewardError, StopRequested, words_of
 from stages.files.identity import file_digest
 from stages.models.source import ModelRef, open_model, same_base
-from stages.places import absolute
+from stages.places import absolute, describe_special
+from stages.recipe import is_function
 from stages.rollout.settings import World, noting_changes
 from stages.rollout.user_code import ClosedFiles, user_code
 

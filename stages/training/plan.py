@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stages.config import AUTO, is_function
+from stages.config import AUTO
 from stages.models.roles import ADAPTER, DEFAULT_RANK
 from stages.models.source import ModelRef, lora_type_of, open_model
+from stages.recipe import is_function
 from stages.results import Result, Table
 from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, micro_batches
 from stages.training.devices import free_memory, pick_device, pick_dtype

@@ -1,0 +1,54 @@
+"""What a command works on, opened and checked before torch is imported: models, rows, reward sources, the output.
+
+Every mistake of the user's that can be seen without a tokenizer is found here, within a second, with nothing written.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+from stages.errors import ConfigError
+from stages.inputs.measuring import evaluate_inputs, export_inputs, sample_inputs
+from stages.inputs.parts import Inputs
+from stages.inputs.training import dpo_inputs, ppo_inputs, reward_inputs, sft_inputs
+from stages.models.source import adapter_beside
+from stages.results import Result, metrics_table, next_commands
+
+
+def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
+    """Open what a stage's config names; raises a UserError for the first thing that is wrong."""
+    if getattr(config, "load_in_4bit", False):
+        _check_4bit_packages()
+    openers = {
+        "sft": sft_inputs,
+        "reward": reward_inputs,
+        "ppo": ppo_inputs,
+        "dpo": dpo_inputs,
+        "evaluate": evaluate_inputs,
+        "sample": sample_inputs,
+        "export": export_inputs,
+    }
+    found = openers[stage](config, overwrite)
+    return replace(found, warnings=found.warnings + adapter_beside(found.source.base))
+
+
+def already_done(stage: str, config: Any, inputs: Inputs) -> Result:
+    """The result of a command whose work was done before."""
+    inputs.run.tidy()
+    manifest = inputs.run.manifest
+    data = {"metrics": manifest.metrics, "steps": manifest.steps, "seconds": manifest.seconds}
+    tables = (metrics_table(stage, manifest.metrics),)
+    return Result(stage, "already done", config.output, data, tables, next_commands(stage, config))
+
+
+def _check_4bit_packages() -> None:
+    """Raise ConfigError if a package that a base in 4 bits needs is not installed."""
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"a base in 4 bits needs {' and '.join(missing)}, which is not installed",
+            where="--load-in-4bit",
+            fix="pip install 'rlhf[4bit]', or leave it out",
+        )

@@ -1,0 +1,133 @@
+"""What is done with checkpoints: the inputs of `rlhf evaluate`, `sample` and `export`."""
+
+from __future__ import annotations
+
+from stages.config import EvaluateConfig, ExportConfig, SampleConfig
+from stages.errors import CheckpointError, ConfigError, DatasetError, OutputError, UserError
+from stages.files import rows as files
+from stages.files.outputs import REPORT_KEYS, RESPONSE_KEYS, check_output_file
+from stages.inputs.parts import Inputs, check_response_fits, describe_left_out, open_first, read_rows, refuse_idle
+from stages.models.candidates import ADAPTERS, IMPLICIT, POLICIES, candidate_of, open_beside, parent_of, with_reference
+from stages.models.source import ModelRef, open_model, same_base
+from stages.places import absolute, describe_special
+from stages.rollout.plot import MARK, METADATA, check_matplotlib
+from stages.rollout.specs import open_rewards
+
+
+def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
+    trusted = config.trust_remote_code
+    source = open_first(config, ADAPTERS)
+    reference = _other(config.reference, "--reference", source, trusted)
+    kind = files.detect_kind(config.dataset, map=config.map)
+    stage = source.manifest.stage if source.manifest is not None else None
+    compares = stage == "reward" or (kind in ("comparison", "rating") and not (config.reward or config.gold))
+    if compares:
+        return _comparing_inputs(config, source, reference, kind)
+    against = _other(config.against, "--against", source, trusted)
+    rewards = open_rewards(config.reward, source, trust_remote_code=trusted)
+    gold = open_rewards(config.gold, source, what="--gold", trust_remote_code=trusted)
+    if config.max_response_tokens is not None:
+        check_response_fits(config, source)
+    kinds = f"{config.dataset} holds {kind}s", "give another --dataset"
+    answers = kind != "demonstration" or bool(rewards or gold)
+    if kind != "demonstration":
+        refuse_idle(config, ("mask", "max_tokens"), *kinds)
+    if not answers:
+        refuse_idle(config, ("reference",), *kinds)
+    advice = "give --reward {} to score by it, or comparisons as --dataset"
+    also = open_beside(config.also, source, POLICIES, advice, trust_remote_code=trusted)
+    if also and not answers:
+        raise DatasetError(
+            f"{config.dataset} holds demonstrations; --also measures answers to prompts",
+            where="--dataset",
+            fix="give prompts, or --reward to have the demonstrations' prompts answered and scored",
+        )
+    _check_outputs(config)
+    read = files.read_demonstrations if kind == "demonstration" else files.read_prompts
+    data = read_rows(read, config, config.dataset)
+    warnings = describe_left_out(data)
+    if reference is None and answers:
+        try:
+            reference = parent_of(source, trusted)
+        except UserError as error:
+            if also or config.plot:
+                raise CheckpointError(
+                    f"KL cannot be measured: {error.what}", where="--reference", fix="name where KL is measured from"
+                ) from None
+            warnings += (f"KL is not measured: {error.what}; name another --reference",)
+    more = {"rewards": rewards, "gold": gold, "against": against, "reference": reference, "also": also}
+    return Inputs(source, data, warnings=warnings, **more)
+
+
+def _comparing_inputs(config: EvaluateConfig, source: ModelRef, reference: ModelRef | None, kind: str) -> Inputs:
+    """Reward models and implicit rewards on comparisons."""
+    model = candidate_of(config.model, source)
+    if model.stage == "reward" and kind not in ("comparison", "rating"):
+        raise DatasetError(
+            f"{config.dataset} holds {kind}s; a reward model is measured on comparisons",
+            where="--dataset",
+            fix="give rows with prompt, chosen and rejected",
+        )
+    if model.stage not in ("reward", *IMPLICIT):
+        raise DatasetError(
+            f"{config.dataset} holds comparisons, but {config.model} is neither a reward model nor a DPO or PPO policy",
+            where="--dataset",
+            fix="give prompts or demonstrations, or a reward, dpo or ppo checkpoint as --model",
+        )
+    for name in ("against", "best_of", "plot", "reward", "gold"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{config.model} is measured on comparisons, where nothing is sampled",
+                where=f"--{name.replace('_', '-')}",
+                fix="leave it out, use --also to compare, or give a policy as --model with prompts as --dataset",
+            )
+    refuse_idle(config, ("mask",), f"{config.dataset} holds {kind}s", "give another --dataset")
+    trust = {"trust_remote_code": config.trust_remote_code}
+    advice = "give reward, dpo or ppo checkpoints, or --reward to have it answer"
+    also = open_beside(config.also, source, ("reward", *IMPLICIT), advice, **trust)
+    models = [with_reference(candidate, reference, **trust) for candidate in (model, *also)]
+    _check_outputs(config)
+    data = read_rows(files.read_comparisons, config, config.dataset)
+    return Inputs(source, data, also=models[1:], reference=models[0].reference, warnings=describe_left_out(data))
+
+
+def _other(name: str | None, what: str, source: ModelRef, trusted: bool) -> ModelRef | None:
+    if name is None:
+        return None
+    other = open_model(name, stages=POLICIES, what=what, trust_remote_code=trusted)
+    same_base(source, other, first_flag="--model", second_flag=what)
+    return other
+
+
+def _check_outputs(config: EvaluateConfig) -> None:
+    """The files that `rlhf evaluate` writes."""
+    if config.output:
+        check_output_file(config.output, "--output", (".json",), REPORT_KEYS, config.dataset)
+    if config.plot:
+        check_output_file(config.plot, "--plot", tuple(METADATA), MARK, config.dataset)
+        check_matplotlib("--plot")
+
+
+def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
+    source = open_first(config, POLICIES)
+    check_response_fits(config, source)
+    check_output_file(config.output, "--output", (".jsonl",), RESPONSE_KEYS, config.dataset)
+    data = read_rows(files.read_prompts, config, config.dataset)
+    return Inputs(source, data, warnings=describe_left_out(data))
+
+
+def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
+    source = open_first(config, ADAPTERS)
+    if source.manifest is None:
+        raise CheckpointError(
+            f"{config.model} is a base model; there is no adapter to merge",
+            where="--model",
+            fix="give a checkpoint of this tool",
+        )
+    output = absolute(config.output, "--output")
+    special = describe_special(output)
+    if special:
+        raise OutputError(f"{output} is {special}", where="--output", fix="give a new folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} is not empty", where="--output", fix="give a new folder")
+    return Inputs(source)
