@@ -261,7 +261,8 @@ def check_bounds(value: object, about: Knob, where: str) -> None:
         for item in value:
             check_bounds(item, dataclasses.replace(about, choices=choices), where)
         return
-    if about.choices and (str(value).lower() if isinstance(value, bool) else value) not in about.choices:
+    named = str(value).lower() if isinstance(value, bool) else value
+    if about.choices and value is not None and named not in about.choices:
         near = difflib.get_close_matches(str(value), about.choices, n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         fix = f"choose from {', '.join(about.choices)}{hint}"

@@ -110,7 +110,7 @@ def test_another_type_than_the_checkpoints_is_refused(place, tmp_path):
 
 def test_our_own_decoder_does_not_take_dora(place, tmp_path):
     line = ("sample", "--model", place / "ppo", "--dataset", place / "prompts.jsonl", "--output", tmp_path / "s.jsonl")
-    assert "our own decoder does not cover DoRA" in refused(*line, "--rollout-engine", "native", *SHORT)
+    assert "the native decoder does not support DoRA" in refused(*line, "--rollout-engine", "native", *SHORT)
     ended = done(*line, *SHORT)
     assert "with DoRA adapters: transformers samples" in ended.stderr
 

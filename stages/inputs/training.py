@@ -10,7 +10,6 @@ from typing import Any
 from stages.config import DpoConfig, PpoConfig, RewardConfig, SftConfig, TrainingKnobs
 from stages.errors import ConfigError, DatasetError, RewardError
 from stages.files import rows as files
-from stages.files.atomic import read_json
 from stages.files.rows import Dataset
 from stages.files.run import open_run
 from stages.files.splits import (
@@ -32,6 +31,7 @@ from stages.inputs.parts import (
 from stages.launch import read_launch
 from stages.models.candidates import ADAPTERS, POLICIES
 from stages.models.source import ModelRef, read_adapter_shape
+from stages.reading import read_json
 from stages.rollout.specs import open_rewards
 
 
