@@ -54,7 +54,6 @@ def measure(name: str, device, clock: Clock, args: argparse.Namespace, limit, le
     from shapes import SHAPES, build
 
     from stages.errors import OutOfMemory
-    from stages.training import passes
 
     sizes, dtype = SIZES[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     found: dict = {}
@@ -76,9 +75,9 @@ def measure(name: str, device, clock: Clock, args: argparse.Namespace, limit, le
         except (torch.OutOfMemoryError, OutOfMemory) as error:
             left_out.append(f"{name}: {what}, for want of memory ({str(error).splitlines()[0][:120]})")
             return None
-        if passes.pass_divisor() > 1:
-            left_out.append(f"{name}: {what} ran in passes of 1/{passes.pass_divisor()}, since memory ran out")
-            passes._Share.divisor = 1
+        if base.passes.divisor > 1:
+            left_out.append(f"{name}: {what} ran in passes of 1/{base.passes.divisor}, since memory ran out")
+            base.passes.divisor = 1
         return found[what]
 
     guess = 0.25 * shapes.layers  # seconds; before anything was measured there is nothing better to go by
@@ -97,6 +96,9 @@ def measure(name: str, device, clock: Clock, args: argparse.Namespace, limit, le
         done = part("iteration", times[wanted.index(fits)], lambda: iterate(model, fits, limit))
         if done and done["measured_peak"]:
             done["measured_over_planned"] = done["measured_peak"] / done["planned_peak"]
+    found["graphs"] = (
+        base.native.capture_failure if base.native is not None else "only for architectures of our decoder"
+    )
     return found
 
 
@@ -124,8 +126,6 @@ def run(args: argparse.Namespace) -> dict:
     from measures import SIZES, ceilings
 
     from stages.files.manifest import versions
-    from stages.rollout.graphs import Usable
-    from stages.training.passes import limit_tokens
 
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
     if device.type == "cpu":
@@ -150,12 +150,12 @@ def run(args: argparse.Namespace) -> dict:
         clock = Clock(whole.left * share)
         found["shapes"][name] = measure(name, device, clock, args, limit, found["left_out"])
         save(found | {"seconds": time.monotonic() - began}, args.output)  # whatever becomes of the next one
-        limit_tokens(None)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{name}: done, {whole.left:.0f} s left", file=sys.stderr, flush=True)
-    graphs = Usable.reason or ("captured" if device.type == "cuda" else "only on CUDA")
+    failures = [shape["graphs"] for shape in found["shapes"].values() if shape["graphs"]]
+    graphs = failures[0] if failures else ("captured" if device.type == "cuda" else "only on CUDA")
     return found | {"decoding_graphs": graphs, "seconds": time.monotonic() - began}
 
 

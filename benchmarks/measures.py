@@ -14,6 +14,7 @@ from stages.models.base import Base
 from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, new_adapter
 from stages.models.tokens import PromptRow, TokenRow
+from stages.results import Silent
 from stages.rollout.clipped import ExperienceWithAdvantages, clipped_steps
 from stages.rollout.estimate import estimate_advantages
 from stages.rollout.experience import Experience, lay_out, role_logprobs, role_values
@@ -23,7 +24,6 @@ from stages.training.devices import Ranks, free_memory
 from stages.training.language import learn_rows
 from stages.training.loop import Progress
 from stages.training.memory import Shapes
-from stages.training.passes import limit_tokens
 from stages.training.plan import (
     PassPlan,
     Work,
@@ -34,7 +34,8 @@ from stages.training.plan import (
     resident_bytes,
     rollout_rows,
 )
-from stages.training.session import open_progress
+from stages.training.progress import open_progress
+from stages.training.session import Session
 
 NEVER = (-1,)  # a stop token that is never drawn: every response has its full length
 RANK = 32
@@ -174,7 +175,7 @@ def planned(model: Model, work: Work) -> PassPlan:
     passes = choose_passes(model.config, work, model.base.source, model.shapes, free_beside_base(model, work))
     if passes.checkpointing and not model.base.checkpoints:
         model.base.checkpoint_activations()
-    limit_tokens(passes.tokens)
+    model.base.passes.tokens = passes.tokens
     return passes
 
 
@@ -187,8 +188,7 @@ def train(model: Model, sizes: Sizes, limit: Ceilings, rounds: int = 2) -> dict[
     batch = [TokenRow(row, torch.arange(sizes.row) >= 1, False) for row in ids]
 
     def run() -> None:
-        with model.roles.use("policy"):
-            learn_rows(model.roles, batch, rows * sizes.row, "auto")
+        learn_rows(model.roles, "policy", batch, rows * sizes.row)
 
     run()
     took = min(seconds_of(run, model.device) for _ in range(rounds))
@@ -238,11 +238,10 @@ def iterate(model: Model, it: Iteration, limit: Ceilings) -> dict[str, object]:
 
     phase("rollout", sample)
     rollout = lay_out(asked, found["rollout"], [""] * it.prompts, torch.zeros(it.prompts, dtype=torch.bool))
-    size = config.micro_batch_size
-    phase("policy", lambda: role_logprobs(roles, "policy", rollout, 1.0, size))
-    phase("reference", lambda: role_logprobs(roles, "reference", rollout, 1.0, size))
-    phase("value", lambda: role_values(roles, "critic", "critic", rollout, size))
-    phase("reward", lambda: model_scores(roles, "reward", asked, rollout.responses, rollout.ended, size))
+    phase("policy", lambda: role_logprobs(roles, "policy", rollout, 1.0))
+    phase("reference", lambda: role_logprobs(roles, "reference", rollout, 1.0))
+    phase("value", lambda: role_values(roles, "critic", "critic", rollout))
+    phase("reward", lambda: model_scores(roles, "reward", asked, rollout.responses, rollout.ended))
     (logprobs, spread), (reference, _) = found["policy"], found["reference"]
     score, mask = found["reward"].to(device), rollout.mask.to(device)
     experience = Experience(rollout, mask, logprobs, reference, found["value"], score, spread)
@@ -251,7 +250,9 @@ def iterate(model: Model, it: Iteration, limit: Ceilings) -> dict[str, object]:
     def update() -> object:
         advantages, returns = estimate_advantages(config, experience, score, config.kl_coef, groups, lambda x: x)
         judged = ExperienceWithAdvantages(experience, advantages, returns, config.kl_coef)
-        return clipped_steps(config, roles, Ranks(device), model.progress, judged, 0.0, 0)
+        session = Session("ppo", config, None, Silent())
+        session.roles, session.ranks, session.progress, session.total = roles, Ranks(device), model.progress, 1
+        return clipped_steps(session, judged, 0.0, 0)
 
     phase("update", update)
     at_once = work.at_once if rows == "auto" else rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
@@ -19,9 +18,9 @@ from stages.models.candidates import Candidate, candidate_of, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.places import absolute
-from stages.results import Reporter, Result, Table, facts_table, metrics_table
+from stages.results import Reporter, Result, Table
 from stages.rollout.contest import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
-from stages.rollout.frontier import curve_tables, describe_over_optimisation, plot_kl_curve, turning_point
+from stages.rollout.frontier import describe_over_optimisation, plot_kl_curve, turning_point
 from stages.rollout.generate import Sampling, check_engine
 from stages.rollout.measure import (
     EvaluationSetup,
@@ -32,11 +31,11 @@ from stages.rollout.measure import (
     summarise_responses,
 )
 from stages.rollout.plot import write_plot
-from stages.rollout.samples import flatten_text
 from stages.rollout.sources import RewardSources, check_templates
+from stages.tables import evaluation_tables, facts_table, metrics_table
 from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
-from stages.training.session import check_coverage, context_limit, encode_all, open_base, open_text, report_cuts
+from stages.training.opening import check_coverage, context_limit, encode_all, open_base, open_text, report_cuts
 
 MOST_BEST_OF_RESPONSES = 10**7  # held in memory until they are measured
 
@@ -51,7 +50,7 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
     if dry_run:
         plan = {name: len(encoded) for name, encoded in rows.items()}
         return Result("evaluate", "dry run", None, {"plan": plan}, (facts_table("evaluate: the plan", plan),))
-    base, _ = open_base(source, config, text)
+    base = open_base(source, config, text)
     roles = Roles(base)
     found: dict[str, object] = {"model": config.model, "dataset": config.dataset}
     tables: tuple[Table, ...] = ()
@@ -70,7 +69,7 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
         for line in check_engine(base, config.rollout_engine):
             reporter.note(line)
         found |= measure_policies(config, inputs, roles, text, rows["prompts"], reporter)
-        tables += policy_tables(found)
+        tables += evaluation_tables(found)
     if output:
         write_json(output, found)
     if plot:
@@ -130,7 +129,7 @@ def is_prompt(row: object) -> bool:
 
 def measure_perplexity(roles: Roles, rows: list[TokenRow]) -> dict[str, float]:
     """Loss per target token and perplexity on demonstrations."""
-    found = held_out_loss(roles, "policy", rows, "auto")
+    found = held_out_loss(roles, "policy", rows)
     return {"loss": found["eval_loss"], "perplexity": found["eval_perplexity"], "rows": len(rows)}
 
 
@@ -144,7 +143,7 @@ def measure_policies(
     source = inputs.source
     judges = {"score": inputs.rewards, "gold": inputs.gold}
     rewards = {
-        name: RewardSources(specs, roles, "auto", prefix=f"{name} ", timeout=config.reward_timeout)
+        name: RewardSources(specs, roles, prefix=f"{name} ", timeout=config.reward_timeout)
         for name, specs in judges.items()
         if specs
     }
@@ -247,44 +246,3 @@ def examples(prompts: list[PromptRow], measured: dict[str, ScoredRollout], count
             row |= {f"against_{name}": float(values[i]) for name, values in measured["against"].scores.items()}
         rows.append(row)
     return rows
-
-
-# --- for a person
-
-
-def policy_tables(found: dict) -> tuple[Table, ...]:
-    """The measurements as tables for a person."""
-    contenders = [name for name in ("against", "policy") if name in found]
-    labels = {"score": "score", "gold": "gold score", "kl": "KL to the reference", "length": "response length",
-              "eos_rate": "ended by itself", "duplicate_rate": "duplicates", "distinct_1": "distinct-1",
-              "distinct_2": "distinct-2"}  # fmt: skip
-    rows = [
-        (label, *(format_with_error(found[name], key) for name in contenders))
-        for key, label in labels.items()
-        if any(key in found[name] for name in contenders)
-    ]
-    for name, rate in found.get("win_rate", {}).items():
-        rows.append((f"win rate by {name}", "", f"{rate['rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"))
-    heads = head_columns(str(found.get("compared_with")), str(found["model"])) if len(contenders) > 1 else {}
-    main = Table(f"{found['prompts']} prompts", ("measure", *(heads.get(n, "value") for n in contenders)), tuple(rows))
-    tables = (main, *curve_tables(found))
-    shown = tuple(
-        (flatten_text(row["prompt"]), *((str(row["against"]),) if "against" in row else ()), str(row["response"]))
-        for row in found["examples"]
-    )
-    if not shown:
-        return tables
-    return *tables, Table("examples", ("prompt", *(heads.get(n, "response") for n in contenders)), shown)
-
-
-def head_columns(against: str, policy: str) -> dict[str, str]:
-    """Headings for what is compared: the folders' names where they tell them apart, else what was given."""
-    short = {"against": Path(against).name, "policy": Path(policy).name}
-    return short if short["against"] != short["policy"] else {"against": against, "policy": policy}
-
-
-def format_with_error(measures: dict[str, float], key: str) -> str:
-    if key not in measures:
-        return ""
-    error = f" ± {measures[f'{key}_error']:.3f}" if f"{key}_error" in measures else ""
-    return f"{measures[key]:.3f}{error}"

@@ -19,10 +19,11 @@ from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import scored_template
 from stages.models.tokens import PROBE, Text
 from stages.places import absolute
-from stages.results import Reporter, Result, Table, facts_table
+from stages.results import Reporter, Result, Table
+from stages.tables import facts_table
 from stages.training.devices import DTYPES, pick_device
+from stages.training.opening import open_text
 from stages.training.reload import probe_sequences
-from stages.training.session import open_text
 
 TOLERANCE = {
     torch.float32: 1e-3,

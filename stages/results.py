@@ -57,17 +57,6 @@ class Silent:
     def end(self) -> None: ...
 
 
-def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
-    """Final numbers as a two-column table."""
-    shown = [(k, v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    return Table(title, ("measure", "value"), tuple((k, f"{v:.4g}") for k, v in shown))
-
-
-def facts_table(title: str, facts: dict[str, Any]) -> Table:
-    """Whatever was decided, as a two-column table."""
-    return Table(title, ("what", "value"), tuple((k.replace("_", " "), str(v)) for k, v in facts.items()))
-
-
 def next_commands(stage: str, config: Any) -> tuple[str, ...]:
     """What one runs after a training stage, ready for a shell."""
     output, model = shlex.quote(config.output), shlex.quote(config.model)

@@ -14,176 +14,104 @@ from stages.inputs import Inputs
 from stages.maths.losses import pair_loss
 from stages.models.forward import sequence_scores
 from stages.models.heads import ScalarHead
-from stages.models.roles import Roles, adapter_of, frozen_copy, head_of, start_adapter
-from stages.models.tokens import Text, TokenRow
-from stages.results import Reporter, Result, next_commands
+from stages.models.roles import Roles, adapter_of, frozen_copy, head_of
+from stages.models.tokens import TokenRow
+from stages.results import Reporter, Result
 from stages.rollout.spread import score_policy_responses
+from stages.tables import comparison_tables
 from stages.training.baselines import baselines
-from stages.training.batching import batch_at, epoch_at, steps_in
+from stages.training.batching import epoch_at, steps_in
 from stages.training.comparing import (
     NO_PAIRS,
+    REPORT_FILE,
     TokenComparison,
     build_comparison_report,
     computed_share,
     encode_comparison,
+    held_out_measures,
+    numbers_of,
     pair_sums,
     pairs_of,
-    report_tables,
     score_and_report,
     score_rows,
     step_metrics,
 )
-from stages.training.loop import add_gradients, apply_gradients, before_and_after, read_metrics, train
-from stages.training.optimizer import learning_rate_at
-from stages.training.passes import accumulate
-from stages.training.plan import Work, plan_result
+from stages.training.plan import Work
 from stages.training.seeds import derive
-from stages.training.session import (
-    check_coverage,
-    context_limit,
-    encode_all,
-    open_for_training,
-    open_progress,
-    open_text,
-    publish_checkpoint,
-    report_cuts,
-)
+from stages.training.session import Session
 from stages.training.verdict import reach_verdict
 
 ROLE = "reward"
 CENTRING_ROWS = 256  # rows whose mean score becomes 0
-REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 
 
 def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Train a reward model on comparisons and publish it with a report on held-out ones."""
-    source, out = inputs.source, inputs.run
-    text = open_text(source, config, reporter)
-    limit = context_limit(config.max_tokens, source, reporter)
+    session = Session("reward", config, inputs, reporter)
+    text, limit = session.text, session.max_tokens
     encode = partial(encode_comparison, text=text, max_tokens=limit)
-    rows = encode_all(inputs.train, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="comparisons")
-    held = encode_all(
-        inputs.held_out, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="held-out comparisons"
-    )
-    demonstrations = encode_demonstrations(inputs, text, rows, limit, config.skip_bad_rows, reporter)
-    report_cuts(rows, limit, reporter, "comparisons")
-    report_cuts(held, limit, reporter, "held-out comparisons")
-    check_coverage(text, inputs.train, reporter, what="comparisons")
-    total = steps_in(len(rows), config.batch_size, config.epochs, config.max_steps)
+    rows = session.encode(inputs.train, encode, "comparisons", limit)
+    held_out = session.encode(inputs.held_out, encode, "held-out comparisons", limit)
+    demonstrations = encode_demonstrations(session, rows)
+    session.check_coverage(inputs.train, "comparisons")
     work = Work("reward", [row.size for row in rows], config.batch_size, read=0.0, computed=computed_share(rows))
+    session.plan(work, steps_in(len(rows), config.batch_size, config.epochs, config.max_steps))
     if dry_run:
-        return plan_result(config, source, work, total, inputs.rows_left_out)
+        return session.describe_plan()
 
-    base, ranks = open_for_training(source, config, text, work, reporter)
-    roles = Roles(base)
-    seed = derive(config.seed, "reward", "adapter")
-    adapter = start_adapter(base, source, config, seed)
-    head = start_head(roles, inputs, config.seed)
-    roles.add(ROLE, adapter, head)
-    progress = open_progress(config, {ROLE: roles.parameters(ROLE)})
-
-    def update(step: int) -> dict[str, float]:
-        numbers = batch_at(step, len(rows), config.batch_size, config.seed, "reward")
-        batch = [rows[i] for i in numbers]
-        with roles.use(ROLE):
-            sums = add_gradients(roles, ranks, partial(backward_reward, roles, ranks.share(batch), len(batch), config))
-        sums = ranks.sum_floats(sums, base.device)
-        rate = learning_rate_at(step, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
-        stepped = apply_gradients(progress, {ROLE: rate}, config.max_grad_norm, ranks, step + 1)
-        return step_metrics(sums, batch, rate, epoch_at(step + 1, len(rows), config.batch_size), base.device) | stepped
-
-    def evaluate(step: int) -> dict[str, float]:
-        if not held:
-            return {}
-        with ranks.together():
-            found = score_and_report(roles, ROLE, held, config.micro_batch_size)
-        return {f"eval_{name}": found[name] for name in ("accuracy", "log_loss", "margin_mean", "score_length_corr")}
-
-    reporter.note(f"{len(rows)} comparisons, {total} steps, {adapter.size:,} trainable parameters")
-    train(out, reporter, ranks, progress, config, title="reward", total=total, update=update, evaluate=evaluate)
-    if not ranks.first:
-        return Result("reward", "done", config.output, {})
-    served = centre(roles, demonstrations, config.micro_batch_size)
-    found = final_report(roles, inputs, rows, held, served, config.micro_batch_size)
-    if config.sft_samples and held:
-        found |= check_policy_scores(roles, text, inputs, config)
-    verdict = reach_verdict(found)
-    found["verdict"] = verdict.stored()
-    write_json(out.folder / REPORT_FILE, found)
-    lines = read_metrics(out)
-    numbers = {k: v for k, v in found.items() if isinstance(v, (int, float))}
-    metrics = {
-        "train_loss": lines[-1].get("loss"),
-        **before_and_after(lines),
-        **numbers,
-        "eval_pairs": found.get("pairs"),
-        "verdict": verdict.decision,
-    }
-    publish_checkpoint(
-        out, "reward", config, roles, text,
-        adapter=adapter, head=head, parents=[("model", source)], datasets={"train": inputs.data},
-        metrics=metrics, lines=lines, extra_files=(REPORT_FILE,),
-    )  # fmt: skip
-    tables = (*(report_tables(found) if held else ()), verdict.table())
-    data = {"metrics": metrics, "report": found, "steps": total}
-    advice = () if verdict.decision == "no-go" else next_commands("reward", config)
-    return Result("reward", "done", config.output, data, tables, advice)
+    session.load_base()
+    session.start_role(ROLE, start_head(session))
+    session.optimise(reward=session.roles.parameters(ROLE))
+    size = session.roles.adapters[ROLE].size
+    reporter.note(f"{len(rows)} comparisons, {session.total} steps, {size:,} trainable parameters")
+    session.train(partial(update, session, rows), partial(evaluate, session, held_out))
+    if not session.ranks.first:
+        return session.result({})
+    centred = centre(session.roles, demonstrations)
+    report = build_report(session, rows, held_out, centred)
+    verdict = reach_verdict(report)
+    report["verdict"] = verdict.stored()
+    write_json(session.run.folder / REPORT_FILE, report)
+    metrics = session.summarise_metrics() | numbers_of(report) | {"verdict": verdict.decision}
+    session.publish(ROLE, metrics, extra_files=(REPORT_FILE,))
+    tables = (*(comparison_tables(report, "reward model") if held_out else ()), verdict.table())
+    advice = () if verdict.decision == "no-go" else None
+    return session.result({"metrics": metrics, "report": report, "steps": session.total}, tables, advice)
 
 
-def final_report(
-    roles: Roles,
-    inputs: Inputs,
-    rows: list[TokenComparison],
-    held: list[TokenComparison],
-    served: Tensor,
-    micro_batch_size: int | str,
-) -> dict[str, object]:
-    """What held-out comparisons, demonstrations (`served`, their scores) and annotators say of the trained model."""
-    found: dict[str, object] = {}
-    if held:
-        scores = score_rows(roles, ROLE, [row for c in held for row in c.responses], micro_batch_size)
-        found |= build_comparison_report(scores, held) | {"baselines": baselines(scores, held, rows)}
-    found |= {"demonstrations_mean": float(served.mean()), "demonstrations_std": float(served.std(unbiased=False))}
-    agreed, both = inputs.data.agreement
-    return found | ({"annotator_agreement": agreed / both, "annotator_pairs": both} if both else {})
+def update(session: Session, rows: list[TokenComparison], step: int) -> dict[str, float]:
+    """One optimiser step on a batch of comparisons; returns its metrics."""
+    batch = session.batch(rows, step)
+    mine = session.ranks.share(batch)
+    sums = session.add_gradients(partial(backward_reward, session.roles, mine, len(batch), session.config))
+    rate = session.learning_rate(step)
+    epoch = epoch_at(step + 1, len(rows), session.config.batch_size)
+    stepped = session.apply_gradients({ROLE: rate}, step)
+    return step_metrics(sums, batch, rate, epoch, session.base.device) | stepped
 
 
-def check_policy_scores(roles: Roles, text: Text, inputs: Inputs, config: RewardConfig) -> dict[str, object]:
-    """How the answers of the policy that training started from score; empty where --model is no policy."""
-    source = inputs.source
-    if source.manifest is not None and source.manifest.stage == "reward":
+def evaluate(session: Session, held_out: list[TokenComparison], step: int) -> dict[str, float]:
+    """How well scores predict the held-out preferences."""
+    if not held_out:
         return {}
-    roles.add("policy", frozen_copy(adapter_of(roles.base, source, trainable=False)))
-    prompts = [Prompt(row.where, row.prompt) for row in inputs.held_out]
-    spread = score_policy_responses(roles, text, prompts, config.sft_samples, config.seed, config.micro_batch_size)
-    roles.remove("policy")
-    return {"samples": spread} if spread else {}
-
-
-def start_head(roles: Roles, inputs: Inputs, seed: int) -> ScalarHead:
-    """The head of the reward checkpoint that training goes on from, else a random one."""
-    manifest = inputs.source.manifest
-    if manifest is not None and manifest.stage == "reward":
-        return head_of(roles.base, manifest.folder).copy(trainable=True)
-    return ScalarHead(roles.base.width).randomise(derive(seed, "reward", "head")).to(roles.base.device)
+    with session.ranks.together():
+        return held_out_measures(score_and_report(session.roles, ROLE, held_out))
 
 
 def backward_reward(
     roles: Roles, rows: list[TokenComparison], denominator: int, config: RewardConfig
 ) -> dict[str, float]:
-    """Add the gradient of sum(comparison losses) / denominator under the active role; returns sums over pairs.
+    """Add the gradient of sum(comparison losses) / denominator; returns sums over pairs.
 
     All pairs of a prompt stay in one forward pass, each weighing 1 / (number of its pairs).
     """
 
-    def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
-        chosen = [rows[i] for i in micro]
-        scores = sequence_scores(roles, ROLE, [row.ids for c in chosen for row in c.responses])
-        loss = reward_losses(scores, chosen, config).sum() / denominator
-        return loss, pair_sums(loss, scores, pairs_of(chosen))
+    def forward(rows: list[TokenComparison]) -> tuple[Tensor, dict[str, float]]:
+        scores = sequence_scores(roles, ROLE, [row.ids for c in rows for row in c.responses])
+        loss = reward_losses(scores, rows, config).sum() / denominator
+        return loss, pair_sums(loss, scores, pairs_of(rows))
 
-    on_cuda = roles.base.device.type == "cuda"
-    return NO_PAIRS | accumulate([row.size for row in rows], config.micro_batch_size, forward, on_cuda=on_cuda)
+    return NO_PAIRS | roles.accumulate(ROLE, rows, forward)
 
 
 def reward_losses(scores: Tensor, comparisons: list[TokenComparison], config: RewardConfig) -> Tensor:
@@ -201,35 +129,69 @@ def reward_losses(scores: Tensor, comparisons: list[TokenComparison], config: Re
     return losses * as_tensor(pairs.weight)
 
 
-def encode_demonstrations(
-    inputs: Inputs, text: Text, rows: list[TokenComparison], limit: int, skip_bad: bool, reporter: Reporter
-) -> list[TokenRow]:
-    """The demonstrations whose mean score becomes 0: those given, else the preferred training responses.
+# --- the head, and what the report is made of
+
+
+def start_head(session: Session) -> ScalarHead:
+    """The head of the reward checkpoint that training goes on from, else a random one."""
+    base, manifest = session.base, session.model.manifest
+    if manifest is not None and manifest.stage == "reward":
+        return head_of(base, manifest.folder).copy(trainable=True)
+    return ScalarHead(base.width).randomise(derive(session.config.seed, "reward", "head")).to(base.device)
+
+
+def encode_demonstrations(session: Session, rows: list[TokenComparison]) -> list[TokenRow]:
+    """The demonstrations whose mean score becomes 0: those given, else the chosen training responses.
 
     Read as PPO reads responses, at their end token; given ones too long to keep it are left out.
     """
-    preferred = [row.best for row in rows[:CENTRING_ROWS]]
-    if inputs.demonstrations is None:
-        return preferred
-    given = inputs.demonstrations.rows[:CENTRING_ROWS]
-    encode = partial(text.judged, max_tokens=limit)
-    encoded = encode_all(given, encode, skip_bad=skip_bad, reporter=reporter, what="demonstrations")
-    whole = [row for row in encoded if int(row.ids[-1]) in text.stop_ids]
+    chosen = [row.best for row in rows[:CENTRING_ROWS]]
+    if session.inputs.demonstrations is None:
+        return chosen
+    given, limit = session.inputs.demonstrations.rows[:CENTRING_ROWS], session.max_tokens
+    encoded = session.encode(given, partial(session.text.judged, max_tokens=limit), "demonstrations")
+    whole = [row for row in encoded if int(row.ids[-1]) in session.text.stop_ids]
     if len(whole) < len(encoded):
         left = "the others are" if whole else "preferred training responses are"
-        reporter.warn(
+        session.reporter.warn(
             f"{len(encoded) - len(whole)} of {len(encoded)} demonstrations lose their end within {limit} tokens; "
             f"{left} centred on"
         )
-    return whole or preferred
+    return whole or chosen
 
 
-def centre(roles: Roles, demonstrations: list[TokenRow], micro_batch_size: int | str) -> Tensor:
+def centre(roles: Roles, demonstrations: list[TokenRow]) -> Tensor:
     """Shift the head's bias so that demonstrations score 0 on average (Stiennon 2020; Huang et al. 2024).
 
     Returns their scores (N,) as they are from now on.
     """
-    scores = score_rows(roles, ROLE, demonstrations, micro_batch_size)
+    scores = score_rows(roles, ROLE, demonstrations)
     mean = scores.double().mean().float()
     roles.heads[ROLE].bias.data -= mean.to(roles.base.device)
     return scores - mean
+
+
+def build_report(
+    session: Session, rows: list[TokenComparison], held_out: list[TokenComparison], centred: Tensor
+) -> dict[str, object]:
+    """Measures of the trained model on held-out comparisons, demonstrations (`centred`, their scores) and samples."""
+    report: dict[str, object] = {}
+    if held_out:
+        scores = score_rows(session.roles, ROLE, [row for c in held_out for row in c.responses])
+        report |= build_comparison_report(scores, held_out) | {"baselines": baselines(scores, held_out, rows)}
+    report |= {"demonstrations_mean": float(centred.mean()), "demonstrations_std": float(centred.std(unbiased=False))}
+    agreed, both = session.inputs.data.agreement
+    report |= {"annotator_agreement": agreed / both, "annotator_pairs": both} if both else {}
+    return report | (check_policy_scores(session) if session.config.sft_samples and held_out else {})
+
+
+def check_policy_scores(session: Session) -> dict[str, object]:
+    """Scores of the responses of the policy that training started from; empty if --model is no policy."""
+    roles, model = session.roles, session.model
+    if model.manifest is not None and model.manifest.stage == "reward":
+        return {}
+    roles.add("policy", frozen_copy(adapter_of(roles.base, model, trainable=False)))
+    prompts = [Prompt(row.where, row.prompt) for row in session.inputs.held_out]
+    samples = score_policy_responses(roles, session.text, prompts, session.config.sft_samples, session.config.seed)
+    roles.remove("policy")
+    return {"samples": samples} if samples else {}

@@ -12,10 +12,11 @@ from stages.inputs import Inputs
 from stages.models.roles import Roles, adapter_of
 from stages.places import absolute
 from stages.reading import to_json
-from stages.results import Reporter, Result, Table, facts_table
+from stages.results import Reporter, Result, Table
 from stages.rollout.generate import Sampling, check_engine, generate
 from stages.rollout.samples import flatten_text
-from stages.training.session import check_coverage, encode_all, open_base, open_text
+from stages.tables import facts_table
+from stages.training.opening import check_coverage, encode_all, open_base, open_text
 
 SHOWN_RESPONSES = 3
 MOST_SAMPLED_RESPONSES = 10**7  # held in memory until the file is written
@@ -32,7 +33,7 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     counts = {"prompts": len(prompts), "responses": count_responses(len(prompts), config)}
     if dry_run:
         return Result("sample", "dry run", None, {"plan": counts}, (facts_table("sample: the plan", counts),))
-    base, _ = open_base(source, config, text)
+    base = open_base(source, config, text)
     for line in check_engine(base, config.rollout_engine):
         reporter.note(line)
     roles = Roles(base)

@@ -17,10 +17,14 @@ from stages.models.heads import ScalarHead
 from stages.models.lora import LORA_B, MAGNITUDE, Adapter
 from stages.models.roles import Roles, new_adapter, save_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow, load_text
+from stages.results import Silent
 from stages.rollout.clipped import ExperienceWithAdvantages, Minibatch
 from stages.rollout.experience import Experience, role_logprobs, role_values, sample_rollout
 from stages.rollout.generate import Sampling
 from stages.training.comparing import TokenComparison
+from stages.training.devices import Ranks
+from stages.training.progress import Progress
+from stages.training.session import Session
 
 PACKING = ("llama", "gpt2", "gpt_neox", "gemma2", "gemma3", "mistral")
 PLACES = {"model": "m", "dataset": "d", "output": "o"}
@@ -117,6 +121,24 @@ def token_comparisons() -> list[TokenComparison]:
     ]
 
 
+def session_of(
+    config: object, roles: Roles, *, ranks: Ranks | None = None, progress: Progress | None = None
+) -> Session:
+    """A session whose base is loaded, with one step to make."""
+    session = Session("test", config, None, Silent())
+    session.roles, session.ranks, session.total = roles, ranks or Ranks(roles.base.device), 1
+    roles.base.passes.micro_batch_size = config.micro_batch_size
+    if progress is not None:
+        session.progress = progress
+    return session
+
+
+def in_passes_of(roles: Roles, rows: int | str) -> Roles:
+    """The same roles, whose batches are cut into passes of so many rows."""
+    roles.base.passes.micro_batch_size = rows
+    return roles
+
+
 @contextmanager
 def unpacked(base: Base) -> Iterator[None]:
     """Run the base with right-padding in this block."""
@@ -161,9 +183,9 @@ def experience_of(
     """Experience sampled by the policy; scores are the responses' lengths."""
     keys = [(seed, i) for i in range(len(prompts))]
     rollout = sample_rollout(roles, "policy", text, prompts, keys, Sampling(temperature, tokens))
-    logprobs, spread = role_logprobs(roles, "policy", rollout, temperature, "auto", want_entropy=True)
-    reference, _ = role_logprobs(roles, "reference", rollout, temperature, "auto")
-    values = role_values(roles, "critic", "critic", rollout, "auto")
+    logprobs, spread = role_logprobs(roles, "policy", rollout, temperature, want_entropy=True)
+    reference, _ = role_logprobs(roles, "reference", rollout, temperature)
+    values = role_values(roles, "critic", "critic", rollout)
     score = torch.tensor([float(n) for n in rollout.lengths])
     return Experience(rollout, rollout.mask, logprobs, reference, values, score, spread)
 
@@ -178,7 +200,7 @@ def judged_at_random(experience: Experience, seed: int = 0) -> ExperienceWithAdv
 def all_rows(judged: ExperienceWithAdvantages) -> Minibatch:
     """The whole batch as one minibatch."""
     mask = judged.experience.mask
-    return Minibatch(judged, list(range(len(mask))), float(mask.sum()), float(len(mask)))
+    return Minibatch(judged, tuple(range(len(mask))), float(mask.sum()), float(len(mask)))
 
 
 def publish_checkpoint(

@@ -24,11 +24,11 @@ from stages.rollout.experience import Experience, lay_out
 from stages.training.devices import Ranks
 from stages.training.implicit import summed_logprobs
 from stages.training.language import count_targets, learn_rows
-from stages.training.loop import apply_gradients
-from stages.training.session import open_progress
+from stages.training.progress import apply_gradients, open_progress
 from tests.parts import (
     dpo_config,
     experience_of,
+    in_passes_of,
     judged_at_random,
     open_tiny_text,
     ppo_config,
@@ -38,6 +38,7 @@ from tests.parts import (
     reward_config,
     roles_on,
     sequences_of,
+    session_of,
     sft_config,
     token_comparisons,
     token_rows,
@@ -62,9 +63,8 @@ def sft_step(base, ranks):
     config = sft_config(adam_eps=1e-3)
     progress = open_progress(config, {"policy": roles.parameters("policy")})
     rows = token_rows()
-    with roles.use("policy"):
-        loss = learn_rows(roles, ranks.share(rows), count_targets(rows), 2)
-    found = {"sft loss": ranks.sum_floats({"loss": loss}, CPU)["loss"]}
+    sums = learn_rows(in_passes_of(roles, 2), "policy", ranks.share(rows), count_targets(rows))
+    found = {"sft loss": ranks.combine(sums, CPU)["loss"]}
     optimizer = progress.optimizers["policy"]
     before = optimizer.gradient.clone()
     found["sft gradient"] = ranks.sum(before)
@@ -78,8 +78,7 @@ def reward_step(base, ranks):
     config = reward_config(adam_eps=1e-3)
     progress = open_progress(config, {"reward": roles.parameters("reward")})
     rows = token_comparisons()[1:]  # three: one rank has two of them
-    with roles.use("reward"):
-        sums = reward.backward_reward(roles, ranks.share(rows), len(rows), config)
+    sums = reward.backward_reward(roles, ranks.share(rows), len(rows), config)
     apply_gradients(progress, {"reward": 1e-2}, 1.0, ranks, 1)
     found = {f"reward {name}": value for name, value in ranks.sum_floats(sums, CPU).items()}
     return found | {"reward weights": progress.optimizers["reward"].weights}
@@ -91,12 +90,13 @@ def kto_step(base, ranks, count):
     roles.add("policy", random_adapter(base, 1))
     roles.add("reference", None)
     config = dpo_config(loss="kto", beta=0.5, adam_eps=1e-3, micro_batch_size=2)
+    in_passes_of(roles, 2)
     progress = open_progress(config, {"policy": roles.parameters("policy")})
     rows, numbers = token_comparisons(), [2, 0, 3][:count]
     batch = [
-        dpo.ReferencedComparison(rows[i], summed_logprobs(roles, "policy", rows[i].responses, 2) - 1) for i in numbers
+        dpo.ReferencedComparison(rows[i], summed_logprobs(roles, "policy", rows[i].responses) - 1) for i in numbers
     ]
-    shifts = dpo.policy_shifts(roles, ranks.share(dpo.cross_batch(rows, numbers)), 2)
+    shifts = dpo.policy_shifts(roles, ranks.share(dpo.cross_batch(rows, numbers)))
     baseline = kto_baseline(shifts, ranks.sum)
     sums = dpo.backward_dpo(roles, ranks.share(batch), count, config, baseline)
     apply_gradients(progress, {"policy": 1e-2}, 1.0, ranks, 1)
@@ -119,7 +119,7 @@ def ppo_step(base, ranks, folder, name, minibatches, several):
     knobs = {"ppo_epochs": 1, "minibatches": minibatches, "responses_per_prompt": several}
     config = ppo_config(**knobs, adam_eps=1e-3, target_approx_kl=None, ratio_limit=1e9)
     progress = open_progress(config, {role: roles.parameters(role) for role in ("policy", "critic")})
-    learned = clipped_steps(config, roles, ranks, progress, judged, 1e-2, 0)
+    learned = clipped_steps(session_of(config, roles, ranks=ranks, progress=progress), judged, 1e-2, 0)
     found = {f"{name} {key}": value for key, value in learned.items()}
     return found | {f"{name} {role} weights": progress.optimizers[role].weights for role in ("policy", "critic")}
 

@@ -216,10 +216,8 @@ def test_the_plan_of_a_whole_iteration_is_what_it_takes(gpu, monkeypatch, dtype,
 
     from benchmarks.roofline import Ceilings, Iteration
     from benchmarks.shapes import SHAPES, build
-    from stages.training import passes
     from tests.memory import LiveBytes
 
-    monkeypatch.setattr(passes._Share, "tokens", None)
     monkeypatch.setattr(measures, "free_memory", lambda device: free)
     sizes = SHAPES["tiny"] | {"num_hidden_layers": 4}
     model = measures.open_model(*build(sizes, torch.device("cpu"), getattr(torch, dtype)), 32)

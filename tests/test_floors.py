@@ -22,6 +22,7 @@ FLOORS = {
     "stages.reading": 1,
     "stages.recipe": 1,
     "stages.results": 1,
+    "stages.tables": 1,
     "stages.maths": 2,
     "stages.files": 3,
     "stages.models": 4,
@@ -33,7 +34,7 @@ FLOORS = {
 }
 GROUND = (
     "stages.errors", "stages.places", "stages.launch", "stages.config", "stages.reading", "stages.recipe",
-    "stages.results",
+    "stages.results", "stages.tables",
 )  # fmt: skip
 HEAVY = {
     "torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow",
@@ -51,6 +52,7 @@ LIGHT = {
     "stages.launch": HEAVY,
     "stages.reading": HEAVY,
     "stages.results": HEAVY,
+    "stages.tables": HEAVY,
     "stages.report": HEAVY,
     "stages.files": HEAVY,
     "stages.inputs": HEAVY,
@@ -65,6 +67,7 @@ NEVER = {
     "stages.launch": HEAVY,
     "stages.reading": HEAVY,
     "stages.results": HEAVY,
+    "stages.tables": HEAVY,
     "stages.report": HEAVY,
     "rlhf_cli": HEAVY,
 }

@@ -143,7 +143,7 @@ def test_a_packed_block_says_where_segments_lie_and_ends_even_after_an_error():
         assert mask.offsets.tolist() == [0, 2, 5] and mask.offsets.dtype == torch.int32
     with pytest.raises(KeyError), packed([PrefixGroup(2)], torch.device("cpu")):
         raise KeyError
-    assert attention._Current.segments is None
+    assert attention._packed_row.get() is None
 
 
 @pytest.mark.parametrize("architecture", PACKING)

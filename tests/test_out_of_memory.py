@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.errors import OutOfMemory
 from stages.models.base import Base
+from stages.models.passes import Passes
 from stages.rollout import generate
-from stages.training import passes
 from stages.training.devices import Ranks
-from stages.training.loop import add_gradients
-from stages.training.passes import accumulate, collect
+from stages.training.progress import add_gradients
 from tests.commands import assert_same_weights, done, lines_of, refused
 from tests.parts import sequences_of
 
@@ -41,11 +41,6 @@ MORE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def whole_passes(monkeypatch):
-    monkeypatch.setattr(passes._Share, "divisor", 1)
-
-
 class OutOfMemoryInBackward(torch.autograd.Function):
     """The identity, whose backward pass finds no memory."""
 
@@ -61,23 +56,25 @@ class OutOfMemoryInBackward(torch.autograd.Function):
 class OneWeight:
     """Roles of which a single weight is trained."""
 
+    base = SimpleNamespace(device=torch.device("cpu"))
+
     def __init__(self):
         self.weight = torch.nn.Parameter(torch.tensor([3.0]))
         self.weight.grad = torch.zeros(1)
 
-    def gradients(self):
-        return [self.weight.grad]
+    def zero_gradients(self):
+        self.weight.grad.zero_()
 
 
 RANKS = Ranks(torch.device("cpu"))
 
 
-def learn(fails, held=0.0):
+def learn(fails, held=0.0, divisor=1):
     """Sum of squares of a weight per row, by `accumulate`; a pass that `fails(rows)` does so with half its gradient.
 
     `held` is the gradient that another loss of the same step has left there.
     """
-    roles = OneWeight()
+    roles, passes = OneWeight(), Passes(False, 6, divisor=divisor)
     weight = roles.weight
     weight.grad.add_(held)
     sizes = []
@@ -92,17 +89,17 @@ def learn(fails, held=0.0):
         return loss, {"rows": float(len(rows))}
 
     again = partial(weight.grad.add_, held)
-    sums = add_gradients(roles, RANKS, lambda: accumulate([1] * 6, 6, forward, on_cuda=False), again=again)
-    return float(weight.grad), sums, sizes
+    sums = add_gradients(roles, RANKS, lambda: passes.accumulate(range(6), [1] * 6, forward), again=again)
+    return float(weight.grad), sums, sizes, passes.divisor
 
 
 @pytest.mark.parametrize("held", [0.0, 1000.0])
 def test_a_pass_that_fails_half_way_leaves_no_trace_in_the_gradient(held):
     """d/dw of (1 + 2 + ... + 6) w^2 at 3 is 21 * 6, beside what the step's other loss had added before."""
-    assert learn(lambda rows: False, held) == (held + 126.0, {"rows": 6.0}, [6])
-    gradient, sums, sizes = learn(lambda rows: len(rows) > 2, held)
+    assert learn(lambda rows: False, held) == (held + 126.0, {"rows": 6.0}, [6], 1)
+    gradient, sums, sizes, divisor = learn(lambda rows: len(rows) > 2, held)
     assert (gradient, sums) == (held + 126.0, {"rows": 6.0})
-    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1] and passes.pass_divisor() == 4
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1] and divisor == 4
 
 
 def test_passes_before_the_one_that_failed_are_made_again():
@@ -112,8 +109,7 @@ def test_passes_before_the_one_that_failed_are_made_again():
     def fails(rows):
         return len(rows) > 1 and 5 in rows and not failed.append(rows)
 
-    passes._Share.divisor = 3  # passes of two rows; the last of them fails once
-    gradient, sums, sizes = learn(fails)
+    gradient, sums, sizes, _ = learn(fails, divisor=3)  # passes of two rows; the last of them fails once
     assert (gradient, sums) == (126.0, {"rows": 6.0})
     assert failed == [[4, 5]] and sizes == [2, 2, 2] + [1] * 6
 
@@ -150,7 +146,7 @@ def test_no_step_copies_weights_moments_or_gradients_in_case_it_fails(chain, tmp
         return found
 
     progress, resume = [], loop._resume
-    monkeypatch.setattr(loop, "_resume", lambda *args: progress.append(args[3]) or resume(*args))
+    monkeypatch.setattr(loop, "_resume", lambda *args: progress.append(args[0].progress) or resume(*args))
     monkeypatch.setattr(loop, "_timed", watched)
     done(*line)
     assert counted == [[], []]
@@ -162,7 +158,7 @@ def test_results_come_in_order_however_the_batch_had_to_be_cut():
             raise torch.OutOfMemoryError(FULL)
         return [torch.tensor(float(row)) for row in rows]
 
-    found = collect([5, 9, 1, 7, 3], "auto", forward, on_cuda=False)
+    found = Passes(False).collect(range(5), [5, 9, 1, 7, 3], forward)
     assert [float(x) for x in found] == [0, 1, 2, 3, 4]
 
 
@@ -170,9 +166,10 @@ def test_other_failures_are_not_taken_for_it():
     def forward(rows):
         raise RuntimeError("shapes do not match")
 
+    passes = Passes(False)
     with pytest.raises(RuntimeError, match="shapes"):
-        collect([1, 2], "auto", forward, on_cuda=False)
-    assert passes.pass_divisor() == 1
+        passes.collect(range(2), [1, 2], forward)
+    assert passes.divisor == 1
 
 
 def fits(monkeypatch, rows):

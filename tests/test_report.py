@@ -8,8 +8,9 @@ import shlex
 import pytest
 
 from stages.errors import CheckpointError
-from stages.report import ABSENT, beginning, ending, format_cell, name_sides, run, share
+from stages.report import run
 from stages.results import Silent
+from stages.tables import ABSENT, beginning, ending, format_share, format_text, name_sides
 
 SIDE = {"score": 0.25, "score_error": 0.0512, "gold": -1.5, "kl": 3.14159, "length": 41.26, "eos_rate": 0.975}
 
@@ -83,13 +84,13 @@ def test_sft_beside_ppo(tmp_path):
     result = report(whole_run(tmp_path, policy=better, against=SIDE, win_rate=rates))
     assert table(result, "SFT against PPO").columns == ("measure", "SFT", "PPO")
     assert rows(result, "SFT against PPO") == {
-        "score by the reward model": ("0.250 ± 0.051", "1.500 ± 0.051"),
-        "score by the gold source (never trained on)": ("-1.500", "-0.250"),
-        "KL to the reference, nats per response": ("3.142", "6.000"),
+        "score": ("0.250 ± 0.051", "1.500 ± 0.051"),
+        "gold score (never trained on)": ("-1.500", "-0.250"),
+        "KL to the reference, nats per response": ("3.14", "6.00"),
         "response length, tokens": ("41.3", "80.0"),
-        "ended by itself": ("97.5 %", "100.0 %"),
-        "wins by the reward model's score": (ABSENT, "62.5 % (55.0 to 70.0, n 200)"),
-        "wins by the gold score": (ABSENT, "50.0 %"),
+        "ended with EOS": ("97.5 %", "100.0 %"),
+        "wins by score": (ABSENT, "62.5 % (55.0 to 70.0, n 200)"),
+        "wins by gold score": (ABSENT, "50.0 %"),
     }
 
 
@@ -126,7 +127,7 @@ def test_absent_numbers_are_left_out_or_dashes(tmp_path):
     assert [t.title for t in result.tables] == ["the stages", "on held-out rows", "PPO"]
     assert rows(result, "the stages") == {"sft": (ABSENT, ABSENT, ABSENT, ABSENT)}
     assert rows(result, "on held-out rows") == {"SFT: loss per token": ("1.000", "lower is better")}
-    assert rows(result, "PPO") == {"score by the reward model": ("1.000",)}
+    assert rows(result, "PPO") == {"score": ("1.000",)}
 
 
 def test_numbers_that_are_not_finite_are_shown_as_they_are(tmp_path):
@@ -157,11 +158,11 @@ def test_the_sides_are_named_after_what_was_compared(evaluation, names):
     [((0.5,), "50.0 %"), ((0.5, 0.4, None), "50.0 %"), ((0.123, 0.1, 0.2), "12.3 % (10.0 to 20.0)"), ((None,), "-")],
 )
 def test_shares(arguments, text):
-    assert share(*arguments) == text
+    assert format_share(*arguments) == text
 
 
 def test_a_prompt_that_is_neither_text_nor_messages_is_shown_anyway():
-    assert (format_cell(None), format_cell(5), format_cell(["x", {"role": "user"}])) == (ABSENT, "5", "user: ")
+    assert (format_text(None), format_text(5), format_text(["x", {"role": "user"}])) == (ABSENT, "5", "user: ")
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
@@ -300,13 +301,15 @@ BEST = [{"n": 4, "kl": 0.63629, "score": 1.5, "score_error": 0.125, "gold": 0.75
 def test_policies_and_the_best_of_n_stand_in_one_table_by_kl(tmp_path):
     result = report(whole_run(tmp_path, model="x/ppo", frontier=FRONTIER, best_of=BEST, over_optimisation="so it is"))
     found = table(result, "by KL to the reference")
-    assert found.columns == ("model", "KL", "score", "gold", "length", "ended")
+    assert found.columns == ("model", "KL", "score", "gold", "length", "EOS")
     assert found.rows == (
-        ("sft", "0.00", "1.000", "0.500", "20.0", "0.97"),
+        ("sft", "0.00", "1.000", "0.500", "20.0", "97.5 %"),
         ("best of 4", "0.64", "1.500 ± 0.125", "0.750", "21.0", ABSENT),
         ("ppo", "4.00 ± 0.50", "2.000", "0.250", "30.0", ABSENT),
     )
-    assert table(result, "best of n by score").rows == (("4", "0.64", "1.500 ± 0.125", "0.750", "21.0"),)
+    assert table(result, "best of n by score (KL: upper bound)").rows == (
+        ("4", "0.64", "1.500 ± 0.125", "0.750", "21.0"),
+    )
     assert any(t.rows == (("so it is",),) for t in result.tables)
 
 

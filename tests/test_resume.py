@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.training import signals
+from stages.training.signals import Signals
 from tests.commands import (
     assert_same_weights,
     contents,
@@ -109,24 +109,32 @@ def assert_the_same_run(folder: Path, other: Path) -> None:
 
 
 class Checks:
-    """Stands in for `signals.check`: counts its calls and lets SIGTERM come before the `at`-th of them."""
+    """Stands in for `Signals.check`: counts its calls and lets SIGTERM come before the `at`-th of them."""
 
     def __init__(self, at: int):
-        self.at, self.calls, self.real = at, 0, signals.check
+        self.at, self.calls = at, 0
 
-    def __call__(self) -> None:
+    def before(self, check):
+        """`check`, counted."""
+
+        def counted(signals) -> None:
+            self.count()
+            check(signals)
+
+        return counted
+
+    def count(self) -> None:
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # while a run listens
             self.calls += 1
             if self.calls == self.at:
                 signal.raise_signal(signal.SIGTERM)
-        self.real()
 
 
 def interrupted(monkeypatch, at: int, *arguments: object):
     """Run a command in this process with a signal before the `at`-th forward pass; how it ended, and the passes."""
     checks = Checks(at)
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "check", checks)
+        patch.setattr(Signals, "check", checks.before(Signals.check))
         return rlhf(*arguments), checks.calls
 
 

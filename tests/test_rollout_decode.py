@@ -148,8 +148,6 @@ def test_steps_of_fixed_shape_give_the_same_responses(open_tiny, architecture, m
 
 
 def test_where_capturing_fails_steps_run_as_they_are(open_tiny, monkeypatch):
-    monkeypatch.setattr(graphs.Usable, "reason", None)
-
     def failing(step):
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -158,12 +156,13 @@ def test_where_capturing_fails_steps_run_as_they_are(open_tiny, monkeypatch):
     monkeypatch.setattr("stages.rollout.generate.capture_for", lambda device, tokens: failing)
     found = generate(base, PROMPTS, KEYS, NEVER, Sampling(0.9, 6))
     assert [r.tolist() for r in found] == [r.tolist() for r in expected]
-    assert "not permitted" in graphs.Usable.reason and graphs.capture_for(torch.device("cuda"), 99) is None
+    assert "not permitted" in base.native.capture_failure
+    monkeypatch.setattr("stages.rollout.generate.capture_for", lambda device, tokens: pytest.fail("it was tried again"))
+    generate(base, PROMPTS, KEYS, NEVER, Sampling(0.9, 2))
 
 
 def test_captures_are_for_cuda_and_for_many_tokens(monkeypatch):
     monkeypatch.setattr(graphs, "cuda_graph", lambda: "captured")
-    monkeypatch.setattr(graphs.Usable, "reason", None)
     assert graphs.capture_for(torch.device("cpu"), 999) is None
     assert graphs.capture_for(torch.device("cuda"), 15) is None
     assert graphs.capture_for(torch.device("cuda"), 16) == "captured"

@@ -19,7 +19,7 @@ from stages.rollout.experience import (
     sample_rollout,
 )
 from stages.rollout.generate import Sampling, generate
-from tests.parts import open_tiny_text, prompt_rows, random_adapter, roles_on, sequences_of
+from tests.parts import in_passes_of, open_tiny_text, prompt_rows, random_adapter, roles_on, sequences_of
 
 PROMPTS = prompt_rows(sequences_of([9, 3, 14, 6]))
 KEYS = [(0, i) for i in range(4)]
@@ -93,8 +93,8 @@ def test_a_response_may_end_with_the_very_last_token_it_has_room_for(roles, text
 @pytest.mark.parametrize("size", [1, 2, "auto"])
 def test_numbers_come_back_in_the_batchs_order_however_it_was_cut(roles, text, size):
     rollout = roll(roles, text)
-    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, size, want_entropy=True)
-    values = role_values(roles, "critic", "critic", rollout, size)
+    logprobs, entropy = role_logprobs(in_passes_of(roles, size), "policy", rollout, 0.7, want_entropy=True)
+    values = role_values(roles, "critic", "critic", rollout)
     assert logprobs.shape == entropy.shape == values.shape == rollout.mask.shape
     for row, (sequence, target) in enumerate(zip(rollout.sequences, rollout.targets, strict=True)):
         n = rollout.lengths[row]
@@ -112,8 +112,8 @@ def test_off_the_mask_numbers_are_zero(roles, text):
     prompts = prompt_rows(sequences_of([4, 5]))
     responses = sequences_of([2, 6], seed=1)
     rollout = lay_out(prompts, responses, ["", ""], torch.tensor([False, False]))
-    logprobs, entropy = role_logprobs(roles, "policy", rollout, 1.0, "auto", want_entropy=True)
-    values = role_values(roles, "critic", "critic", rollout, "auto")
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, 1.0, want_entropy=True)
+    values = role_values(roles, "critic", "critic", rollout)
     for found in (logprobs, entropy, values):
         assert (found[0, 2:] == 0).all() and (found[rollout.mask] != 0).all()
 
@@ -121,7 +121,7 @@ def test_off_the_mask_numbers_are_zero(roles, text):
 def test_a_shared_critic_reads_the_policys_states(roles, text):
     roles.heads["shared"] = ScalarHead(roles.base.width).randomise(8)
     rollout = roll(roles, text)
-    shared = role_values(roles, "policy", "shared", rollout, "auto")
+    shared = role_values(roles, "policy", "shared", rollout)
     with torch.no_grad(), roles.use("policy"):
         first = roles.base.hidden([rollout.sequences[0]])[8]
     assert shared[0, 0].item() == pytest.approx(roles.heads["shared"](first).item(), abs=1e-5)
@@ -140,10 +140,10 @@ def passes_of(monkeypatch):
 def test_what_sampling_knew_is_kept_where_a_spot_check_agrees(roles, text, monkeypatch):
     """One response of four is read again; log-probabilities, entropies and values are those of a whole pass."""
     rollout = sample_rollout(roles, "policy", text, PROMPTS, KEYS, Sampling(0.7, 10), head="critic")
-    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, "auto", want_entropy=True)
-    values = role_values(roles, "policy", "critic", rollout, "auto")
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, want_entropy=True)
+    values = role_values(roles, "policy", "critic", rollout)
     seen = passes_of(monkeypatch)
-    known, apart = collect_token_stats(roles, rollout, 0.7, "auto", head="critic")
+    known, apart = collect_token_stats(roles, rollout, 0.7, head="critic")
     assert seen == [1] and 0 <= apart <= 1e-5
     for kept, again in zip((known.logprobs, known.entropy, known.values), (logprobs, entropy, values), strict=True):
         assert (kept - again).abs().max() <= 2e-5
@@ -151,11 +151,11 @@ def test_what_sampling_knew_is_kept_where_a_spot_check_agrees(roles, text, monke
 
 def test_what_sampling_knew_is_read_again_where_it_is_off(roles, text, monkeypatch):
     rollout = roll(roles, text)
-    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, "auto", want_entropy=True)
-    values = role_values(roles, "policy", "critic", rollout, "auto")
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, want_entropy=True)
+    values = role_values(roles, "policy", "critic", rollout)
     rollout.known.logprobs[0, 3] -= 0.01  # as if sampling had computed in half precision
     seen = passes_of(monkeypatch)
-    known, apart = collect_token_stats(roles, rollout, 0.7, "auto", head="critic")
+    known, apart = collect_token_stats(roles, rollout, 0.7, head="critic")
     assert seen == [1, 4, 4] and apart == pytest.approx(0.01, abs=1e-5)
     assert torch.equal(known.logprobs, logprobs) and torch.equal(known.entropy, entropy)
     assert torch.equal(known.values, values)
@@ -172,23 +172,23 @@ def test_before_the_first_update_kl_is_exactly_zero(open_tiny, text, architectur
     roles.add("policy", new_adapter(base, 8, None, [], seed=0))
     roles.add("reference", None)
     rollout = roll(roles, text)
-    assert rollout_kl(roles, rollout, 0.7, "auto").tolist() == [0.0] * 4
+    assert rollout_kl(roles, rollout, 0.7).tolist() == [0.0] * 4
 
 
 def test_an_unmerged_sft_adapter_is_its_own_reference_and_not_the_bare_base(roles, text):
     """Check 3: KL to the frozen copy of the SFT adapter is 0, to the base with adapters off it is not."""
     rollout = roll(roles, text)
-    assert rollout_kl(roles, rollout, 0.7, "auto").tolist() == [0.0] * 4
+    assert rollout_kl(roles, rollout, 0.7).tolist() == [0.0] * 4
     roles.add("reference", None)
-    kl = rollout_kl(roles, rollout, 0.7, "auto")
+    kl = rollout_kl(roles, rollout, 0.7)
     assert kl.mean() > 1e-3 and kl.abs().min() > 1e-3
 
 
 def test_kl_is_the_sum_of_log_ratios_over_the_response(roles, text):
     roles.add("reference", random_adapter(roles.base, 9))
     rollout = roll(roles, text)
-    kl = rollout_kl(roles, rollout, 0.7, 2)
-    policy, _ = role_logprobs(roles, "policy", rollout, 0.7, "auto")
-    reference, _ = role_logprobs(roles, "reference", rollout, 0.7, "auto")
+    kl = rollout_kl(in_passes_of(roles, 2), rollout, 0.7)
+    policy, _ = role_logprobs(roles, "policy", rollout, 0.7)
+    reference, _ = role_logprobs(roles, "reference", rollout, 0.7)
     for row, n in enumerate(rollout.lengths):
         assert kl[row].item() == pytest.approx(float((policy - reference)[row, :n].sum()), abs=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from stages.files.rows import Prompt
 from stages.rollout.generate import Sampling, generate
 from stages.rollout.samples import show_samples
 from stages.training.devices import Ranks
-from tests.parts import open_tiny_text, roles_on
+from tests.parts import open_tiny_text, roles_on, session_of, sft_config
 
 RANKS = Ranks(torch.device("cpu"))
 PROMPTS = [Prompt("p.jsonl:1", "the cat"), Prompt("p.jsonl:2", "once upon a time " * 40), Prompt("p.jsonl:3", "a bird")]
@@ -23,6 +25,12 @@ class Out:
         self.rows += rows
 
 
+def show(out, roles, text, prompts, step, ranks=RANKS):
+    session = session_of(sft_config(seed=0), roles, ranks=ranks)
+    session.inputs, session.text = SimpleNamespace(run=out), text
+    show_samples(session, "policy", prompts, step)
+
+
 @pytest.fixture(scope="module")
 def shown(model_folder, open_tiny):
     return roles_on(open_tiny("llama")), open_tiny_text(model_folder("llama"))
@@ -31,7 +39,7 @@ def shown(model_folder, open_tiny):
 def test_prompts_that_leave_room_are_answered_under_the_role(shown):
     roles, text = shown
     out = Out()
-    show_samples(out, roles, "policy", text, PROMPTS, 3, 0, RANKS)
+    show(out, roles, text, PROMPTS, 3)
     assert [(r["step"], r["prompt"], r["where"]) for r in out.rows] == [
         (3, "the cat", "p.jsonl:1"),
         (3, "a bird", "p.jsonl:3"),
@@ -50,7 +58,7 @@ def test_every_step_is_sampled_with_the_same_noise(shown):
     roles, text = shown
     out = Out()
     for step in (0, 5):
-        show_samples(out, roles, "policy", text, PROMPTS[:1], step, 0, RANKS)
+        show(out, roles, text, PROMPTS[:1], step)
     assert out.rows[0]["response"] == out.rows[1]["response"]
 
 
@@ -58,6 +66,6 @@ def test_only_the_first_rank_writes_and_nothing_without_prompts(shown):
     roles, text = shown
     out, second = Out(), Ranks(torch.device("cpu"))
     second.rank = 1
-    show_samples(out, roles, "policy", text, PROMPTS, 0, 0, second)
-    show_samples(out, roles, "policy", text, [], 0, 0, RANKS)
+    show(out, roles, text, PROMPTS, 0, second)
+    show(out, roles, text, [], 0)
     assert out.rows == []

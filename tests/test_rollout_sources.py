@@ -16,7 +16,8 @@ from stages.models.tokens import PromptRow
 from stages.rollout import sources
 from stages.rollout.sources import RewardSources, call_function
 from stages.rollout.specs import RewardSpec, load_function
-from tests.parts import publish_checkpoint, random_adapter, random_head, sequences_of
+from stages.training.signals import Signals
+from tests.parts import in_passes_of, publish_checkpoint, random_adapter, random_head, sequences_of
 
 ROWS = [
     PromptRow(torch.tensor([1, 20, 21]), "two and two?", 2, {"answer": "4", "level": 1}, "p.jsonl:1"),
@@ -30,12 +31,12 @@ def function_spec(function, weight=1.0, name="f.py:score"):
 
 
 def call(function):
-    return call_function(function, "f.py:score", ROWS, TEXTS)
+    return call_function(function_spec(function), ROWS, TEXTS, Signals())
 
 
 def refused(function, name="f.py:score"):
     with pytest.raises(RewardError) as caught:
-        call_function(function, name, ROWS, TEXTS)
+        call_function(function_spec(function, name=name), ROWS, TEXTS, Signals())
     assert caught.value.where == f"--reward {name}" and caught.value.fix
     return caught.value.what
 
@@ -84,12 +85,12 @@ def test_columns_named_like_the_first_two_parameters_do_not_clash():
         assert (prompts, responses, columns) == (["p"], ["r"], {"a": [1]})
         return [5.0]
 
-    assert call_function(score, "f.py", rows, ["r"]).tolist() == [5.0]
+    assert call_function(function_spec(score), rows, ["r"], Signals()).tolist() == [5.0]
 
 
 def test_a_function_may_spoil_the_lists_it_is_given():
     texts = list(TEXTS)
-    call_function(lambda prompts, responses: [responses.pop() and 1.0, 2.0], "f.py", ROWS, texts)
+    call_function(function_spec(lambda prompts, responses: [responses.pop() and 1.0, 2.0]), ROWS, texts, Signals())
     assert texts == TEXTS
 
 
@@ -180,7 +181,7 @@ RESPONSES = [torch.tensor([40, 41, 2]), torch.tensor([50, 2])]
 def test_scores_are_added_up_with_their_weights(base, roles, tmp_path):
     first, one = reward_spec(base, tmp_path / "a", 5, 0.5)
     second, other = reward_spec(base, tmp_path / "b", 6, -2.0)
-    rewards = RewardSources([first, function_spec(lambda p, r: [10.0, 20.0], 0.1), second], roles, "auto")
+    rewards = RewardSources([first, function_spec(lambda p, r: [10.0, 20.0], 0.1), second], roles)
     found = rewards.score(ROWS, RESPONSES, TEXTS, torch.tensor([True, True]))
     ends = [2, 6]
     for row, (prompt, response) in enumerate(zip(ROWS, RESPONSES, strict=True)):
@@ -193,7 +194,7 @@ def test_scores_are_added_up_with_their_weights(base, roles, tmp_path):
 def test_a_reward_model_reads_the_end_that_it_was_trained_on(base, roles, tmp_path):
     """Several tokens may stop a response; the one that this prompt's template writes is what is read."""
     spec, model = reward_spec(base, tmp_path / "a", 5, 1.0)
-    rewards = RewardSources([spec], roles, "auto")
+    rewards = RewardSources([spec], roles)
     stopped_by_2 = rewards.score(ROWS, RESPONSES, TEXTS, torch.tensor([True, True]))
     by_6 = [torch.cat([r[:-1], torch.tensor([6])]) for r in RESPONSES]
     assert torch.equal(rewards.score(ROWS, by_6, TEXTS, torch.tensor([True, True])), stopped_by_2)
@@ -209,7 +210,9 @@ def test_scores_do_not_depend_on_the_cut(base, roles, tmp_path, size):
     spec, model = reward_spec(base, tmp_path / "a", 5, 1.0)
     prompts = [PromptRow(ids, "", 2, {}, "") for ids in sequences_of([5, 2, 9])]
     responses = sequences_of([3, 8, 1], seed=1)
-    found = RewardSources([spec], roles, size).score(prompts, responses, [""] * 3, torch.tensor([False] * 3))
+    found = RewardSources([spec], in_passes_of(roles, size)).score(
+        prompts, responses, [""] * 3, torch.tensor([False] * 3)
+    )
     expected = [score_by_hand(base, *model, torch.cat([p.ids, r])) for p, r in zip(prompts, responses, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -218,8 +221,8 @@ def test_sources_of_two_lists_stand_side_by_side(base, roles, tmp_path):
     first, _ = reward_spec(base, tmp_path / "a", 5, 1.0)
     second, _ = reward_spec(base, tmp_path / "b", 6, 1.0)
     ended = torch.tensor([True, True])
-    alone = RewardSources([first], roles, "auto").score(ROWS, RESPONSES, TEXTS, ended)
-    rewards, gold = RewardSources([first], roles, "auto"), RewardSources([second, first], roles, "auto", prefix="gold")
+    alone = RewardSources([first], roles).score(ROWS, RESPONSES, TEXTS, ended)
+    rewards, gold = RewardSources([first], roles), RewardSources([second, first], roles, prefix="gold")
     assert torch.equal(rewards.score(ROWS, RESPONSES, TEXTS, ended), alone)
     assert not torch.equal(gold.score(ROWS, RESPONSES, TEXTS, ended), alone)
     assert not any(p.requires_grad for role in ("reward", "gold", "gold1") for p in roles.parameters(role))
@@ -262,14 +265,14 @@ def test_a_function_that_hangs_is_stopped_and_the_response_named(monkeypatch):
             return [0.0] * len(responses)
 
     with pytest.raises(RewardError) as caught:
-        call_function(score, "f.py:score", ROWS, TEXTS, flag="--gold", timeout=0.1)
+        call_function(RewardSpec("f.py:score", 1.0, None, score, "", "--gold"), ROWS, TEXTS, Signals(), timeout=0.1)
     assert caught.value.where == "--gold f.py:score" and "--reward-timeout" in caught.value.fix
     assert caught.value.what.startswith("it took longer than 0.1 seconds for 2 responses for the response ' three' to")
 
 
 def test_a_function_that_is_quick_enough_is_left_alone():
     before, threads = {number: signal.getsignal(number) for number in signal.valid_signals()}, threading.active_count()
-    found = call_function(lambda prompts, responses: [1.0, 2.0], "f.py:score", ROWS, TEXTS, timeout=5)
+    found = call_function(function_spec(lambda p, r: [1.0, 2.0]), ROWS, TEXTS, Signals(), timeout=5)
     assert found.tolist() == [1.0, 2.0]
     assert before == {number: signal.getsignal(number) for number in signal.valid_signals()}
     assert threading.active_count() == threads

@@ -28,7 +28,7 @@ def parts(model_folder, open_tiny):
 def test_scores_of_two_answers_to_each_prompt_that_fits(parts):
     """The first two prompts that leave room, answered twice at temperature 1, and scored one by one."""
     roles, text = parts
-    found = score_policy_responses(roles, text, PROMPTS, 2, 5, "auto")
+    found = score_policy_responses(roles, text, PROMPTS, 2, 5)
     rows = [text.prompt(PROMPTS[i], 64) for i in (0, 0, 2, 2)]
     keys = [(5, "reward", "spread", i, k) for i in (0, 1) for k in (0, 1)]
     rollout = sample_rollout(roles, "policy", text, rows, keys, Sampling(1.0, 64))
@@ -44,8 +44,4 @@ def test_scores_of_two_answers_to_each_prompt_that_fits(parts):
 
 
 def test_no_prompt_that_fits_gives_nothing(parts):
-    assert (
-        score_policy_responses(*parts, PROMPTS[1:2], 32, 0, "auto")
-        == {}
-        == score_policy_responses(*parts, PROMPTS, 0, 0, "auto")
-    )
+    assert score_policy_responses(*parts, PROMPTS[1:2], 32, 0) == {} == score_policy_responses(*parts, PROMPTS, 0, 0)

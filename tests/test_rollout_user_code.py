@@ -32,9 +32,9 @@ from stages.models.tokens import PromptRow
 from stages.rollout import user_code
 from stages.rollout.settings import read_umask
 from stages.rollout.sources import call_function
-from stages.rollout.specs import load_function
-from stages.training import signals
+from stages.rollout.specs import RewardSpec, load_function
 from stages.training.children import descendants, end_children
+from stages.training.signals import Signals
 
 TEXTS = ["4", " three"]
 FOREVER = 1000
@@ -50,8 +50,9 @@ def rows():
     ]
 
 
-def call(function, timeout=0):
-    return call_function(function, "f.py", rows(), TEXTS, timeout=timeout).tolist()
+def call(function, timeout=0, signals=None):
+    spec = RewardSpec("f.py", 1.0, None, function, "")
+    return call_function(spec, rows(), TEXTS, signals or Signals(), timeout=timeout).tolist()
 
 
 def refused(function, timeout=0):
@@ -145,10 +146,11 @@ WAITS = [
 @pytest.mark.parametrize("waits", WAITS)
 def test_a_signal_ends_it_wherever_it_waits(waits, listening, begun):
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    signals = Signals()
     with signals.listening() if listening else contextlib.nullcontext():
         with signal_once(begun), pytest.raises(StopRequested) as caught:
-            call(lambda prompts, responses: waits() or [0.0, 0.0])
-        assert signals.received_signal() == (signal.SIGTERM if listening else None)
+            call(lambda prompts, responses: waits() or [0.0, 0.0], signals=signals)
+        assert signals.received == (signal.SIGTERM if listening else None)
     assert (caught.value.number, caught.value.exit_code, caught.value.immediate) == (15, 143, False)
     assert before == {number: signal.getsignal(number) for number in signal.valid_signals()}
 
@@ -195,8 +197,9 @@ def test_a_rank_that_others_wait_for_only_notes_the_signal(begun):
         os.kill(os.getpid(), signal.SIGTERM)
         return [1.0, 2.0]
 
+    signals = Signals()
     with signals.listening(lambda: False):
-        assert call(score) == [1.0, 2.0] and signals.received_signal() == signal.SIGTERM
+        assert call(score, signals=signals) == [1.0, 2.0] and signals.received == signal.SIGTERM
 
 
 # --- processes that it starts
@@ -216,8 +219,9 @@ def test_forked_children_have_the_handlers_of_before():
             found.append(pool.apply(_same_as, (len(before),)))
         return [0.0, 0.0]
 
+    signals = Signals()
     with signals.listening():
-        call(score)
+        call(score, signals=signals)
     assert found == [[handler is signal.SIG_DFL for handler in before]]
 
 
@@ -476,6 +480,7 @@ def test_also_where_their_file_is_the_first_to_import_torch(tmp_path):
         "import sys\n"
         "from stages.rollout.specs import load_function\n"
         "from stages.rollout.user_code import user_code\n"
+        "from stages.training.signals import Signals\n"
         "assert 'torch' not in sys.modules\n"
         "score = load_function(sys.argv[1], '--reward')\n"
         "import torch\n"
@@ -485,7 +490,7 @@ def test_also_where_their_file_is_the_first_to_import_torch(tmp_path):
         "    return made.dtype, made.device.type, torch.is_grad_enabled(), precision\n"
         "assert ours() == (torch.float32, 'cpu', True, 'highest'), ours()\n"
         "for _ in range(2):\n"
-        "    with user_code('f.py', score.world):\n"
+        "    with user_code('f.py', Signals(), score.world):\n"
         "        assert score([], []) == [1.0, 1.0]\n"
         "    assert ours() == (torch.float32, 'cpu', True, 'highest'), ours()\n"
     )
@@ -613,7 +618,7 @@ def test_what_it_does_to_its_arguments_stays_with_it():
         answer.clear(), responses.clear(), prompts.clear()
         return [1.0, 2.0]
 
-    call_function(score, "f.py", prompts, TEXTS)
+    call_function(RewardSpec("f.py", 1.0, None, score, ""), prompts, TEXTS, Signals())
     kept = [(row.text, row.columns) for row in prompts]
     assert kept == [(row.text, row.columns) for row in rows()] and TEXTS == ["4", " three"]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from stages.config import DpoConfig
-from stages.dpo import first_visits, preference_losses
+from stages.dpo import ReferenceLogprobs, preference_losses
 from stages.files.comparisons import Pair
 from stages.models.tokens import TokenRow
 from stages.training.batching import batch_at
@@ -198,11 +199,13 @@ def test_what_was_known_of_other_rows_is_never_used(chain, tmp_path, monkeypatch
 @pytest.mark.parametrize("total", [1, 2, 3, 7])
 def test_the_reference_is_asked_about_the_rows_that_the_run_comes_by(total):
     config = DpoConfig(model="m", dataset="d", output="o", batch_size=4)
-    batches = first_visits(total, 10, config)
+    session = SimpleNamespace(config=config, total=total)
+    batches = ReferenceLogprobs(session, [None] * 10, []).batches
     seen = {i for step in range(total) for i in batch_at(step, 10, 4, config.seed, "dpo")}
     visited = [i for batch in batches for i in batch]
     assert sorted(visited) == sorted(seen) and len(visited) == {1: 4, 2: 8, 3: 10, 7: 10}[total]
-    assert batches == first_visits(7, 10, config)[:total]  # whatever the end, the same rows are asked about together
+    session.total = 7  # whatever the end, the same rows are asked about together
+    assert batches == ReferenceLogprobs(session, [None] * 10, []).batches[:total]
 
 
 # --- rows that are cut or dropped

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.rollout import graphs
 from tests.commands import (
     Chain,
     assert_same_weights,
@@ -333,7 +332,7 @@ def test_an_update_always_has_a_whole_batch(chain, vowels, tmp_path):
 
 
 def test_prompts_are_asked_once_in_every_epoch():
-    from stages.ppo import prompts_at
+    from stages.training.batching import prompts_at
 
     asked = [i for step in range(15) for i in prompts_at(step, 10, 4, seed=0)]
     for epoch in range(6):
@@ -404,7 +403,10 @@ def test_a_longer_response_is_paid_for_and_comes(chain, tmp_path):
 
 
 def test_where_graphs_did_not_work_the_run_says_so(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs.Usable, "reason", "operation not permitted")
+    def failing(step):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr("stages.rollout.generate.capture_for", lambda device, tokens: failing)
     found = chain()
     line = ("--model", found.sft, "--reward", found.reward, "--dataset", found.prompts)
     found = done("ppo", *line, "--output", tmp_path / "x", *SMALL)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stages.training.batching import TOKENS_AT_ONCE_CPU, batch_at, epoch_at, micro_batches, steps_in
+from stages.models.passes import TOKENS_AT_ONCE_CPU, micro_batches
+from stages.training.batching import batch_at, epoch_at, steps_in
 
 
 @pytest.mark.parametrize(

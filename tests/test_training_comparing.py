@@ -18,6 +18,7 @@ from stages.models.tokens import TokenRow
 from stages.rollout.experience import lay_out, role_values
 from stages.rollout.sources import RewardSources
 from stages.rollout.specs import open_rewards
+from stages.tables import comparison_tables
 from stages.training import comparing
 from stages.training.comparing import (
     TokenComparison,
@@ -27,11 +28,11 @@ from stages.training.comparing import (
     encode_comparison,
     pair_sums,
     pairs_of,
-    report_tables,
     score_and_report,
     score_rows,
 )
 from tests.parts import (
+    in_passes_of,
     open_tiny_text,
     ppo_config,
     prompt_rows,
@@ -40,6 +41,7 @@ from tests.parts import (
     random_head,
     roles_on,
     sequences_of,
+    session_of,
     token_comparisons,
     token_rows,
 )
@@ -64,7 +66,7 @@ def test_scores_come_in_the_order_of_the_rows(open_tiny, size):
     rows = token_rows()
     with torch.no_grad(), roles.use("reward"):
         expected = torch.stack([sequence_scores(roles, "reward", [r.ids])[0] for r in rows])
-    found = score_rows(roles, "reward", rows, size)
+    found = score_rows(in_passes_of(roles, size), "reward", rows)
     assert found.dtype == torch.float32 and not found.requires_grad
     assert (found - expected).abs().max() <= 1e-5
 
@@ -78,7 +80,7 @@ def test_the_report_by_hand(monkeypatch):
     ]
     scores = torch.tensor([2.0, 1.0, 0.5, 0.0, 3.0, 1.0, 1.0])
     monkeypatch.setattr(comparing, "score_rows", lambda *_: scores)
-    found = score_and_report(None, "reward", comparisons, "auto")
+    found = score_and_report(None, "reward", comparisons)
     leads = [1.0, -0.5, 2.0, 2.0, 0.0]
     assert found["pairs"] == 5 and found["accuracy"] == 0.7  # three wins and a tie
     assert found["accuracy_low"] < 0.7 < found["accuracy_high"]
@@ -209,7 +211,7 @@ def test_the_reports_interval_counts_prompts():
     assert found["effective_pairs"] == pytest.approx(worth, rel=2e-3)
     low, high = wilson_interval(0.8 * worth, worth)
     assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((low, high), abs=1e-3)
-    assert ("held-out pairs", "15 of 5 prompts") in report_tables(found)[0].rows
+    assert ("held-out pairs", "15 of 5 prompts") in comparison_tables(found, "reward model")[0].rows
 
 
 def test_the_ceiling_of_uncertain_labels():
@@ -219,9 +221,9 @@ def test_the_ceiling_of_uncertain_labels():
 def test_the_report_is_shown_without_empty_bins(monkeypatch):
     comparisons = [TokenComparison([row(99, 90), row(99, 5)], (Pair(0, 1),))]
     monkeypatch.setattr(comparing, "score_rows", lambda *_: torch.tensor([1.0, -1.0]))
-    summary, calibration, by_length = report_tables(score_and_report(None, "reward", comparisons, "auto"))
+    summary, calibration, by_length = comparison_tables(score_and_report(None, "reward", comparisons), "reward model")
     assert ("held-out pairs", "1") in summary.rows
-    assert dict(summary.rows)["accuracy [95 % interval]"].startswith("1.000  [0.207, 1.000]")
+    assert dict(summary.rows)["accuracy [95 % interval]"].startswith("1.000 [0.207, 1.000]")
     assert calibration.rows == (("0.80-0.90", "1", "0.881", "1.000"),)
     assert by_length.rows == (("50 or more", "1", "1.000"),)
 
@@ -239,27 +241,30 @@ def test_served_scores_of_demonstrations_have_mean_0_and_the_critic_begins_there
     trained = Roles(base)
     trained.add("reward", random_adapter(base, 1), random_head(base.width, 2, bias=1.7))
     demonstrations = [c.best for c in token_comparisons()]
-    before = score_rows(trained, "reward", demonstrations, "auto")
+    before = score_rows(trained, "reward", demonstrations)
     assert abs(before.mean()) > 0.1
-    reward.centre(trained, demonstrations, "auto")
+    reward.centre(trained, demonstrations)
     folder = publish_checkpoint(
         tmp_path / "reward", base, "reward", trained.adapters["reward"], head=trained.heads["reward"]
     )
     sft = publish_checkpoint(tmp_path / "sft", base, "sft", random_adapter(base, 3))
     source = open_model(str(sft), stages=("sft",), what="--model")
     specs = open_rewards([str(folder)], source)
-    roles = ppo.open_roles(Roles(base), ppo_config(), Inputs(source, rewards=specs))
+    session = session_of(ppo_config(), Roles(base))
+    session.inputs = Inputs(source, rewards=specs)
+    ppo.open_roles(session)
+    roles = session.roles
     # A demonstration as prompt and response; the score is read at its last token, the value there too.
     splits = [int(r.targets.nonzero()[0]) for r in demonstrations]
     prompts = prompt_rows([r.ids[:at] for r, at in zip(demonstrations, splits, strict=True)])
     responses = [r.ids[at:] for r, at in zip(demonstrations, splits, strict=True)]
     ended = torch.tensor([False] * len(responses))
-    served = RewardSources(specs, roles, "auto").score(prompts, responses, [""] * len(responses), ended)
+    served = RewardSources(specs, roles).score(prompts, responses, [""] * len(responses), ended)
     assert abs(served.mean().item()) <= 1e-5
     assert (served - (before - before.mean())).abs().max() <= 1e-5
     longer = [torch.cat([r, r[:1]]) for r in responses]  # the value before one token more is the score of the rest
     rollout = lay_out(prompts, longer, [""] * len(longer), ended)
-    values = role_values(roles, "critic", "critic", rollout, "auto")
+    values = role_values(roles, "critic", "critic", rollout)
     last = torch.stack([values[i, len(r)] for i, r in enumerate(responses)])
     assert (last - served).abs().max() <= 1e-5
     assert all(p.requires_grad for p in roles.parameters("critic"))
@@ -271,10 +276,12 @@ def test_without_a_reward_model_the_critic_begins_at_zero_on_the_policys_trunk(o
     sft = publish_checkpoint(tmp_path / "sft", base, "sft", random_adapter(base, 3))
     source = open_model(str(sft), stages=("sft",), what="--model")
     (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [0.0] * len(responses)\n")
-    inputs = Inputs(source, rewards=open_rewards([str(tmp_path / "f.py")], source))
-    roles = ppo.open_roles(Roles(base), ppo_config(), inputs)
+    session = session_of(ppo_config(), Roles(base))
+    session.inputs = Inputs(source, rewards=open_rewards([str(tmp_path / "f.py")], source))
+    ppo.open_roles(session)
+    roles = session.roles
     rollout = lay_out(prompt_rows(sequences_of([4])), sequences_of([5]), [""], torch.tensor([False]))
-    assert role_values(roles, "critic", "critic", rollout, "auto").abs().max() == 0
+    assert role_values(roles, "critic", "critic", rollout).abs().max() == 0
     policy, critic = roles.adapters["policy"], roles.adapters["critic"]
     for one, other in zip(policy.parameters(), critic.parameters(), strict=True):
         assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()

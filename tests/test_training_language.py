@@ -10,7 +10,7 @@ import torch
 from stages.files.rows import Demonstration
 from stages.models.roles import Roles
 from stages.training.language import count_targets, held_out_loss, prompt_of
-from tests.parts import LENGTHS, STARTS, roles_on, token_rows, whole_model
+from tests.parts import LENGTHS, STARTS, in_passes_of, roles_on, token_rows, whole_model
 
 
 @pytest.mark.parametrize("size", [1, 3, "auto"])
@@ -24,7 +24,7 @@ def test_the_loss_is_the_mean_over_all_target_tokens(model_folder, open_tiny, si
             logprobs = model(row.ids[None]).logits[0].double().log_softmax(-1)
         total -= sum(logprobs[t - 1, row.ids[t]].item() for t in row.targets.nonzero().flatten())
     expected = total / sum(n - s for n, s in zip(LENGTHS, STARTS, strict=True))
-    found = held_out_loss(roles, "policy", token_rows(), size)
+    found = held_out_loss(in_passes_of(roles, size), "policy", token_rows())
     assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert found["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
 
@@ -32,12 +32,12 @@ def test_the_loss_is_the_mean_over_all_target_tokens(model_folder, open_tiny, si
 def test_it_is_measured_under_the_role(open_tiny):
     roles = roles_on(open_tiny("llama"))
     roles.add("bare", None)
-    policy, bare = (held_out_loss(roles, role, token_rows(), "auto")["eval_loss"] for role in ("policy", "bare"))
+    policy, bare = (held_out_loss(roles, role, token_rows())["eval_loss"] for role in ("policy", "bare"))
     assert abs(policy - bare) > 0.01
 
 
 def test_no_rows_give_no_loss(open_tiny):
-    assert held_out_loss(roles_on(open_tiny("llama")), "policy", [], "auto") == {}
+    assert held_out_loss(roles_on(open_tiny("llama")), "policy", []) == {}
     assert count_targets([]) == 0
 
 

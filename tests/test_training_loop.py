@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from torch import nn
 
 from stages.errors import Interrupted, NotFiniteError, OutputError, RewardError, TrainingStopped
 from stages.files.run import Run, open_run
+from stages.models.passes import Passes
 from stages.results import Silent
 from stages.training import signals
 from stages.training.devices import Ranks
-from stages.training.loop import Progress, apply_gradients, before_and_after, read_metrics, train
+from stages.training.loop import before_and_after, read_metrics, train
 from stages.training.optimizer import AdamW
+from stages.training.progress import Progress, apply_gradients
+from stages.training.session import Session
 from tests.parts import sft_config
 
 RANKS = Ranks(torch.device("cpu"))
@@ -42,6 +46,14 @@ class Notes(Silent):
         self.steps.append(step)
 
 
+def session_on(run, config, progress, total, reporter):
+    """A session without roles, whose passes never ran out of memory."""
+    session = Session("sft", config, SimpleNamespace(run=run), reporter)
+    session.roles = SimpleNamespace(base=SimpleNamespace(passes=Passes(False)))
+    session.ranks, session.progress, session.total = RANKS, progress, total
+    return session
+
+
 def run_it(folder, *, total=6, at=None, evaluated_at=None, reporter=None, **knobs):
     """Train a weight on a gradient that depends on the step; `at[step]()` runs inside that update."""
     config = sft_config(output=str(folder), **{"save_every": 2, "eval_every": 3, **knobs})
@@ -53,18 +65,18 @@ def run_it(folder, *, total=6, at=None, evaluated_at=None, reporter=None, **knob
         updated.append(step)
         (weight * torch.tensor([1.0 + step, math.sin(step)])).sum().backward()
         (at or {}).get(step, lambda: None)()
-        signals.check()
+        session.signals.check()
         return {"loss": float(step), "tokens": 10} | apply_gradients(progress, {"policy": 0.1}, 1.0, RANKS, step + 1)
 
     def evaluate(step):
         evaluated.append(step)
         (evaluated_at or {}).get(step, lambda: None)()
-        signals.check()
+        session.signals.check()
         return {"eval_loss": 100.0 - step}
 
     try:
-        reporter = reporter or Notes()
-        train(run, reporter, RANKS, progress, config, title="sft", total=total, update=update, evaluate=evaluate)
+        session = session_on(run, config, progress, total, reporter or Notes())
+        train(session, update, evaluate)
     finally:
         run.release()
     return weight.detach().clone(), updated, evaluated, run
@@ -199,15 +211,15 @@ def run_of_two_steps(folder, *, between=lambda: None, reporter=None, total=4):
     def update(step):
         for part in range(2):
             (weight * torch.tensor([1.0 + step, math.cos(part)])).sum().backward()
-            signals.check()  # as before a forward pass
+            session.signals.check()  # as before a forward pass
             apply_gradients(progress, {"policy": 0.1}, 1.0, RANKS, step + 1)
             if (step, part) == (2, 0):
                 between()
         return {"loss": float(step)}
 
     try:
-        reporter = reporter or Notes()
-        train(run, reporter, RANKS, progress, config, title="sft", total=total, update=update, evaluate=lambda step: {})
+        session = session_on(run, config, progress, total, reporter or Notes())
+        train(session, update, lambda step: {})
     finally:
         run.release()
     return weight.detach().clone()
@@ -257,9 +269,8 @@ def test_a_loss_that_is_no_number_stops_training_though_its_gradient_is_one(tmp_
     def update(step):
         return {"loss": 1.0 if step < 2 else math.nan, "nonfinite_steps": 0.0}
 
-    steps = {"title": "sft", "total": 4, "update": update, "evaluate": lambda step: {}}
     with pytest.raises(TrainingStopped, match="training diverged: the training loss is nan") as stop:
-        train(run, Notes(), RANKS, progress, config, **steps)
+        train(session_on(run, config, progress, 4, Notes()), update, lambda step: {})
     run.release()
     assert stop.value.step == 3 and steps_of(tmp_path / "out") == [0, 1, 2]
 

@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 from stages import reward
+from stages.errors import StopRequested
 from stages.models.forward import read_targets, sequence_scores
+from stages.models.passes import Passes, combine
 from stages.models.roles import Roles
-from stages.training import signals
 from stages.training.language import count_targets, learn_rows
-from stages.training.passes import accumulate, collect
+from stages.training.signals import Signals
 from tests.parts import (
     LENGTHS,
     STARTS,
     gradient,
+    in_passes_of,
     random_adapter,
     random_head,
     relative,
@@ -41,14 +43,12 @@ def roles(open_tiny):
 
 def sft_gradient(roles, size):
     rows = token_rows()
-    with roles.use("policy"):
-        loss = learn_rows(roles, rows, count_targets(rows), size)
+    loss = learn_rows(in_passes_of(roles, size), "policy", rows, count_targets(rows))["loss"]
     return loss, gradient(roles.parameters("policy"))
 
 
 def reward_gradient(roles, size, **knobs):
-    with roles.use("reward"):
-        sums = reward.backward_reward(roles, token_comparisons(), 4, reward_config(micro_batch_size=size, **knobs))
+    sums = reward.backward_reward(in_passes_of(roles, size), token_comparisons(), 4, reward_config(**knobs))
     return sums, gradient(roles.parameters("reward"))
 
 
@@ -74,9 +74,8 @@ def test_the_supervised_loss_is_the_mean_over_all_target_tokens(roles):
 def test_a_mean_of_means_would_be_another_gradient(roles):
     """Check 25, negative: averaging each pass's own mean is off by more than 1 %, here by far more."""
     right = sft_gradient(roles, "auto")[1]
-    with roles.use("policy"):
-        for row in token_rows():
-            learn_rows(roles, [row], count_targets([row]) * len(LENGTHS), 1)
+    for row in token_rows():
+        learn_rows(roles, "policy", [row], count_targets([row]) * len(LENGTHS))
     assert relative(gradient(roles.parameters("policy")), right) > 0.01
 
 
@@ -133,28 +132,33 @@ def test_accumulate_adds_up_gradients_and_sums():
         passes.append(rows)
         return weight * numbers[rows].sum() / 3, {"sum": numbers[rows].sum(), "rows": len(rows)}
 
-    assert accumulate([5, 9, 7], 2, forward, on_cuda=False) == {"sum": 111.0, "rows": 3.0}
+    assert Passes(False, 2).accumulate(range(3), [5, 9, 7], forward) == {"sum": 111.0, "rows": 3.0}
     assert passes == [[1, 2], [0]] and weight.grad.item() == 37.0
-    assert accumulate([], 2, forward, on_cuda=False) == {}
+    assert Passes(False, 2).accumulate([], [], forward) == {}
 
 
 def test_collect_puts_results_back_in_order_without_gradients():
     weight = nn.Parameter(torch.tensor(2.0))
-    found = collect([5, 9, 7, 9], 2, lambda rows: [weight * row for row in rows], on_cuda=False)
+    found = Passes(False, 2).collect(range(4), [5, 9, 7, 9], lambda rows: [weight * row for row in rows])
     assert [f.item() for f in found] == [0.0, 2.0, 4.0, 6.0] and not found[1].requires_grad
     with pytest.raises(ValueError):
-        collect([5, 9], 2, lambda rows: [weight], on_cuda=False)
+        Passes(False, 2).collect(range(2), [5, 9], lambda rows: [weight])
 
 
-@pytest.mark.parametrize("run", [accumulate, collect])
-def test_a_signal_is_heard_between_passes(run, monkeypatch):
-    passes = []
+def test_values_of_passes_are_added_up_or_the_largest_is_taken():
+    values = [{"largest_ratio": 1.5, "rows": 2.0}, {"largest_ratio": 1.2, "rows": 3.0, "new": 1.0}]
+    assert combine(*values) == {"largest_ratio": 1.5, "rows": 5.0, "new": 1.0}
+
+
+@pytest.mark.parametrize("run", ["accumulate", "collect"])
+def test_a_signal_is_heard_between_passes(run):
+    passes, signals = [], Signals()
 
     def forward(rows):
         passes.append(rows)
-        monkeypatch.setattr(signals._Heard, "number", 15)
-        return (nn.Parameter(torch.tensor(1.0)) * 1, {}) if run is accumulate else [torch.zeros(())]
+        signals.received = 15
+        return (nn.Parameter(torch.tensor(1.0)) * 1, {}) if run == "accumulate" else [torch.zeros(())]
 
-    with pytest.raises(signals.StopRequested):
-        run([1, 2, 3], 1, forward, on_cuda=False)
+    with pytest.raises(StopRequested):
+        getattr(Passes(False, 1, check=signals.check), run)(range(3), [1, 2, 3], forward)
     assert len(passes) == 1

@@ -12,7 +12,7 @@ from stages.models.roles import Roles
 from stages.models.source import open_model
 from stages.models.tokens import TokenRow
 from stages.rollout.generate import Sampling, generate
-from stages.training import passes, plan
+from stages.training import plan
 from stages.training.language import count_targets, learn_rows
 from stages.training.memory import FOUR_BIT, activation_bytes, cache_bytes, shapes_of, tensor_shapes
 from stages.training.plan import (
@@ -41,12 +41,6 @@ from tests.tiny import ARCHITECTURES
 
 ACTIVATIONS, MOMENTS = "activations of the largest pass", "gradients and Adam moments"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def whole_passes(monkeypatch):
-    monkeypatch.setattr(passes._Share, "divisor", 1)
-    monkeypatch.setattr(passes._Share, "tokens", None)
 
 
 def source_of(folder, stages=()):
@@ -198,7 +192,7 @@ def test_the_peak_of_a_pass_is_the_plans(model_folder, dtype, checkpointing):
         parameter.grad = torch.zeros_like(parameter)
     live = LiveBytes()
     with roles.use("policy"), live:
-        learn_rows(roles, rows, count_targets(rows), "auto")
+        learn_rows(roles, "policy", rows, count_targets(rows))
     config = sft_config(device="cpu", dtype=dtype, lora_rank=4, gradient_checkpointing=checkpointing)
     parts = parts_of(config, source, Work("sft", [120, 120, 100, 100], 4, read=280 / 440))
     expected = sum(parts[name] for name in (ACTIVATIONS, "logits", "copies of adapters"))
@@ -344,9 +338,8 @@ def test_the_cut_of_a_batch_leaves_its_loss_alone(open_tiny):
     base.hidden = lambda rows, *wanted: calls.append(len(rows)) or hidden(rows, *wanted)
     found = []
     for tokens in (None, 50, 1):
-        passes.limit_tokens(tokens)
-        with roles.use("policy"):
-            found.append(learn_rows(roles, rows, count_targets(rows), "auto"))
+        base.passes.tokens = tokens
+        found.append(learn_rows(roles, "policy", rows, count_targets(rows))["loss"])
     assert calls == [4, 1, 2, 1, 1, 1, 1, 1]
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 

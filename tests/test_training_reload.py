@@ -10,7 +10,7 @@ import torch
 
 from stages.files.tensors import load_tensors, save_tensors
 from stages.models.roles import HEAD, save_adapter
-from stages.training import session
+from stages.training import publishing
 from stages.training.reload import check_reload, check_tokenizer
 from tests.commands import SHORT, Chain, assert_same_weights, contents, done, rlhf
 from tests.parts import open_tiny_text, random_adapter, random_head
@@ -124,7 +124,7 @@ SPOILED = {
 @pytest.mark.parametrize("spoil", SPOILED)
 def test_another_tokenizer_is_seen(model_folder, tmp_path, spoil):
     text = open_tiny_text(model_folder("llama", chat=True))
-    session.save_tokenizer(tmp_path, text)
+    publishing.save_tokenizer(tmp_path, text)
     check_tokenizer(tmp_path, text, trust_remote_code=False)
     change, said = SPOILED[spoil]
     change(tmp_path)
@@ -155,7 +155,7 @@ CASES = [
 def test_no_stage_publishes_what_does_not_read_back(chain, tmp_path, monkeypatch, stage, name, how):
     """The run stays unfinished, with its state; once the fault is gone the same command finishes it as ever."""
     found, out = chain(), tmp_path / "out"
-    writes = {w: getattr(session, w) for w in ("save_adapter", "_save_critic", "save_tokenizer")}
+    writes = {w: getattr(publishing, w) for w in ("save_adapter", "_save_critic", "save_tokenizer")}
 
     def spoiling(write):
         def spoil(folder, *rest):
@@ -174,7 +174,7 @@ def test_no_stage_publishes_what_does_not_read_back(chain, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         for writer, write in writes.items():
             if (writer == "save_tokenizer") == name.startswith("tok") and ("critic" in writer) == ("critic" in name):
-                patch.setattr(session, writer, spoiling(write))
+                patch.setattr(publishing, writer, spoiling(write))
         ended = rlhf(*command(found, stage, out))
     assert ended.code == 1 and ended.stdout == "", ended.stderr
     assert "AssertionError" in ended.stderr and "written to" in ended.stderr and str(out) in ended.stderr

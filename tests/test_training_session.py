@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,18 +16,14 @@ from stages.models.heads import ScalarHead
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.source import open_model
 from stages.results import Silent
-from stages.training import passes, session
+from stages.training import session
+from stages.training.devices import Ranks
+from stages.training.opening import context_limit, encode_all, open_base, open_text
 from stages.training.plan import Work
+from stages.training.progress import open_progress
+from stages.training.publishing import publish_checkpoint
 from stages.training.reload import check_reload
-from stages.training.session import (
-    context_limit,
-    encode_all,
-    open_base,
-    open_for_training,
-    open_progress,
-    open_text,
-    publish_checkpoint,
-)
+from stages.training.session import Session
 from tests.parts import open_tiny_text, ppo_config, random_adapter, random_head, sequences_of, sft_config
 from tests.tiny import build_config, build_tokenizer
 
@@ -94,10 +91,20 @@ def test_the_text_knows_the_bases_stop_tokens(model_folder):
 def test_the_base_is_opened_as_the_config_says(model_folder):
     folder = model_folder("llama")
     source, text = open_model(str(folder), stages=(), what="--model"), open_tiny_text(folder)
-    base, ranks = open_base(source, sft_config(device="cpu", dtype="bfloat16"), text)
-    assert base.dtype == torch.bfloat16 and not base.checkpoints and ranks.size == 1
-    base, _ = open_base(source, sft_config(device="cpu"), text)
+    base = open_base(source, sft_config(device="cpu", dtype="bfloat16"), text)
+    assert base.dtype == torch.bfloat16 and not base.checkpoints
+    base = open_base(source, sft_config(device="cpu"), text)
     assert base.dtype == torch.float32
+
+
+def load(folder, config):
+    """A session on a base that was loaded for 64 rows of 100 tokens, and what it said."""
+    source, report = open_model(str(folder), stages=(), what="--model"), Notes()
+    run = Session("sft", config, SimpleNamespace(source=source), report)
+    run.text = open_tiny_text(folder)
+    run.plan(Work("sft", [100] * 64, 64), 1)
+    run.load_base()
+    return run, report
 
 
 @pytest.mark.parametrize(("asked", "free", "recomputes", "tokens"), [
@@ -108,30 +115,22 @@ def test_the_base_is_opened_as_the_config_says(model_folder):
     ("auto", 10**12, False, 2048),
 ])  # fmt: skip
 def test_passes_are_as_large_as_memory_has_room_for(model_folder, monkeypatch, asked, free, recomputes, tokens):
-    folder = model_folder("llama")
-    source, text = open_model(str(folder), stages=(), what="--model"), open_tiny_text(folder)
     monkeypatch.setattr(session, "free_memory", lambda device: free)
-    config, report = sft_config(device="cpu", gradient_checkpointing=asked), Notes()
-    base, _ = open_for_training(source, config, text, Work("sft", [100] * 64, 64), report)
-    assert base.checkpoints is recomputes and bool(report.said) is recomputes
-    assert passes._Share.tokens == tokens if tokens else passes._Share.tokens < 2048
-    open_base(source, config, text)
-    assert passes._Share.tokens is None
+    run, report = load(model_folder("llama"), sft_config(device="cpu", gradient_checkpointing=asked))
+    assert run.base.checkpoints is recomputes and bool(report.said) is recomputes
+    assert run.base.passes.tokens == tokens if tokens else run.base.passes.tokens < 2048
+    assert run.ranks.size == 1 and run.base.passes.micro_batch_size == "auto"
 
 
 def test_a_base_that_cannot_recompute_is_refused_only_where_that_was_asked_for(model_folder, monkeypatch):
-    folder = model_folder("llama")
-    source, text, report = open_model(str(folder), stages=(), what="--model"), open_tiny_text(folder), Notes()
-
     def cannot(base):
         raise ModelError("`llama` cannot recompute its activations", where="--model")
 
     monkeypatch.setattr(session.Base, "checkpoint_activations", cannot)
     monkeypatch.setattr(session, "free_memory", lambda device: 4_000_000)
-    work = Work("sft", [100] * 64, 64)
     with pytest.raises(ModelError):
-        open_for_training(source, sft_config(device="cpu", gradient_checkpointing=True), text, work, report)
-    open_for_training(source, sft_config(device="cpu"), text, work, report)
+        load(model_folder("llama"), sft_config(device="cpu", gradient_checkpointing=True))
+    _, report = load(model_folder("llama"), sft_config(device="cpu"))
     assert report.said == [("note", "memory is short, but `llama` cannot recompute its activations")]
 
 
@@ -158,6 +157,14 @@ def test_optimisers_have_the_configs_constants(open_tiny):
 # --- publishing
 
 
+def session_on(run, config, roles, text):
+    """A session whose training is over."""
+    data = Dataset([1, 2, 3], "prompt", "p.jsonl", "d1", 0, [])
+    over = Session("ppo", config, SimpleNamespace(run=run, source=roles.base.source, data=data), Silent())
+    over.text, over.roles, over.ranks = text, roles, Ranks(torch.device("cpu"))
+    return over
+
+
 @pytest.fixture
 def published(open_tiny, model_folder, tmp_path):
     """A PPO-like checkpoint written by `publish_checkpoint`: its folder, the roles in memory, and the manifest."""
@@ -177,12 +184,7 @@ def published(open_tiny, model_folder, tmp_path):
     ]
     for line in lines:
         run.log(line["step"], {k: v for k, v in line.items() if k != "step"})
-    publish_checkpoint(
-        run, "ppo", config, roles, text,
-        adapter=roles.adapters["policy"], critic=(roles.adapters["critic"], roles.heads["critic"]),
-        parents=[("model", base.source)], datasets={"train": Dataset([1, 2, 3], "prompt", "p.jsonl", "d1", 0, [])},
-        metrics={"loss": 1.5}, lines=lines,
-    )  # fmt: skip
+    publish_checkpoint(session_on(run, config, roles, text), "policy", {"loss": 1.5}, rewards=[])
     return folder, roles, read_manifest(folder)
 
 
@@ -244,10 +246,9 @@ def test_a_shared_critic_is_stored_as_a_head(open_tiny, model_folder, tmp_path):
     config = ppo_config(output=str(tmp_path / "ppo"))
     run = open_run(tmp_path / "ppo", "ppo", config, {})
     run.start()
-    publish_checkpoint(
-        run, "ppo", config, roles, text, adapter=roles.adapters["policy"], critic=(None, random_head(base.width, 3)),
-        parents=[], datasets={}, metrics={}, lines=[],
-    )  # fmt: skip
+    roles.heads["critic"] = random_head(base.width, 3)
+    run.log(0, {})
+    publish_checkpoint(session_on(run, config, roles, text), "policy", {}, rewards=[])
     assert sorted(p.name for p in (tmp_path / "ppo" / "critic").iterdir()) == ["head.safetensors"]
     assert torch.equal(head_of(base, tmp_path / "ppo" / "critic").weight, random_head(base.width, 3).weight)
     assert json.loads((tmp_path / "ppo" / "checkpoint.json").read_text())["steps"] == 0

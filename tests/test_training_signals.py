@@ -8,54 +8,61 @@ import threading
 
 import pytest
 
+from stages.errors import StopRequested
 from stages.training import signals
+from stages.training.signals import Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_and_raised_at_the_next_check(number):
-    with signals.listening():
-        signals.check()
+    heard = Signals()
+    with heard.listening():
+        heard.check()
         os.kill(os.getpid(), number)
-        with pytest.raises(signals.StopRequested) as caught:
-            signals.check()
+        with pytest.raises(StopRequested) as caught:
+            heard.check()
         assert caught.value.number == number
-        with pytest.raises(signals.StopRequested):
-            signals.check()
+        with pytest.raises(StopRequested):
+            heard.check()
 
 
 def test_a_second_signal_acts_at_once():
-    with signals.listening():
+    heard = Signals()
+    with heard.listening():
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(signals.StopRequested):
+        with pytest.raises(StopRequested):
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_no_handler_of_the_users_swallows_it():
-    assert not issubclass(signals.StopRequested, Exception)
+    assert not issubclass(StopRequested, Exception)
 
 
 def test_handlers_are_put_back_and_old_signals_forgotten():
+    heard = Signals()
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(signals.StopRequested), signals.listening():
+    with pytest.raises(StopRequested), heard.listening():
         os.kill(os.getpid(), signal.SIGTERM)
-        signals.check()
+        heard.check()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    signals.check()
-    with signals.listening():
-        signals.check()
+    heard.check()
+    with heard.listening():
+        heard.check()
 
 
 def test_a_signal_after_the_last_check_does_not_stop_what_follows():
-    with signals.listening():
+    heard = Signals()
+    with heard.listening():
         os.kill(os.getpid(), signal.SIGTERM)
-    signals.check()
+    heard.check()
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
+    heard = Signals()
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def listen():
-        with signals.listening():
+        with heard.listening():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=listen)
@@ -65,27 +72,29 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
 
 def test_a_signal_that_may_not_stop_yet_is_told_once_and_stops_later():
+    heard = Signals()
     may, told = [False], []
-    with signals.listening(lambda: may[0], told.append):
-        signals.check()
+    with heard.listening(lambda: may[0], told.append):
+        heard.check()
         assert told == []
         os.kill(os.getpid(), signal.SIGTERM)
-        signals.check()
-        signals.check()
+        heard.check()
+        heard.check()
         assert told == [signals.FINISHING]
         may[0] = True
-        with pytest.raises(signals.StopRequested):
-            signals.check()
+        with pytest.raises(StopRequested):
+            heard.check()
 
 
 def test_an_echo_of_a_signal_is_no_second_one(monkeypatch):
     """Of several ranks each hears a Ctrl-C from the terminal, and again from whoever started them."""
+    heard = Signals()
     clock = [100.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
-    with signals.listening(echo=True):
+    with heard.listening(echo=True):
         os.kill(os.getpid(), signal.SIGINT)
         clock[0] += signals.ECHO_SECONDS
         os.kill(os.getpid(), signal.SIGINT)
         clock[0] += 0.1
-        with pytest.raises(signals.StopRequested):
+        with pytest.raises(StopRequested):
             os.kill(os.getpid(), signal.SIGINT)

@@ -177,11 +177,11 @@ def plant_inf(monkeypatch, from_step: int) -> None:
     """A planted defect: every gradient from an optimiser step on is infinite."""
     real, steps = clipped.backward_minibatch, []
 
-    def infinite(config, roles, ranks, minibatch):
-        found = real(config, roles, ranks, minibatch)
+    def infinite(session, minibatch):
+        found = real(session, minibatch)
         steps.append(1)
         if len(steps) > from_step:
-            roles.parameters("policy")[0].grad.fill_(float("inf"))
+            session.roles.parameters("policy")[0].grad.fill_(float("inf"))
         return found
 
     monkeypatch.setattr(clipped, "backward_minibatch", infinite)

@@ -109,7 +109,7 @@ def served_scores(folder, rows) -> torch.Tensor:
     asked = [text.prompt(Prompt("p:1", row["messages"][:-1]), 1000) for row in rows]
     said = [text.tokenizer(row["messages"][-1]["content"], add_special_tokens=False).input_ids for row in rows]
     responses = [torch.tensor([*ids, 2]) for ids in said]  # ended by any stop token
-    return model_scores(roles, "reward", asked, responses, torch.ones(len(rows), dtype=torch.bool), "auto")
+    return model_scores(roles, "reward", asked, responses, torch.ones(len(rows), dtype=torch.bool))
 
 
 def rows_of(path) -> list[dict]:

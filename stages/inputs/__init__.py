@@ -14,7 +14,8 @@ from stages.inputs.measuring import evaluate_inputs, export_inputs, sample_input
 from stages.inputs.parts import Inputs
 from stages.inputs.training import dpo_inputs, ppo_inputs, reward_inputs, sft_inputs
 from stages.models.source import adapter_beside
-from stages.results import Result, metrics_table, next_commands
+from stages.results import Result, next_commands
+from stages.tables import metrics_table
 
 
 def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:

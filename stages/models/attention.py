@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -46,18 +47,17 @@ class Segments:
     longest: tuple[int, int]  # queries and keys of the largest part
 
 
-class _Current:
-    segments: Segments | None = None
+_packed_row: ContextVar[Segments | None] = ContextVar("packed_row", default=None)
 
 
 @contextmanager
 def packed(trees: list[PrefixGroup], device: torch.device) -> Iterator[None]:
     """Forward passes in this block see one row made of these trees."""
-    _Current.segments = segments(tuple(trees), device)
+    token = _packed_row.set(segments(tuple(trees), device))
     try:
         yield
     finally:
-        _Current.segments = None
+        _packed_row.reset(token)
 
 
 def segments(trees: tuple[PrefixGroup, ...], device: torch.device) -> Segments:
@@ -83,7 +83,8 @@ def make_mask(*args: object, **kwargs: object) -> object:
     """The mask of a forward pass: the segments of the packed row, or transformers' own."""
     from transformers.masking_utils import sdpa_mask
 
-    return _Current.segments if _Current.segments is not None else sdpa_mask(*args, **kwargs)
+    row = _packed_row.get()
+    return row if row is not None else sdpa_mask(*args, **kwargs)
 
 
 def attention_forward(

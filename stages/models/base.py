@@ -16,6 +16,7 @@ from stages.models import attention
 from stages.models.checks import check_finite, check_tensors, config_problem, library_reason
 from stages.models.lora import LoraLayers
 from stages.models.native import Native, native_of
+from stages.models.passes import Passes
 from stages.models.prefixes import pack
 from stages.models.quantised import four_bit_options, keep_gradients
 from stages.models.rotary import LengthBands
@@ -55,6 +56,7 @@ class Base:
         self.caches: bool | None = None  # whether decoding with transformers' cache is right; None: not measured
         self.native: Native | None = None
         self.has_dora = False
+        self.passes = Passes(on_cuda=self.device.type == "cuda")
         self.packs = self._probe()
         self.shares = self.packs and self._probe_sharing()
         self.native = self._probe_native() if self.shares else None

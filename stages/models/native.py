@@ -82,6 +82,7 @@ class Native:
         self.embedding: nn.Module = body.embed_tokens
         self.norm = _norm(body.norm)
         self._rotary: nn.Module = body.rotary_emb
+        self.capture_failure: str | None = None  # why no CUDA graph of a decoding step was made, if that was tried
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (N, 1, D / 2) of the rotary embedding at positions (N,)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from stages.models.base import Base
 from stages.models.candidates import Candidate
 from stages.models.heads import ScalarHead, head_from
 from stages.models.lora import Adapter, adapter_from, config_to_save, initial_adapter, targeted
+from stages.models.passes import Row
 from stages.models.source import ADAPTER_CONFIG, ModelRef, lora_type_of, read_adapter_shape
 
 ADAPTER, HEAD = "adapter_model.safetensors", "head.safetensors"
@@ -61,6 +62,31 @@ class Roles:
         with self.base.lora.using(role):
             yield
 
+    def accumulate(
+        self,
+        role: str,
+        rows: Sequence[Row],
+        forward: Callable[[list[Row]], tuple[Tensor, dict[str, float]]],
+        sizes: list[int] | None = None,
+    ) -> dict[str, float]:
+        """Add the gradient of a batch under a role, pass by pass; returns named values (see `Passes.accumulate`).
+
+        `sizes` are the rows' tokens, their own `size` by default.
+        """
+        with self.use(role):
+            return self.base.passes.accumulate(rows, _sizes_of(rows) if sizes is None else sizes, forward)
+
+    def collect(
+        self,
+        role: str,
+        rows: Sequence[Row],
+        forward: Callable[[list[Row]], list[Tensor]],
+        sizes: list[int] | None = None,
+    ) -> list[Tensor]:
+        """One tensor per row, in order, computed under a role pass by pass, without gradient."""
+        with self.use(role):
+            return self.base.passes.collect(rows, _sizes_of(rows) if sizes is None else sizes, forward)
+
     def alike(self, a: str, b: str) -> bool:
         """True where two roles compute the same: equal adapters, or ones that change nothing."""
         both = self.adapters[a], self.adapters[b]
@@ -76,12 +102,16 @@ class Roles:
         adapter, head = self.adapters[role], self.heads.get(role)
         return [*(adapter.parameters() if adapter else ()), *(head.parameters() if head else ())]
 
-    def gradients(self) -> list[Tensor]:
-        """The buffers that the gradients of everything trained lie in, each once."""
-        trained = [p.grad for role in self.adapters for p in self.parameters(role) if p.grad is not None]
-        trained += [p.grad for head in self.heads.values() for p in head.parameters() if p.grad is not None]
-        whole = [grad if grad._base is None else grad._base for grad in trained]
-        return list({id(buffer): buffer for buffer in whole}.values())
+    def zero_gradients(self) -> None:
+        """Set the gradients of everything trained to zero."""
+        heads = [p for head in self.heads.values() for p in head.parameters()]
+        for parameter in [*heads, *(p for role in self.adapters for p in self.parameters(role))]:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+
+def _sizes_of(rows: Sequence[Row]) -> list[int]:
+    return [row.size for row in rows]  # type: ignore[attr-defined]
 
 
 def new_adapter(

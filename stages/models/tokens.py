@@ -31,6 +31,11 @@ class TokenRow:
     targets: Tensor  # (L,) bool; token 0 is never a target, nothing predicts it
     cut: bool  # True where the row was too long and lost its end
 
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class PromptRow:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.base import PROBE, Base, is_close
-from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
+from stages.models.passes import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
 
 
 class TransformersDecoder:

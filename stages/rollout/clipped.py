@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from stages.config import PpoConfig
 from stages.maths.losses import aggregate, kl_loss, policy_loss, token_weights, value_loss
-from stages.models.forward import pad, predictors, read_targets
+from stages.models.forward import TargetOutputs, pad, predictors, read_targets
 from stages.models.roles import Roles
 from stages.rollout.experience import Experience, read_values
 from stages.training.devices import Ranks
-from stages.training.loop import Progress, add_gradients, apply_gradients
-from stages.training.passes import accumulate
 from stages.training.seeds import permutation
+from stages.training.session import Session
 
-Terms = tuple[Tensor, dict[str, float]]
-SUMS = ("loss", "policy_loss", "kl_loss", "value_loss", "clipped", "values_clipped", "moved", "ratios", "squares")
+Terms = tuple[Tensor, dict[str, float]]  # a loss, and named values that add up over the passes of a minibatch
+COUNTED = ("loss", "policy_loss", "kl_loss", "value_loss", "clipped", "values_clipped", "moved", "ratios", "squares",
+           "largest_ratio", "largest_error")  # fmt: skip
 NOT_AVERAGED = ("ratio_max", "ratio_error", "ratio_std", "skipped_steps", "nonfinite_steps", "grad_norm")
 
 
@@ -33,7 +33,7 @@ class ExperienceWithAdvantages:
     experience: Experience
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T) the critic's targets
-    kl_coef: float = 0.0  # weight of the KL where it is a loss
+    kl_coef: float = 0.0  # weight of the KL if it is a loss
     train_policy: bool = True  # False while only the critic warms up
 
 
@@ -42,64 +42,61 @@ class Minibatch:
     """The rows of one optimiser step on this rank."""
 
     judged: ExperienceWithAdvantages
-    rows: list[int]
+    rows: tuple[int, ...]
     tokens: float  # response tokens of the step over all ranks: what losses are divided by
     sequences: float  # responses of the step over all ranks
-    ratios: list[float] = field(default_factory=list)  # largest probability ratio of each forward pass
-    errors: list[float] = field(default_factory=list)  # largest distance of a ratio from 1
 
 
 def clipped_steps(
-    config: PpoConfig,
-    roles: Roles,
-    ranks: Ranks,
-    progress: Progress,
+    session: Session,
     judged: ExperienceWithAdvantages,
     rate: float,
     step: int,
-    add_extra_gradient: Callable[[int], dict[str, float]] = lambda number: {},
+    add_extra_gradient: Callable[[int], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """`ppo_epochs` passes of `minibatches` steps each; ends early once the policy has moved too far.
 
-    A minibatch is not learned from where its mean probability ratio exceeds `ratio_limit`, or where the policy has
-    moved more than 1.5 x `target_approx_kl` from the one that sampled. `also(number)` adds the gradient of another
-    loss, of this rank's rows, to optimiser step `number` of the update. Returns the update's mean statistics.
+    A minibatch is not learned from if its mean probability ratio exceeds `ratio_limit`, or if the policy has moved more
+    than 1.5 x `target_approx_kl` from the one that sampled. `add_extra_gradient(number)` adds that of another loss, of
+    this rank's rows, to optimiser step `number` of the update. Returns the update's mean statistics.
     """
-    device = roles.base.device
-    rates = {
-        "policy": rate,
-        "critic": rate * (config.critic_learning_rate or config.learning_rate) / config.learning_rate,
-    }
-    rates = {name: rates[name] for name in progress.optimizers if name == "critic" or judged.train_policy}
+    config, ranks = session.config, session.ranks
     history: list[dict[str, float]] = []
     for epoch in range(config.ppo_epochs):
         for rows in minibatches_of(config, ranks, judged, step, epoch):
-            own = {"tokens": float(judged.experience.mask[rows].sum()), "sequences": float(len(rows))}
-            counts = ranks.sum_floats(own, device)
+            own = {"tokens": float(judged.experience.mask[list(rows)].sum()), "sequences": float(len(rows))}
+            counts = ranks.sum_floats(own, session.base.device)
             if counts["tokens"] == 0:  # more minibatches than there are responses
                 continue
             minibatch = Minibatch(judged, rows, counts["tokens"], counts["sequences"])
-            found = backward_minibatch(config, roles, ranks, minibatch)
+            found = backward_minibatch(session, minibatch)
             moved_too_far = config.target_approx_kl and found["approx_kl"] > 1.5 * config.target_approx_kl
             if moved_too_far or found["ratio_mean"] > config.ratio_limit:
-                for optimizer in progress.optimizers.values():
-                    optimizer.zero()
+                session.progress.zero_gradients()
                 found |= {"skipped_steps": 1.0}
             else:
-                if judged.train_policy:
-                    again = partial(add_minibatch, config, roles, minibatch)
-                    more = add_gradients(roles, ranks, partial(add_extra_gradient, len(history)), again=again)
-                    found |= ranks.sum_floats(more, device) if more else {}
-                found |= apply_gradients(progress, rates, config.max_grad_norm, ranks, step + 1, patience=math.inf)
+                if judged.train_policy and add_extra_gradient is not None:
+                    again = partial(add_minibatch, config, session.roles, minibatch)
+                    found |= session.add_gradients(partial(add_extra_gradient, len(history)), again=again)
+                rates = learning_rates(session, rate, train_policy=judged.train_policy)
+                found |= session.apply_gradients(rates, step, patience=math.inf)
             history.append(found)
             if moved_too_far:
                 return {"lr": rate, "early_stop": 1.0, **over_steps(history)}
     return {"lr": rate, "early_stop": 0.0, **over_steps(history)}
 
 
+def learning_rates(session: Session, rate: float, *, train_policy: bool) -> dict[str, float]:
+    """Learning rates of what is trained, for a policy's of `rate`; the critic's follows the same schedule."""
+    config = session.config
+    of_critic = rate * (config.critic_learning_rate or config.learning_rate) / config.learning_rate
+    rates = {"policy": rate, "critic": of_critic}
+    return {name: rates[name] for name in session.progress.optimizers if name == "critic" or train_policy}
+
+
 def minibatches_of(
     config: PpoConfig, ranks: Ranks, judged: ExperienceWithAdvantages, step: int, epoch: int
-) -> list[list[int]]:
+) -> list[tuple[int, ...]]:
     """This rank's rows of every minibatch of one pass.
 
     All ranks' responses are shuffled as one list, so that a minibatch holds the same ones however many ranks there are.
@@ -110,134 +107,139 @@ def minibatches_of(
     row_at = dict(zip(places, range(mine), strict=True))
     order = permutation(whole, config.seed, "ppo", step, epoch, 0)
     ends = [part * whole // config.minibatches for part in range(config.minibatches + 1)]
-    return [[row_at[i] for i in order[a:b] if i in row_at] for a, b in pairwise(ends)]
+    return [tuple(row_at[i] for i in order[a:b] if i in row_at) for a, b in pairwise(ends)]
 
 
-def backward_minibatch(config: PpoConfig, roles: Roles, ranks: Ranks, minibatch: Minibatch) -> dict[str, float]:
+def backward_minibatch(session: Session, minibatch: Minibatch) -> dict[str, float]:
     """Add the gradient of policy loss + value_coef x value loss over a minibatch; returns all ranks' statistics."""
-    sums = add_gradients(roles, ranks, partial(add_minibatch, config, roles, minibatch))
-    sums = ranks.sum_floats(sums, roles.base.device)
+    config, tokens = session.config, minibatch.tokens
+    values = session.add_gradients(partial(add_minibatch, config, session.roles, minibatch))
     return {
-        "policy_loss": sums["policy_loss"],
-        "value_loss": sums["value_loss"],
-        "loss": sums["loss"] + config.value_coef * sums["value_loss"],
-        "kl_loss": sums["kl_loss"],
-        "approx_kl": sums["moved"] / minibatch.tokens,
-        "clip_fraction": sums["clipped"] / minibatch.tokens,
-        "value_clip_fraction": sums["values_clipped"] / minibatch.tokens,
-        "ratio_mean": sums["ratios"] / minibatch.tokens,
-        "ratio_max": ranks.max(max(minibatch.ratios, default=0.0), roles.base.device),
-        "ratio_error": ranks.max(max(minibatch.errors, default=0.0), roles.base.device),
-        "ratio_std": math.sqrt(sums["squares"] / minibatch.tokens),
+        "policy_loss": values["policy_loss"],
+        "value_loss": values["value_loss"],
+        "loss": values["loss"] + config.value_coef * values["value_loss"],
+        "kl_loss": values["kl_loss"],
+        "approx_kl": values["moved"] / tokens,
+        "clip_fraction": values["clipped"] / tokens,
+        "value_clip_fraction": values["values_clipped"] / tokens,
+        "ratio_mean": values["ratios"] / tokens,
+        "ratio_max": values["largest_ratio"],
+        "ratio_error": values["largest_error"],
+        "ratio_std": math.sqrt(values["squares"] / tokens),
     }
 
 
 def add_minibatch(config: PpoConfig, roles: Roles, minibatch: Minibatch) -> dict[str, float]:
-    """Add the gradient of this rank's rows of a minibatch; returns their sums.
+    """Add the gradient of this rank's rows of a minibatch; returns their named values.
 
     A critic with an adapter of its own is a second pass under its own role; a shared one reads the policy's states,
     and while only the critic warms up its head alone learns from them.
     """
-    learns = minibatch.judged.train_policy
-    passes: list[tuple[str, Callable[[list[int]], Terms]]] = []
-    if config.advantage != "gae":
-        passes = [("policy", lambda micro: policy_terms(config, roles, minibatch, micro)[0])]
-    elif config.critic == "shared":
-        passes = [("policy", lambda micro: both_terms(config, roles, minibatch, micro))]
-        if not learns:
-            passes = [("policy", lambda micro: head_terms(config, roles, minibatch, micro))]
-    else:
-        passes = [("policy", lambda micro: policy_terms(config, roles, minibatch, micro)[0])] if learns else []
-        passes += [("critic", lambda micro: value_terms(config, roles, minibatch, micro, None))]
     sizes = [minibatch.judged.experience.rollout.sizes[i] for i in minibatch.rows]
-    sums = dict.fromkeys(SUMS, 0.0)
-    for role, terms in passes:
-        with roles.use(role):
-            sums |= accumulate(sizes, config.micro_batch_size, terms, on_cuda=roles.base.device.type == "cuda")
-    return sums
+
+    def accumulate(role: str, forward: Callable[..., Terms]) -> dict[str, float]:
+        return roles.accumulate(role, minibatch.rows, partial(forward, config, roles, minibatch), sizes)
+
+    values = dict.fromkeys(COUNTED, 0.0)
+    learns, critic = minibatch.judged.train_policy, config.critic if config.advantage == "gae" else None
+    if critic == "shared":
+        return values | accumulate("policy", both_losses if learns else value_loss_of_frozen_states)
+    if learns:
+        values |= accumulate("policy", policy_loss_alone)
+    if critic == "adapter":
+        values |= accumulate("critic", value_loss_alone)
+    return values
 
 
-def both_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int]) -> Terms:
-    """Policy and value loss from one forward pass."""
-    (policy, counted), hidden = policy_terms(config, roles, minibatch, micro)
-    value, more = value_terms(config, roles, minibatch, micro, hidden)
+# --- forward passes over some rows of a minibatch, under the active role
+
+
+def policy_loss_alone(config: PpoConfig, roles: Roles, minibatch: Minibatch, rows: list[int]) -> Terms:
+    """The policy's loss."""
+    return policy_terms(config, minibatch, rows, read_policy(config, roles, minibatch, rows))
+
+
+def value_loss_alone(config: PpoConfig, roles: Roles, minibatch: Minibatch, rows: list[int]) -> Terms:
+    """The loss of a critic with an adapter of its own."""
+    return value_terms(config, minibatch, rows, read_values(roles, "critic", *_sequences(minibatch, rows)))
+
+
+def both_losses(config: PpoConfig, roles: Roles, minibatch: Minibatch, rows: list[int]) -> Terms:
+    """Policy and value loss from one forward pass: the shared critic's head reads the policy's states."""
+    outputs = read_policy(config, roles, minibatch, rows)
+    policy, counted = policy_terms(config, minibatch, rows, outputs)
+    value, more = value_terms(config, minibatch, rows, roles.heads["critic"](outputs.hidden))
     return policy + value, counted | more
 
 
-def head_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int]) -> Terms:
+def value_loss_of_frozen_states(config: PpoConfig, roles: Roles, minibatch: Minibatch, rows: list[int]) -> Terms:
     """Value loss of a shared critic's head alone: the policy's states are taken as they are."""
-    _, _, sequences, targets = select_micro_batch(minibatch, micro)
+    sequences, targets = _sequences(minibatch, rows)
     with torch.no_grad():
         hidden = roles.base.hidden(sequences, predictors(targets))
-    return value_terms(config, roles, minibatch, micro, hidden)
+    return value_terms(config, minibatch, rows, roles.heads["critic"](hidden))
 
 
-def policy_terms(config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int]) -> tuple[Terms, Tensor]:
-    """The clipped surrogate of some rows of a minibatch, its sums, and the hidden states (M, H) it was read from."""
-    rows, lengths, sequences, targets = select_micro_batch(minibatch, micro)
-    bonus = config.entropy_coef > 0
-    reading = read_targets(roles.base, sequences, targets, temperature=config.temperature, want_entropy=bonus)
-    judged = minibatch.judged
+def read_policy(config: PpoConfig, roles: Roles, minibatch: Minibatch, rows: list[int]) -> TargetOutputs:
+    """Log-probabilities of the responses under the policy as it is now, with entropies if they are paid for."""
+    sequences, targets = _sequences(minibatch, rows)
+    paid = config.entropy_coef > 0
+    return read_targets(roles.base, sequences, targets, temperature=config.temperature, want_entropy=paid)
+
+
+def _sequences(minibatch: Minibatch, rows: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    rollout = minibatch.judged.experience.rollout
+    return [rollout.sequences[i] for i in rows], [rollout.targets[i] for i in rows]
+
+
+# --- losses
+
+
+def policy_terms(config: PpoConfig, minibatch: Minibatch, rows: list[int], outputs: TargetOutputs) -> Terms:
+    """The clipped surrogate of some rows, with the KL and entropy terms that are asked for; and what is counted."""
+    judged, experience = minibatch.judged, minibatch.judged.experience
+    lengths = [experience.rollout.lengths[i] for i in rows]
+    index = torch.tensor(rows, device=experience.mask.device)
     old, reference, advantages, mask = (
-        x[rows, : max(lengths)]
-        for x in (
-            judged.experience.logprobs,
-            judged.experience.reference_logprobs,
-            judged.advantages,
-            judged.experience.mask,
-        )
+        x[index, : max(lengths)]
+        for x in (experience.logprobs, experience.reference_logprobs, judged.advantages, experience.mask)
     )
-    logprobs = pad(reading.logprobs, lengths)
+    logprobs = pad(outputs.logprobs, lengths)
     counts = {"tokens": minibatch.tokens, "sequences": minibatch.sequences, "max_length": config.max_response_tokens}
     weights = token_weights(mask, config.loss_aggregation, **counts)
     clips = {"clip_high": config.clip_range_high, "dual_clip": config.dual_clip}
     found = policy_loss(logprobs, old, advantages, mask, config.clip_range, weights=weights, **clips)
-    minibatch.ratios.append(float(found.ratio.max()))
     off = (found.ratio - 1)[mask]
-    minibatch.errors.append(float(off.abs().max()))
-    total = found.loss
     counted = {
         "policy_loss": found.loss.item(),
         "clipped": float(found.clipped_count),
         "moved": float(found.approx_kl_sum),
         "ratios": float(found.ratio.sum()),
         "squares": float(off.square().sum()),
+        "largest_ratio": float(found.ratio.max()),
+        "largest_error": float(off.abs().max()),
     }
+    total = found.loss
     if config.kl_place == "loss":
         distance = kl_loss(logprobs, reference, mask, config.kl_kind, weights=weights)
         total = total + judged.kl_coef * distance
         counted["kl_loss"] = distance.item()
-    if bonus:
-        total = total - config.entropy_coef * aggregate(pad(reading.entropy, lengths), mask, weights=weights)
-    return (total, counted | {"loss": total.item()}), reading.hidden
+    if config.entropy_coef > 0:
+        total = total - config.entropy_coef * aggregate(pad(outputs.entropy, lengths), mask, weights=weights)
+    return total, counted | {"loss": total.item()}
 
 
-def value_terms(
-    config: PpoConfig, roles: Roles, minibatch: Minibatch, micro: list[int], hidden: Tensor | None
-) -> Terms:
-    """value_coef x the clipped value loss of some rows, from given hidden states or a forward pass of its own."""
-    rows, lengths, sequences, targets = select_micro_batch(minibatch, micro)
-    flat = read_values(roles, "critic", sequences, targets) if hidden is None else roles.heads["critic"](hidden)
-    old, returns, mask = (
-        x[rows, : max(lengths)]
-        for x in (
-            minibatch.judged.experience.values,
-            minibatch.judged.returns,
-            minibatch.judged.experience.mask,
-        )
-    )
-    found = value_loss(pad(flat, lengths), old, returns, mask, config.value_clip_range, minibatch.tokens)
-    counted = {"value_loss": found.loss.item(), "values_clipped": float(found.clipped_count)}
-    return config.value_coef * found.loss, counted
-
-
-def select_micro_batch(minibatch: Minibatch, micro: list[int]) -> tuple[Tensor, list[int], list[Tensor], list[Tensor]]:
-    """Row numbers, response lengths, sequences and targets of one forward pass."""
-    rollout = minibatch.judged.experience.rollout
-    rows = [minibatch.rows[i] for i in micro]
-    lengths = [rollout.lengths[i] for i in rows]
-    sequences, targets = [rollout.sequences[i] for i in rows], [rollout.targets[i] for i in rows]
-    return torch.tensor(rows, device=minibatch.judged.experience.mask.device), lengths, sequences, targets
+def value_terms(config: PpoConfig, minibatch: Minibatch, rows: list[int], values: Tensor) -> Terms:
+    """value_coef x the clipped value loss of some rows, whose values (M,) lie end to end; and what is counted."""
+    judged, experience = minibatch.judged, minibatch.judged.experience
+    lengths = [experience.rollout.lengths[i] for i in rows]
+    index = torch.tensor(rows, device=experience.mask.device)
+    old, returns, mask = (x[index, : max(lengths)] for x in (experience.values, judged.returns, experience.mask))
+    found = value_loss(pad(values, lengths), old, returns, mask, config.value_clip_range, minibatch.tokens)
+    return config.value_coef * found.loss, {
+        "value_loss": found.loss.item(),
+        "values_clipped": float(found.clipped_count),
+    }
 
 
 def over_steps(history: list[dict[str, float]]) -> dict[str, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -11,17 +9,15 @@ from stages.maths.preferences import implicit_reward
 from stages.models.candidates import Candidate, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter, head_of
 from stages.results import Reporter, Table
+from stages.tables import comparison_tables, scorers_table
 from stages.training.comparing import (
     TokenComparison,
     build_comparison_report,
-    describe_pairs,
     pairs_of,
-    report_tables,
     score_rows,
 )
 from stages.training.implicit import flatten, summed_logprobs
 
-ABSENT = "-"
 SIDE_BY_SIDE = ("model", "label", "kind", "agreement")  # what a report has beside others, and not alone
 
 
@@ -40,11 +36,11 @@ def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenCompari
     if candidate.stage == "reward":
         adapter = adapter_of(base, candidate.source, trainable=False)
         roles.add("reward", adapter, head_of(base, candidate.source.folder))
-        return score_rows(roles, "reward", responses, "auto")
+        return score_rows(roles, "reward", responses)
     temperature = float(candidate.knobs.get("temperature") or 1.0)
     roles.add("policy", candidate_adapter(base, candidate))
     roles.add("reference", adapter_of(base, candidate.reference, trainable=False))
-    sums = [summed_logprobs(roles, role, responses, "auto", temperature) for role in ("policy", "reference")]
+    sums = [summed_logprobs(roles, role, responses, temperature) for role in ("policy", "reference")]
     return implicit_reward(sums[0] - sums[1], candidate.beta)
 
 
@@ -74,21 +70,7 @@ def agreement(one: Tensor, other: Tensor) -> float:
 
 
 def comparison_evaluation_tables(found: list[dict[str, object]]) -> tuple[Table, ...]:
-    """The first one's report in full; before it, where there are more, a row each."""
+    """The first one's report in full; before it, if there are more, a row each."""
     title = {"reward_model": "reward model", "implicit_reward": "implicit reward, beta x log(policy / reference)"}
-    main, *rest = report_tables(found[0])
-    tables = (replace(main, title=title[found[0]["kind"]]), *rest)
-    if len(found) == 1:
-        return tables
-    rows = [
-        (
-            str(one["label"]),
-            "reward model" if one["kind"] == "reward_model" else "implicit",
-            f"{one['accuracy']:.3f} [{one['accuracy_low']:.3f}, {one['accuracy_high']:.3f}]",
-            *(f"{one[name]:.3f}" for name in ("log_loss", "margin_mean", "score_length_corr", "agreement")),
-        )
-        for one in found
-    ]
-    rows.append(("always the longer", ABSENT, f"{found[0]['longer_wins_accuracy']:.3f}", *[ABSENT] * 4))
-    columns = ("model", "score", "accuracy [95 %]", "log-loss", "margin", "with length", "agrees")
-    return Table(f"{describe_pairs(found[0], 'pairs')}, side by side", columns, tuple(rows)), *tables
+    tables = comparison_tables(found[0], title[found[0]["kind"]])
+    return tables if len(found) == 1 else (scorers_table(found), *tables)

@@ -17,10 +17,9 @@ from torch.nn import functional
 from stages.models.base import Base
 from stages.models.fused import Linear, folded, normed, rotate_pairs
 from stages.models.native import Block, Native
+from stages.models.passes import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, out_of_memory
 from stages.models.prefixes import pack
-from stages.rollout.graphs import Capture, FixedSteps, Step, Usable
-from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
-from stages.training.passes import out_of_memory
+from stages.rollout.graphs import Capture, FixedSteps, Step
 
 
 class StackedLinears(NamedTuple):
@@ -183,7 +182,7 @@ class NativeDecoder:
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            Usable.reason, self.fixed = str(error).splitlines()[0], None
+            self.native.capture_failure, self.fixed = str(error).splitlines()[0], None
             return None
 
     def _fixed_step(self, rows: int, filled: int) -> Step:

@@ -14,7 +14,6 @@ from stages.models.forward import predictors, read_targets
 from stages.models.roles import Roles
 from stages.models.tokens import PromptRow, Text
 from stages.rollout.generate import Sampling, respond
-from stages.training.passes import collect
 
 CHECKED = 16  # one response in so many is read again, to see whether sampling and training agree
 AGREE = 1e-4  # nats per token up to which what sampling knew is taken for what training would say
@@ -104,7 +103,7 @@ def lay_out(
 
 
 def collect_token_stats(
-    roles: Roles, rollout: Rollout, temperature: float, micro_batch_size: int | str, *, head: str | None = None
+    roles: Roles, rollout: Rollout, temperature: float, *, head: str | None = None
 ) -> tuple[TokenStats, float]:
     """What the role "policy" says of its rollout, with the values of `head`; and how far sampling was from it (nats).
 
@@ -113,16 +112,16 @@ def collect_token_stats(
     known, rows = rollout.known, list(range(0, len(rollout.responses), CHECKED))
     mismatch = 0.0
     if known is not None:
-        again, _ = role_logprobs(roles, "policy", rollout, temperature, micro_batch_size, rows)
+        again, _ = role_logprobs(roles, "policy", rollout, temperature, rows)
         width = again.shape[1]
         mask = rollout.mask[rows, :width].to(again.device)
         mismatch = float((known.logprobs[rows, :width] - again).masked_fill(~mask, 0).abs().max())
         if mismatch <= AGREE:
             return known, mismatch
-    logprobs, entropy = role_logprobs(roles, "policy", rollout, temperature, micro_batch_size, want_entropy=True)
+    logprobs, entropy = role_logprobs(roles, "policy", rollout, temperature, want_entropy=True)
     values = torch.zeros_like(logprobs)
     if head is not None:
-        values = role_values(roles, "policy", head, rollout, micro_batch_size)
+        values = role_values(roles, "policy", head, rollout)
     return TokenStats(logprobs, entropy, values), mismatch
 
 
@@ -131,41 +130,34 @@ def role_logprobs(
     role: str,
     rollout: Rollout,
     temperature: float,
-    micro_batch_size: int | str,
     chosen: list[int] | None = None,
     *,
     want_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (B, T) of the responses under a role, without gradient, zero off-mask.
 
-    With `chosen` of those rows alone. Entropies are zeros where they are not wanted.
+    With `chosen` of those rows alone. Entropies are zeros if they are not wanted.
     """
     picked = list(range(len(rollout.responses))) if chosen is None else chosen
 
     def forward(rows: list[int]) -> list[Tensor]:
-        mine = [picked[i] for i in rows]
-        sequences, targets = [rollout.sequences[i] for i in mine], [rollout.targets[i] for i in mine]
-        reading = read_targets(roles.base, sequences, targets, temperature=temperature, want_entropy=want_entropy)
-        both = torch.stack([reading.logprobs, reading.entropy], dim=-1)
-        return list(both.split([len(rollout.responses[i]) for i in mine]))
+        sequences, targets = [rollout.sequences[i] for i in rows], [rollout.targets[i] for i in rows]
+        outputs = read_targets(roles.base, sequences, targets, temperature=temperature, want_entropy=want_entropy)
+        both = torch.stack([outputs.logprobs, outputs.entropy], dim=-1)
+        return list(both.split([rollout.lengths[i] for i in rows]))
 
-    sizes = [rollout.sizes[i] for i in picked]
-    with roles.use(role):
-        parts = collect(sizes, micro_batch_size, forward, on_cuda=roles.base.device.type == "cuda")
-    padded = pad_sequence(parts, batch_first=True)
+    padded = pad_sequence(roles.collect(role, picked, forward, [rollout.sizes[i] for i in picked]), batch_first=True)
     return padded[..., 0], padded[..., 1]
 
 
-def role_values(roles: Roles, role: str, head: str, rollout: Rollout, micro_batch_size: int | str) -> Tensor:
+def role_values(roles: Roles, role: str, head: str, rollout: Rollout) -> Tensor:
     """Values (B, T) of the state before each response token: a head on a role's hidden states, without gradient."""
 
     def forward(rows: list[int]) -> list[Tensor]:
         values = read_values(roles, head, [rollout.sequences[i] for i in rows], [rollout.targets[i] for i in rows])
-        return list(values.split([len(rollout.responses[i]) for i in rows]))
+        return list(values.split([rollout.lengths[i] for i in rows]))
 
-    with roles.use(role):
-        parts = collect(rollout.sizes, micro_batch_size, forward, on_cuda=roles.base.device.type == "cuda")
-    return pad_sequence(parts, batch_first=True)
+    return pad_sequence(roles.collect(role, range(len(rollout.sizes)), forward, rollout.sizes), batch_first=True)
 
 
 def read_values(roles: Roles, head: str, sequences: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -173,8 +165,8 @@ def read_values(roles: Roles, head: str, sequences: list[Tensor], targets: list[
     return roles.heads[head](roles.base.hidden(sequences, predictors(targets)))
 
 
-def rollout_kl(roles: Roles, rollout: Rollout, temperature: float, micro_batch_size: int | str) -> Tensor:
+def rollout_kl(roles: Roles, rollout: Rollout, temperature: float) -> Tensor:
     """Sequence KL (B,), estimator k1, from the role "policy" to the role "reference" on a rollout of the policy."""
-    policy, _ = role_logprobs(roles, "policy", rollout, temperature, micro_batch_size)
-    reference, _ = role_logprobs(roles, "reference", rollout, temperature, micro_batch_size)
+    policy, _ = role_logprobs(roles, "policy", rollout, temperature)
+    reference, _ = role_logprobs(roles, "reference", rollout, temperature)
     return sequence_kl(policy, reference, rollout.mask.to(policy.device))

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from stages.errors import ModelError, NotFiniteError
 from stages.maths.tensors import at_least_fp32, entropy_of
 from stages.models.base import Base
+from stages.models.passes import out_of_memory
 from stages.models.quantised import is_four_bit
 from stages.rollout.cached import BandedDecoder, RereadingDecoder, TransformersDecoder, cache_works
 from stages.rollout.decode import Layer, NativeDecoder, layers_of
-from stages.rollout.graphs import capture_for
-from stages.training import signals
-from stages.training.passes import halve_passes, out_of_memory, pass_divisor
+from stages.rollout.graphs import Capture, capture_for
 from stages.training.seeds import noise
 
 ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
@@ -96,7 +95,7 @@ def respond(
     layers: list[Layer] | None = None
     done = 0
     while done < len(order):
-        chosen = order[done : done + max(1, size // pass_divisor())]
+        chosen = order[done : done + max(1, size // base.passes.divisor)]
         try:
             layers = layers or native_layers(base, sampling.engine)
             uniform = noise([keys[i] for i in chosen], sampling.max_tokens).to(base.device)
@@ -108,7 +107,7 @@ def respond(
             responses, reason = None, str(error).splitlines()[0]
         if responses is None:
             tokens = len(prompts[chosen[0]]) + sampling.max_tokens
-            halve_passes(len(chosen), f"sampling one response, {tokens} tokens with its prompt: {reason}", tokens)
+            base.passes.halve(len(chosen), f"sampling one response, {tokens} tokens with its prompt: {reason}", tokens)
             continue
         for i, response in zip(chosen, responses, strict=True):
             out[i] = response
@@ -159,7 +158,7 @@ def _sample_batch(
     decoder: Decoder = (
         _decoder_of_transformers(base, prompts)
         if layers is None
-        else NativeDecoder(base, layers, prompts, limit, capture_for(device, limit))
+        else NativeDecoder(base, layers, prompts, limit, _capture_for(base, limit))
     )
     stops = torch.tensor(stop_ids, device=device)
     tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
@@ -168,7 +167,7 @@ def _sample_batch(
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     states = decoder.start()
     for step in range(limit):
-        signals.check()
+        base.passes.check()
         log_probs = compute_log_probs(base.logits(states), sampling.temperature)
         drawn = draw(log_probs, uniform[active, step], sampling.temperature, sampling.top_p)
         logprobs, entropy = log_probs.gather(-1, drawn[:, None])[:, 0], entropy_of(log_probs)
@@ -186,6 +185,11 @@ def _sample_batch(
             active, drawn = active[kept], drawn[kept]
         states = decoder.step(drawn)
     return _cut(tokens, recorded, ended, stops, step + 1)
+
+
+def _capture_for(base: Base, tokens: int) -> Capture | None:
+    """How decoding steps are captured; None where they are not, or where an earlier capture failed."""
+    return None if base.native.capture_failure is not None else capture_for(base.device, tokens)
 
 
 def _decoder_of_transformers(base: Base, prompts: list[Tensor]) -> Decoder:

@@ -67,7 +67,7 @@ def measure(setup: EvaluationSetup, draws: list[int]) -> ScoredRollout:
         name: judge.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
         for name, judge in setup.judges.items()
     }
-    kl = rollout_kl(setup.roles, rollout, setup.sampling.temperature, "auto") if setup.measures_kl else None
+    kl = rollout_kl(setup.roles, rollout, setup.sampling.temperature) if setup.measures_kl else None
     return ScoredRollout(rollout, scores, None if kl is None else kl.double().cpu())
 
 

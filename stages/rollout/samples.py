@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from stages.errors import DatasetError
 from stages.files.rows import Prompt
-from stages.files.run import Run
-from stages.models.roles import Roles
-from stages.models.tokens import PromptRow, Text
+from stages.models.tokens import PromptRow
 from stages.rollout.generate import Sampling, generate
-from stages.training.devices import Ranks
+from stages.training.session import Session
 
 SAMPLE_TOKENS = 128
 
 
-def show_samples(
-    out: Run, roles: Roles, role: str, text: Text, prompts: list[Prompt], step: int, seed: int, ranks: Ranks
-) -> None:
+def show_samples(session: Session, role: str, prompts: list[Prompt], step: int) -> None:
     """Answer a few held-out prompts under a role at temperature 0.7 and append them to samples.jsonl."""
+    roles, text = session.roles, session.text
     room = min(SAMPLE_TOKENS, roles.base.context // 2)
     rows: list[PromptRow] = []
     for prompt in prompts:
@@ -24,12 +21,13 @@ def show_samples(
             rows.append(text.prompt(prompt, roles.base.context - room))
         except DatasetError:  # too long to answer, though not too long to learn from
             continue
-    if not rows or not ranks.first:
+    if not rows or not session.ranks.first:
         return
-    keys = [(seed, "samples", i) for i in range(len(rows))]  # the same noise at every step: differences are learned
+    # The same noise at every step: differences are learned.
+    keys = [(session.config.seed, "samples", i) for i in range(len(rows))]
     with roles.use(role):
         responses = generate(roles.base, [r.ids for r in rows], keys, text.stop_ids, Sampling(0.7, room))
-    out.samples(
+    session.run.samples(
         [
             {"step": step, "prompt": row.text, "response": text.response_text(row.ids, response), "where": row.where}
             for row, response in zip(rows, responses, strict=True)

@@ -20,7 +20,7 @@ from stages.models.tokens import PromptRow, Text
 from stages.results import Reporter
 from stages.rollout.specs import RewardSpec, UserFunction, python_file, reason_of
 from stages.rollout.user_code import ClosedFiles, TookTooLong, too_slow, user_code
-from stages.training.passes import collect
+from stages.training.signals import Signals
 
 SHOWN_VALUE = 500  # characters of a value in a message
 LARGEST_SCORE = torch.finfo(torch.float32).max
@@ -47,11 +47,11 @@ class RewardSources:
         self,
         specs: list[RewardSpec],
         roles: Roles,
-        micro_batch_size: int | str,
         prefix: str = "reward",
         timeout: float = 0,
+        signals: Signals | None = None,
     ):
-        self.specs, self.roles, self.micro_batch_size, self.timeout = specs, roles, micro_batch_size, timeout
+        self.specs, self.roles, self.timeout, self.signals = specs, roles, timeout, signals or Signals()
         self.names = {id(s): f"{prefix}{i or ''}" for i, s in enumerate(x for x in specs if x.checkpoint)}
         for spec in specs:
             if spec.checkpoint is not None:
@@ -68,75 +68,60 @@ class RewardSources:
         for spec in self.specs:
             if spec.checkpoint is not None:
                 role = self.names[id(spec)]
-                total += spec.weight * model_scores(self.roles, role, prompts, responses, ended, self.micro_batch_size)
+                total += spec.weight * model_scores(self.roles, role, prompts, responses, ended)
             else:
-                scores = call_function(spec.function, spec.name, prompts, texts, flag=spec.flag, timeout=self.timeout)
-                total += spec.weight * scores
+                total += spec.weight * call_function(spec, prompts, texts, self.signals, timeout=self.timeout)
         return total
 
 
-def model_scores(
-    roles: Roles,
-    role: str,
-    prompts: list[PromptRow],
-    responses: list[Tensor],
-    ended: Tensor,
-    micro_batch_size: int | str,
-) -> Tensor:
+def model_scores(roles: Roles, role: str, prompts: list[PromptRow], responses: list[Tensor], ended: Tensor) -> Tensor:
     """Scores (B,) fp32 on the CPU of a reward model's role, for the arguments of `RewardSources.score`."""
     whole = []
     for prompt, response, done in zip(prompts, responses, ended.tolist(), strict=True):
         closed = torch.cat([response[:-1], torch.tensor([prompt.end_id])]) if done else response
         whole.append(torch.cat([prompt.ids, closed]))
 
-    def forward(rows: list[int]) -> list[Tensor]:
-        return list(sequence_scores(roles, role, [whole[i] for i in rows]).cpu())
+    def forward(sequences: list[Tensor]) -> list[Tensor]:
+        return list(sequence_scores(roles, role, sequences).cpu())
 
-    with roles.use(role):
-        on_cuda = roles.base.device.type == "cuda"
-        return torch.stack(collect([len(w) for w in whole], micro_batch_size, forward, on_cuda=on_cuda))
+    return torch.stack(roles.collect(role, whole, forward, [len(w) for w in whole]))
 
 
 def call_function(
-    function: Callable[..., object],
-    name: str,
-    prompts: list[PromptRow],
-    texts: list[str],
-    *,
-    flag: str = "--reward",
-    timeout: float = 0,
+    spec: RewardSpec, prompts: list[PromptRow], texts: list[str], signals: Signals, *, timeout: float = 0
 ) -> Tensor:
     """Scores (B,) from a user's function.
 
     Raises RewardError, with the prompt, where the function raises, takes longer than `timeout` seconds (0: no limit),
     or returns anything but one finite number for each response.
     """
-    where = f"{flag} {name}"
+    where = f"{spec.flag} {spec.name}"
     try:
-        numbers = _call(function, where, prompts, texts, timeout)
+        numbers = _call(spec, prompts, texts, signals, timeout)
     except (StopRequested, ClosedFiles):
         raise
     except TookTooLong:
-        slow = _culprit(function, where, prompts, texts, timeout)
+        slow = _culprit(spec, prompts, texts, signals, timeout)
         raise too_slow(where, timeout, f"for {len(prompts)} responses{slow}") from None
     except _NotNumbers as error:
         told = error.what if error.place is None else f"{error.what}{_for(prompts[error.place], texts[error.place])}"
         raise RewardError(told, where=where, fix=error.fix) from None
     except BaseException as error:  # whatever user code raises, to end the process too, must not end the run unsaid
-        guilty = _culprit(function, where, prompts, texts, timeout)
-        reason = reason_of(error, python_file(name))
+        guilty = _culprit(spec, prompts, texts, signals, timeout)
+        reason = reason_of(error, python_file(spec.name))
         raise RewardError(f"it raised {reason}{guilty}", where=where, fix="mend the function") from None
     return torch.tensor(numbers, dtype=torch.float32)
 
 
 def _call(
-    function: Callable[..., object], where: str, prompts: list[PromptRow], texts: list[str], timeout: float
+    spec: RewardSpec, prompts: list[PromptRow], texts: list[str], signals: Signals, timeout: float
 ) -> list[float]:
     """What the function returns, as plain numbers; it gets copies, so whatever it does to them is its own affair."""
+    function = spec.function
     columns = {key: [p.columns.get(key) for p in prompts] for key in sorted({k for p in prompts for k in p.columns})}
     asked, columns = copy.deepcopy(([p.text for p in prompts], columns))
     world = function.world if isinstance(function, UserFunction) else None
-    with user_code(where, world, timeout=timeout):
+    with user_code(f"{spec.flag} {spec.name}", signals, world, timeout=timeout):
         result = function(asked, list(texts), **_accepted(function, columns))
         return _numbers(result, len(prompts))
 
@@ -193,16 +178,14 @@ def _for(prompt: PromptRow, text: str) -> str:
     return f" for the response {text[:80]!r} to {str(prompt.text)[:80]!r} ({prompt.where})"
 
 
-def _culprit(
-    function: Callable[..., object], where: str, prompts: list[PromptRow], texts: list[str], timeout: float
-) -> str:
+def _culprit(spec: RewardSpec, prompts: list[PromptRow], texts: list[str], signals: Signals, timeout: float) -> str:
     """The first response at which a function fails by itself, in words; nothing where each by itself is well."""
     limit = min(timeout or CULPRIT_SECONDS, CULPRIT_SECONDS)
     began = now = time.monotonic()
     for prompt, text in zip(prompts, texts, strict=True):
         now = time.monotonic()
         try:
-            _call(function, where, [prompt], [text], max(0.001, limit - (now - began)))
+            _call(spec, [prompt], [text], signals, max(0.001, limit - (now - began)))
         except StopRequested:
             raise
         except TookTooLong:  # the one that hangs, unless it only came last

@@ -22,6 +22,7 @@ from stages.places import absolute, describe_special
 from stages.recipe import is_function
 from stages.rollout.settings import World, noting_changes
 from stages.rollout.user_code import ClosedFiles, user_code
+from stages.training.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def load_function(name: str, what: str) -> UserFunction:
     world = World()
     module = None
     try:
-        with user_code(where), noting_changes(world):
+        with user_code(where, Signals()), noting_changes(world):
             module = _import(path)
             function = getattr(module, function_name, None)
     except (StopRequested, ClosedFiles):

@@ -14,9 +14,7 @@ TOKENS = 64
 RESPONSES = 2  # to each prompt
 
 
-def score_policy_responses(
-    roles: Roles, text: Text, prompts: list[Prompt], limit: int, seed: int, micro_batch_size: int | str
-) -> dict[str, float]:
+def score_policy_responses(roles: Roles, text: Text, prompts: list[Prompt], limit: int, seed: int) -> dict[str, float]:
     """Scores under the role "reward" of two answers each by the role "policy" to the first `limit` prompts that fit.
 
     At temperature 1. Mean, standard deviation over all, and within a prompt (root mean square over prompts); empty
@@ -36,7 +34,7 @@ def score_policy_responses(
     keys = [(seed, "reward", "spread", i, k) for i in range(len(rows)) for k in range(RESPONSES)]
     asked = [row for row in rows for _ in range(RESPONSES)]
     rollout = sample_rollout(roles, "policy", text, asked, keys, Sampling(1.0, room))
-    scores = model_scores(roles, "reward", asked, rollout.responses, rollout.ended, micro_batch_size).double()
+    scores = model_scores(roles, "reward", asked, rollout.responses, rollout.ended).double()
     within = scores.view(len(rows), RESPONSES).var(dim=1, unbiased=False).mean().sqrt()
     return {
         "prompts": len(rows),

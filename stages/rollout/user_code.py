@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from stages.errors import RewardError, StopRequested
 from stages.rollout.descriptors import Descriptor, kept_descriptors
 from stages.rollout.settings import World, kept_settings, no_alarm_left
-from stages.training import signals
 from stages.training.children import adopt_orphans, end_children
+from stages.training.signals import ASKING, Signals, handling
 
 RING = signal.SIGURG  # what the watching thread interrupts with: ignored by default, and hardly ever used
 RING_AGAIN = 2.0  # seconds between two attempts to interrupt: cleaning up may wait for what hangs
@@ -38,7 +38,7 @@ class ClosedFiles(RewardError):
 
 
 @contextmanager
-def user_code(who: str, world: World | None = None, *, timeout: float = 0) -> Iterator[None]:
+def user_code(who: str, signals: Signals, world: World | None = None, *, timeout: float = 0) -> Iterator[None]:
     """Run a block of code that is not ours; `who` names it where it has to be ended by force.
 
     SIGTERM and Ctrl-C raise StopRequested in it at once; after `timeout` seconds (0: never) TookTooLong is raised.
@@ -50,7 +50,13 @@ def user_code(who: str, world: World | None = None, *, timeout: float = 0) -> It
     A process that the block forks and that comes out of it ends here.
     """
     process = os.getpid()
-    with kept_descriptors(), kept_settings(), watching(who, timeout), signals.acting_at_once(), no_alarm_left():
+    with (
+        kept_descriptors(),
+        kept_settings(),
+        watching(who, signals, timeout),
+        signals.acting_at_once(),
+        no_alarm_left(),
+    ):
         for change, value in world.changes if world else ():
             with contextlib.suppress(Exception):
                 change(value)
@@ -65,7 +71,7 @@ def user_code(who: str, world: World | None = None, *, timeout: float = 0) -> It
 
 
 @contextmanager
-def watching(who: str, timeout: float) -> Iterator[None]:
+def watching(who: str, signals: Signals, timeout: float) -> Iterator[None]:
     """Let a thread interrupt the main thread where it stays in the block for too long, after a signal or by `timeout`.
 
     Outside the main thread, and where the system has no such signals, there is no limit.
@@ -74,8 +80,8 @@ def watching(who: str, timeout: float) -> Iterator[None]:
         yield
         return
     adopt_orphans()
-    watch = _Watch(who, timeout)
-    with signals.handling({RING: watch.interrupt}):
+    watch = _Watch(who, signals, timeout)
+    with handling({RING: watch.interrupt}):
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         pipe = Descriptor(reader), Descriptor(writer)
@@ -101,8 +107,8 @@ def watching(who: str, timeout: float) -> Iterator[None]:
 
 
 class _Watch:
-    def __init__(self, who: str, timeout: float):
-        self.who, self.timeout = who, timeout
+    def __init__(self, who: str, signals: Signals, timeout: float):
+        self.who, self.signals, self.timeout = who, signals, timeout
         self.over = False
         self.asked: int | None = None  # the signal that asks the block to end; RING: its time is up
         self.began = time.monotonic()
@@ -122,7 +128,7 @@ class _Watch:
             if self.over or 0 in numbers:
                 return
             if numbers:
-                came = next((number for number in numbers if number in signals.ASKING), None)
+                came = next((number for number in numbers if number in ASKING), None)
                 if came is not None and self.asked in (None, RING):
                     self.asked, began = came, time.monotonic()
             elif self.asked is None:
@@ -161,7 +167,7 @@ class _Watch:
         """End the process, state saved where there is any: its main thread does not come back."""
         saved = False
         with contextlib.suppress(Exception):  # what was saved last stays
-            saved = signals.save()
+            saved = self.signals.save()
         if self.asked == RING:
             told = f"error: {too_slow(self.who, self.timeout, 'and cannot be interrupted')}"
         else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stages.errors import TrainingStopped
-from stages.results import Reporter, Table
+from stages.results import Reporter
 from stages.rollout.watchdog import CONDITION_CHECKS, IN_A_ROW, Alarm, Metrics, MetricsHistory, check_conditions
 
 FLAG = "alarm_"  # and a condition's name: 1 in the metrics of an update at which it holds
@@ -97,12 +97,3 @@ def alarms_in(lines: list[Metrics]) -> dict[str, list[int]]:
     """The steps at which each condition held, by its name; conditions that never did are left out."""
     steps = {name: [int(line["step"] or 0) for line in lines if line.get(flag(name))] for name in CONDITION_CHECKS}
     return {name: held for name, held in steps.items() if held}
-
-
-def alarm_table(alarms: dict[str, list[int]], updates: int) -> Table:
-    """A line for each condition that held."""
-    rows = tuple(
-        (name, f"{len(steps)} of {updates}", f"{steps[0]}", f"{steps[-1]}", CONDITION_CHECKS[name].advice)
-        for name, steps in alarms.items()
-    )
-    return Table("alarms", ("condition", "updates", "first", "last", "what helps"), rows)

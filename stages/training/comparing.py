@@ -23,10 +23,9 @@ from stages.models.forward import sequence_scores
 from stages.models.prefixes import shared_beginnings
 from stages.models.roles import Roles
 from stages.models.tokens import Text, TokenRow
-from stages.results import Table
 from stages.training.devices import peak_memory_gb
-from stages.training.passes import collect
 
+REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 PLANNED_COMPARISONS = 64  # comparisons that the memory plan looks at
 LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
 FEWEST_PROMPTS = 3  # with fewer nothing can be told of how prompts differ
@@ -170,26 +169,34 @@ def step_metrics(
     }
 
 
-def score_rows(roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: int | str) -> Tensor:
+def score_rows(roles: Roles, role: str, rows: list[TokenRow]) -> Tensor:
     """Scores (N,) fp32 on the CPU of tokenised rows under a role with a head, without gradient."""
 
-    def forward(micro: list[int]) -> list[Tensor]:
-        return list(sequence_scores(roles, role, [rows[i].ids for i in micro]).cpu())
+    def forward(rows: list[TokenRow]) -> list[Tensor]:
+        return list(sequence_scores(roles, role, [row.ids for row in rows]).cpu())
 
-    with roles.use(role):
-        on_cuda = roles.base.device.type == "cuda"
-        return torch.stack(collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda))
+    return torch.stack(roles.collect(role, rows, forward))
 
 
-def score_and_report(
-    roles: Roles, role: str, comparisons: list[TokenComparison], micro_batch_size: int | str
-) -> dict[str, object]:
+def score_and_report(roles: Roles, role: str, comparisons: list[TokenComparison]) -> dict[str, object]:
     """Everything worth knowing of a reward model on comparisons that it was not trained on.
 
     Source of the list: Stiennon et al. 2020 and Singhal et al. 2023 (accuracy, calibration, length bias).
     """
-    rows = [row for c in comparisons for row in c.responses]
-    return build_comparison_report(score_rows(roles, role, rows, micro_batch_size), comparisons)
+    scores = score_rows(roles, role, [row for c in comparisons for row in c.responses])
+    return build_comparison_report(scores, comparisons)
+
+
+def held_out_measures(report: dict[str, object]) -> dict[str, float]:
+    """What is logged of a report at every evaluation; empty for an empty one."""
+    names = ("accuracy", "log_loss", "margin_mean", "score_length_corr")
+    return {f"eval_{name}": report[name] for name in names if name in report}
+
+
+def numbers_of(report: dict[str, object]) -> dict[str, object]:
+    """The numbers of a report, as a stage's metrics; `eval_pairs` is how many pairs it is on."""
+    numbers = {name: value for name, value in report.items() if isinstance(value, (int, float))}
+    return numbers | {"eval_pairs": report.get("pairs")}
 
 
 def build_comparison_report(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, object]:
@@ -246,47 +253,3 @@ def build_comparison_report(scores: Tensor, comparisons: list[TokenComparison]) 
 def ceiling(probability: list[float]) -> float:
     """The accuracy of whoever knows how likely each judgement is; 1 where all are certain."""
     return sum(max(p, 1 - p) for p in probability) / len(probability)
-
-
-def describe_pairs(report: dict, what: str = "") -> str:
-    """How many pairs (`what`) a report is on, and of how many prompts where those are fewer."""
-    counted = f"{report['pairs']} {what}".strip()
-    return counted if report["clusters"] == report["pairs"] else f"{counted} of {report['clusters']} prompts"
-
-
-def report_tables(report: dict) -> tuple[Table, ...]:
-    """A report as tables for a person."""
-    interval = f"{report['accuracy']:.3f}  [{report['accuracy_low']:.3f}, {report['accuracy_high']:.3f}]"
-    summary = (
-        ("held-out pairs", describe_pairs(report)),
-        *((("ties, which count half", str(report["ties"])),) if report["ties"] else ()),
-        ("accuracy [95 % interval]", interval),
-        ("accuracy of 'longer wins'", f"{report['longer_wins_accuracy']:.3f}"),
-        ("calibration error", f"{report['calibration_error']:.3f}"),
-        ("log-loss (chance is 0.693)", f"{report['log_loss']:.4f}"),
-        ("margin, mean and std", f"{report['margin_mean']:.3f}  {report['margin_std']:.3f}"),
-        ("score of preferred, mean and std", f"{report['score_chosen_mean']:.3f}  {report['score_chosen_std']:.3f}"),
-        ("score of rejected, mean and std", f"{report['score_rejected_mean']:.3f}  {report['score_rejected_std']:.3f}"),
-        ("correlation of score and length", f"{report['score_length_corr']:.3f}"),
-    )
-    calibration = tuple(
-        (f"{b['low']:.2f}-{b['high']:.2f}", str(b["count"]), f"{b['predicted']:.3f}", f"{b['observed']:.3f}")
-        for b in report["calibration"]
-        if b["count"]
-    )
-    by_length = tuple(
-        (_range(b["low"], b["high"]), str(b["count"]), f"{b['accuracy']:.3f}")
-        for b in report["by_length_difference"]
-        if b["count"]
-    )
-    return (
-        Table("reward model", ("measure", "value"), summary),
-        Table("calibration", ("predicted", "pairs", "mean predicted", "observed"), calibration),
-        Table("by length", ("tokens that the preferred one is longer", "pairs", "accuracy"), by_length),
-    )
-
-
-def _range(low: float, high: float) -> str:
-    if low <= -1e9:
-        return f"under {high:g}"
-    return f"{low:g} or more" if high >= 1e9 else f"{low:g} to {high:g}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from stages import errors
 from stages.errors import ConfigError, DeviceError, OutOfMemory, RankError, StopRequested, UserError
 from stages.launch import read_launch
+from stages.models.passes import LARGEST_OF
 
 TENSORS_WAIT = datetime.timedelta(minutes=30)  # for a rank that computes as much as the others do
 WORDS_WAIT = datetime.timedelta(days=1)  # for one whose reward function, or disk, is slow
@@ -126,19 +127,28 @@ class Ranks:
 
     def sum_floats(self, numbers: dict[str, float], device: torch.device) -> dict[str, float]:
         """Sum a few named numbers over ranks."""
-        if self.size == 1:
+        if self.size == 1 or not numbers:
             return numbers
         packed = self.sum(torch.tensor(list(numbers.values()), dtype=torch.float64, device=device))
         return dict(zip(numbers, packed.tolist(), strict=True))
 
     def max(self, number: float, device: torch.device) -> float:
         """The largest over ranks."""
-        if self.size == 1:
-            return number
-        largest = torch.tensor(number, dtype=torch.float64, device=device)
+        return self._largest_floats({"": number}, device)[""]
+
+    def combine(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
+        """Named values of all ranks' parts of a batch, combined as `passes.combine` does; every rank has all names."""
+        largest = {name: value for name, value in values.items() if name.startswith(LARGEST_OF)}
+        sums = {name: value for name, value in values.items() if name not in largest}
+        return self.sum_floats(sums, device) | self._largest_floats(largest, device)
+
+    def _largest_floats(self, numbers: dict[str, float], device: torch.device) -> dict[str, float]:
+        if self.size == 1 or not numbers:
+            return numbers
+        largest = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
         with _reaching_all():
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return float(largest)
+        return dict(zip(numbers, largest.tolist(), strict=True))
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors, in place, the numbers that the first rank has."""

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from stages.errors import CheckpointError
-from stages.files.run import Run
 from stages.files.states import STATE
 from stages.files.tensors import load_tensors, save_tensors, tensor_metadata
 from stages.models.forward import read_targets
 from stages.models.quantised import is_four_bit
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
-from stages.results import Reporter
 from stages.training.comparing import TokenComparison
-from stages.training.passes import collect
+from stages.training.session import Session
 
 
 def flatten(comparisons: list[TokenComparison]) -> list[TokenRow]:
@@ -26,17 +24,13 @@ def flatten(comparisons: list[TokenComparison]) -> list[TokenRow]:
     return [row for comparison in comparisons for row in comparison.responses]
 
 
-def summed_logprobs(
-    roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: int | str, temperature: float = 1.0
-) -> Tensor:
+def summed_logprobs(roles: Roles, role: str, rows: list[TokenRow], temperature: float = 1.0) -> Tensor:
     """Log-probability (N,) of each row's target tokens together under a role, without gradient, on the CPU."""
 
-    def forward(micro: list[int]) -> list[Tensor]:
-        return list(logprob_sums(roles, [rows[i] for i in micro], temperature).cpu())
+    def forward(rows: list[TokenRow]) -> list[Tensor]:
+        return list(logprob_sums(roles, rows, temperature).cpu())
 
-    with roles.use(role):
-        on_cuda = roles.base.device.type == "cuda"
-        sums = collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda)
+    sums = roles.collect(role, rows, forward)
     return torch.stack(sums) if sums else torch.zeros(0)  # a rank may have no rows
 
 
@@ -50,35 +44,26 @@ def logprob_sums(roles: Roles, rows: list[TokenRow], temperature: float = 1.0) -
 # --- once per run ---------------------------------------------------------------------------------------------------
 
 
-def cached_logprobs(
-    run: Run,
-    name: str,
-    roles: Roles,
-    role: str,
-    digest: str,
-    parts: list[list[TokenRow]],
-    micro_batch_size: int | str,
-    reporter: Reporter,
-) -> Tensor:
+def cached_logprobs(session: Session, name: str, role: str, parts: list[list[TokenRow]]) -> Tensor:
     """`summed_logprobs` of a frozen role, kept beside the run's resume state under `name` for when it is resumed.
 
-    Each part is computed by itself, so that its numbers do not depend, to the bit, on which others there are.
-
-    `digest` identifies what the role computes with. A file made from anything else is never used; a damaged one is
-    made again, with a warning. Call it once the run has started: only then the folder is its own.
+    Each part is computed by itself, so that its numbers do not depend, to the bit, on which others there are. The file
+    names what the role computes with: one made from anything else is never used; a damaged one is made again, with a
+    warning. Call it once the run has started: only then the folder is its own.
     """
+    roles, run = session.roles, session.run
     rows = [row for part in parts for row in part]
     path = run.folder / STATE / f"{role}-{name}.safetensors"
-    key = _key(roles, digest, rows)
+    key = _key(roles, session.model.digest, rows)
     if path.exists():
         try:
             known = _read_cache(path, key, len(rows))
         except CheckpointError as error:
-            reporter.warn(f"{path} is damaged and is made again ({error.what})")
+            session.reporter.warn(f"{path} is damaged and is made again ({error.what})")
         else:
             if known is not None:
                 return known
-    sums = torch.cat([summed_logprobs(roles, role, part, micro_batch_size) for part in parts])
+    sums = torch.cat([summed_logprobs(roles, role, part) for part in parts])
     if run.writer:
         save_tensors(path, {"sums": sums}, {"key": key, "sha256": _sha256(sums)})
     return sums

@@ -13,7 +13,6 @@ from stages.models.forward import read_targets
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
 from stages.results import Reporter
-from stages.training.passes import accumulate, collect
 
 
 def count_targets(rows: list[TokenRow]) -> int:
@@ -22,38 +21,32 @@ def count_targets(rows: list[TokenRow]) -> int:
 
 
 def learn_rows(
-    roles: Roles, rows: list[TokenRow], denominator: int, micro_batch_size: int | str, weight: float = 1.0
-) -> float:
-    """Add the gradient of weight x sum(token losses) / denominator under the active role; returns the loss unweighted.
+    roles: Roles, role: str, rows: list[TokenRow], denominator: int, weight: float = 1.0
+) -> dict[str, float]:
+    """Add the gradient of weight x sum(token losses) / denominator under a role; returns the `loss`, unweighted.
 
     `denominator` is the number of targets of the whole step, over every micro-batch and rank: means of means would
     weight short rows more.
     """
 
-    def forward(micro: list[int]) -> tuple[Tensor, dict[str, float]]:
-        chosen = [rows[i] for i in micro]
-        logprobs = read_targets(roles.base, [r.ids for r in chosen], [r.targets for r in chosen]).logprobs
+    def forward(rows: list[TokenRow]) -> tuple[Tensor, dict[str, float]]:
+        logprobs = read_targets(roles.base, [r.ids for r in rows], [r.targets for r in rows]).logprobs
         loss = token_nll(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator)
         return weight * loss, {"loss": loss.item()}
 
-    on_cuda = roles.base.device.type == "cuda"
-    return accumulate([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda).get("loss", 0.0)
+    return {"loss": 0.0} | roles.accumulate(role, rows, forward)
 
 
-def held_out_loss(roles: Roles, role: str, rows: list[TokenRow], micro_batch_size: int | str) -> dict[str, float]:
+def held_out_loss(roles: Roles, role: str, rows: list[TokenRow]) -> dict[str, float]:
     """Mean loss per target token of rows under a role, and its exponential; empty without rows."""
     if not rows:
         return {}
 
-    def forward(micro: list[int]) -> list[Tensor]:
-        chosen = [rows[i] for i in micro]
-        logprobs = read_targets(roles.base, [r.ids for r in chosen], [r.targets for r in chosen]).logprobs
-        return [part.double().sum().cpu() for part in logprobs.split([int(r.targets.sum()) for r in chosen])]
+    def forward(rows: list[TokenRow]) -> list[Tensor]:
+        logprobs = read_targets(roles.base, [r.ids for r in rows], [r.targets for r in rows]).logprobs
+        return [part.double().sum().cpu() for part in logprobs.split([int(r.targets.sum()) for r in rows])]
 
-    with roles.use(role):
-        on_cuda = roles.base.device.type == "cuda"
-        sums = collect([len(r.ids) for r in rows], micro_batch_size, forward, on_cuda=on_cuda)
-    loss = -float(sum(sums)) / count_targets(rows)
+    loss = -float(sum(roles.collect(role, rows, forward))) / count_targets(rows)
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.config import AUTO
+from stages.models.passes import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, micro_batches
 from stages.models.roles import ADAPTER, DEFAULT_RANK
 from stages.models.source import ModelRef, lora_type_of, open_model
 from stages.recipe import is_function
-from stages.results import Result, Table
-from stages.training.batching import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, micro_batches
+from stages.results import Result
+from stages.tables import facts_table, memory_table
 from stages.training.devices import free_memory, pick_device, pick_dtype
 from stages.training.memory import (
     FP32,
@@ -255,18 +256,10 @@ def plan_result(config: Any, source: ModelRef, work: Work, total: int, left_out:
         **({"responses_at_once": work.at_once} if work.prompt else {}),
         "trainable_parameters_per_adapter": adapter_size(config, source, shapes.linear)[0],
     }
-    cells = {
-        name: ("on" if value else "off") if isinstance(value, bool) else f"{value:,}" for name, value in facts.items()
-    }
-    label = {"total": "total (a pass and a rollout are never there together)"} if work.prompt else {}
-    rows = tuple((label.get(name, name), f"{size:.3f}") for name, size in memory.items())
+    label = {"total": "total (counting the larger of training pass and rollout)"} if work.prompt else {}
+    rows = {label.get(name, name): 1e9 * size for name, size in memory.items()}
     if beside is not None:
-        rows += (("free on the device", f"{free / 1e9:.3f}"),)
+        rows["free on the device"] = free
         memory["free"] = free / 1e9
-    tables = (
-        Table(
-            f"{work.stage}: the plan", ("what", "how much"), tuple((k.replace("_", " "), v) for k, v in cells.items())
-        ),
-        Table("estimated peak memory", ("part", "GB"), rows),
-    )
+    tables = (facts_table(f"{work.stage}: the plan", facts), memory_table(rows))
     return Result(work.stage, "dry run", None, {"plan": facts, "memory_gb": memory}, tables)

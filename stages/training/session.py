@@ -1,259 +1,206 @@
-"""What every training stage does around its algorithm: open its inputs, lay out the run, publish the checkpoint."""
+"""A session is one run of a training stage: it does what all stages do, and leaves them their algorithm.
+
+In this order: encode rows, plan (or stop there, with --dry-run), load the base, open roles, train, publish.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import torch
+from torch import nn
 
-from stages.config import as_dict
-from stages.errors import CheckpointError, DatasetError, ModelError
-from stages.files import atomic
-from stages.files.manifest import MANIFEST, Manifest, Parent, checkpoint_digest, versions
-from stages.files.rows import Dataset
-from stages.files.run import Run, write_config
-from stages.models.base import Base, load_base, stop_ids_of
-from stages.models.checks import check_config
-from stages.models.coverage import measure_coverage, sample_texts
-from stages.models.heads import ScalarHead
-from stages.models.lora import Adapter
-from stages.models.roles import Roles, save_adapter
+from stages.errors import ModelError
+from stages.files.run import Run
+from stages.models.base import Base
+from stages.models.passes import Passes
+from stages.models.roles import Roles, adapter_of, frozen_copy, start_adapter
 from stages.models.source import ModelRef, lora_type_of
-from stages.models.tokens import Text, TokenRow, load_text
-from stages.results import Reporter
-from stages.training.comparing import TokenComparison
-from stages.training.devices import Ranks, free_memory, peak_memory_gb, pick_device, pick_dtype
-from stages.training.loop import Progress, diverged
-from stages.training.optimizer import AdamW
-from stages.training.passes import limit_tokens
-from stages.training.plan import Work, choose_passes, source_shapes
-from stages.training.reload import check_adaptable, check_reload, check_tokenizer, probe_sequences
+from stages.models.tokens import Text
+from stages.results import Reporter, Result, Table, next_commands
+from stages.training import opening
+from stages.training.batching import batch_at
+from stages.training.devices import Ranks, free_memory
+from stages.training.language import warn_above_uniform
+from stages.training.loop import before_and_after, read_metrics, train
+from stages.training.optimizer import learning_rate_at
+from stages.training.plan import Work, choose_passes, plan_result, source_shapes
+from stages.training.progress import Progress, add_gradients, apply_gradients, open_progress
+from stages.training.publishing import publish_checkpoint
+from stages.training.reload import check_adaptable
+from stages.training.seeds import derive
+from stages.training.signals import Signals
 
 Row = TypeVar("Row")
 Out = TypeVar("Out")
+Metrics = dict[str, float]
 
 
-def open_text(source: ModelRef, config: Any, reporter: Reporter | None = None) -> Text:
-    """The tokenizer of a source, with the chat template that the config asks for; odd ones are warned of.
+@dataclass
+class Session:
+    """What a training stage works on, what it trains, and where it reports."""
 
-    Raises CheckpointError where a checkpoint's stop tokens are none of the vocabulary.
-    """
-    check_config(source, trust_remote_code=config.trust_remote_code)  # a tokenizer is loaded by it as well
-    stop_ids = stop_ids_of(source)
-    text = load_text(
-        source.tokenizer,
-        chat_template=config.chat_template,
-        stop_ids=stop_ids,
-        trust_remote_code=config.trust_remote_code,
-    )
-    stated = source.config.get("vocab_size")
-    vocabulary = max(len(text.tokenizer), stated if type(stated) is int else 0)
-    if source.manifest is not None and max(stop_ids, default=0) >= vocabulary:
-        raise CheckpointError(
-            f"`{MANIFEST}` is damaged at `stop_token_ids`: there is no token {max(stop_ids)}",
-            where=str(source.folder),
-            fix="copy the checkpoint again, or run the command that made it with --overwrite",
-        )
-    for line in text.warnings if reporter is not None else ():
-        reporter.warn(line)
-    return text
+    stage: str
+    config: Any  # a TrainingKnobs
+    inputs: Any  # stages.inputs.Inputs
+    reporter: Reporter
+    signals: Signals = field(default_factory=Signals)
+    text_problem: str = ""  # why the base can hardly read the rows; empty if it can
+    work: Work = field(init=False)  # from `plan`
+    total: int = field(init=False)  # steps of the run, from `plan`
+    roles: Roles = field(init=False)  # from `load_base`
+    ranks: Ranks = field(init=False)  # from `load_base`
+    progress: Progress = field(init=False)  # from `optimise`
 
+    @functools.cached_property
+    def text(self) -> Text:
+        """The tokenizer, with the chat template that the config asks for."""
+        return opening.open_text(self.inputs.source, self.config, self.reporter)
 
-def encode_all(
-    rows: list[Row], encode: Callable[[Row], Out], *, skip_bad: bool, reporter: Reporter, what: str
-) -> list[Out]:
-    """Tokenise rows; a row that cannot be used is an error, or dropped and counted with --skip-bad-rows."""
-    out: list[Out] = []
-    problems: list[DatasetError] = []
-    for row in rows:
-        try:
-            out.append(encode(row))
-        except DatasetError as error:
-            problem = DatasetError(error.what, where=error.where or row.where, fix=error.fix)
-            if not skip_bad:
-                raise problem from None
-            problems.append(problem)
-    if rows and not out:
-        first = problems[0]
-        raise DatasetError(
-            f"none of the {len(rows)} {what} can be used; {first.what}", where=first.where, fix=first.fix
-        )
-    if problems:
-        first = f"{problems[0].where}: {problems[0].what}"
-        reporter.warn(f"{len(problems)} of {len(rows)} {what} cannot be used and were dropped; {first}")
-    return out
+    @property
+    def model(self) -> ModelRef:
+        """What --model names."""
+        return self.inputs.source
 
+    @property
+    def run(self) -> Run:
+        """The output folder."""
+        return self.inputs.run
 
-def report_cuts(rows: Sequence[TokenRow | TokenComparison], limit: int, reporter: Reporter, what: str) -> None:
-    """Say how many rows were too long and lost a part."""
-    cut = sum(row.cut for row in rows)
-    if cut:
-        reporter.note(f"{cut} of {len(rows)} {what} were cut to {limit} tokens")
+    @property
+    def base(self) -> Base:
+        """The frozen base under all roles."""
+        return self.roles.base
 
+    # --- before the base is loaded
 
-def check_coverage(text: Text, rows: list, reporter: Reporter, *, what: str) -> str:
-    """Warn of rows in a language that the tokenizer does not know; returns why they are unreadable, empty if not."""
-    cause = measure_coverage(text.tokenizer, sample_texts(rows)).cause
-    if cause:
-        reporter.warn(
-            f"the base can hardly read the {what}: {cause}. Losses, scores and responses on them mean little; choose a "
-            "base whose tokenizer was made for this language"
-        )
-    return cause
+    @functools.cached_property
+    def max_tokens(self) -> int:
+        """Longest row in tokens: what was asked for, or what the base's context allows."""
+        return opening.context_limit(self.config.max_tokens, self.model, self.reporter)
 
+    def encode(self, rows: list[Row], encode: Callable[[Row], Out], what: str, limit: int | None = None) -> list[Out]:
+        """Tokenise rows, called `what` in messages; with a `limit` in tokens, say how many were cut to it."""
+        skip_bad = self.config.skip_bad_rows
+        encoded = opening.encode_all(rows, encode, skip_bad=skip_bad, reporter=self.reporter, what=what)
+        if limit is not None:
+            opening.report_cuts(encoded, limit, self.reporter, what)
+        return encoded
 
-def context_limit(wanted: int, source: ModelRef, reporter: Reporter) -> int:
-    """Longest row in tokens: what was asked for, or what the base's context allows."""
-    if wanted > source.context:
-        reporter.note(f"the base attends over {source.context} tokens; max_tokens is {source.context}")
-    return min(wanted, source.context)
+    def check_coverage(self, rows: list, what: str) -> str:
+        """Warn of rows that the base can hardly read; returns why, empty if it can."""
+        problem = opening.check_coverage(self.text, rows, self.reporter, what=what)
+        self.text_problem = self.text_problem or problem
+        return problem
 
+    def plan(self, work: Work, total: int) -> None:
+        """Fix what the stage runs through its model, in `total` steps."""
+        self.work, self.total = work, total
 
-def open_base(source: ModelRef, config: Any, text: Text) -> tuple[Base, Ranks]:
-    """Load the base on the configured device and find this process's rank.
+    def describe_plan(self) -> Result:
+        """The result of --dry-run."""
+        return plan_result(self.config, self.model, self.work, self.total, self.inputs.rows_left_out)
 
-    Raises ModelError where the tokenizer has tokens that the base has no embedding for.
-    """
-    device = pick_device(config.device)
-    base = load_base(
-        source,
-        device=device,
-        dtype=pick_dtype(config.dtype, device),
-        four_bit=config.load_in_4bit,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if lora_type_of(config, source) == "dora":
-        base.prepare_for_dora()
-    if len(text.tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
-        raise ModelError(
-            f"the tokenizer has {len(text.tokenizer)} tokens, the base has embeddings for "
-            f"{base.model.get_input_embeddings().weight.shape[0]}",
-            where="--model",
-            fix="use the tokenizer that belongs to the base",
-        )
-    limit_tokens(None)
-    return base, Ranks(device)
+    # --- the base and its roles
 
+    def load_base(self) -> None:
+        """Load the base, with passes of the size that the plan finds room for beside it.
 
-def open_for_training(source: ModelRef, config: Any, text: Text, work: Work, reporter: Reporter) -> tuple[Base, Ranks]:
-    """`open_base`, and passes of the size that the plan of `work` finds room for beside it.
+        Raises ModelError for a base whose adapters could not be saved in the end.
+        """
+        base = opening.open_base(self.model, self.config, self.text)
+        self.ranks = Ranks(base.device)
+        targets = [] if self.model.folder else self.config.lora_targets
+        check_adaptable(base, targets, lora_type_of(self.config, self.model))
+        if base.has_dora:
+            self.reporter.note("DoRA adapters run through transformers, which is slower than the native pass")
+        tokens = self._choose_pass_tokens(base)
+        on_cuda = base.device.type == "cuda"
+        base.passes = Passes(on_cuda, self.config.micro_batch_size, tokens, check=self.signals.check)
+        self.roles = Roles(base)
 
-    Raises ModelError for a base whose adapters could not be saved in the end.
-    """
-    base, ranks = open_base(source, config, text)
-    check_adaptable(base, [] if source.folder else config.lora_targets, lora_type_of(config, source))
-    if base.has_dora:
-        reporter.note("DoRA adapters run through transformers, which is slower than the pass for other adapters")
-    free, shapes = free_memory(base.device), source_shapes(source, config)
-    passes = choose_passes(config, work, source, shapes, free)
-    if passes.checkpointing:
+    def _choose_pass_tokens(self, base: Base) -> int:
+        """Tokens of an `auto` pass; turns gradient checkpointing on where the plan needs it."""
+        config, reporter = self.config, self.reporter
+        shapes, free = source_shapes(self.model, config), free_memory(base.device)
+        passes = choose_passes(config, self.work, self.model, shapes, free)
+        if not passes.checkpointing:
+            return passes.tokens
         try:
             base.checkpoint_activations()
         except ModelError as error:
             if config.gradient_checkpointing is True:
                 raise
             reporter.note(f"memory is short, but {error.what}")
-            passes = choose_passes(replace(config, gradient_checkpointing=False), work, source, shapes, free)
-        else:
-            reporter.note(f"activations are computed again, in passes of up to {passes.tokens} tokens")
-    limit_tokens(passes.tokens)
-    return base, ranks
+            without = replace(config, gradient_checkpointing=False)
+            return choose_passes(without, self.work, self.model, shapes, free).tokens
+        reporter.note(f"activations are computed again, in passes of up to {passes.tokens} tokens")
+        return passes.tokens
 
+    def start_role(self, role: str, head: nn.Module | None = None) -> None:
+        """Add the role that is trained: the checkpoint's adapter, or a fresh one."""
+        config, seed = self.config, derive(self.config.seed, self.stage, "adapter")
+        adapter = start_adapter(self.base, self.model, config, seed)
+        self.roles.add(role, adapter, head)
 
-def open_progress(config: Any, trained: dict[str, list[torch.nn.Parameter]]) -> Progress:
-    """One optimiser per named group of parameters."""
-    adam = {"beta1": config.adam_beta1, "beta2": config.adam_beta2, "eps": config.adam_eps}
-    return Progress({n: AdamW(p, **adam, weight_decay=config.weight_decay) for n, p in trained.items()})
+    def add_reference(self) -> None:
+        """Add the frozen reference: the checkpoint's adapter, or the base alone."""
+        self.roles.add("reference", frozen_copy(adapter_of(self.base, self.model, trainable=False)))
 
+    def optimise(self, **trained: list[nn.Parameter]) -> None:
+        """Give every named group of parameters an optimiser."""
+        self.progress = open_progress(self.config, trained)
 
-# --- publishing
+    # --- training
 
+    def batch(self, rows: Sequence[Row], step: int) -> list[Row]:
+        """The rows of optimiser step `step`, over all ranks."""
+        return [rows[i] for i in batch_at(step, len(rows), self.config.batch_size, self.config.seed, self.stage)]
 
-def publish_checkpoint(
-    run: Run,
-    stage: str,
-    config: Any,
-    roles: Roles,
-    text: Text,
-    *,
-    adapter: Adapter,
-    head: ScalarHead | None = None,
-    critic: tuple[Adapter | None, ScalarHead] | None = None,
-    parents: list[tuple[str, ModelRef]],
-    datasets: dict[str, Dataset],
-    metrics: dict[str, Any],
-    lines: list[dict[str, float]],
-    extra_files: tuple[str, ...] = (),
-) -> None:
-    """Write the checkpoint, load it back, compare, and only then publish its manifest.
+    def add_gradients(self, work: Callable[[], Metrics], *, again: Callable[[], object] | None = None) -> Metrics:
+        """`progress.add_gradients` of this session's roles and ranks."""
+        return add_gradients(self.roles, self.ranks, work, again=again)
 
-    Raises TrainingStopped where the model has come to give anything but numbers.
-    """
-    base = roles.base
-    _stop_if_states_overflow(roles, adapter, step=len(lines) - 1)
-    files = save_adapter(run.folder, base, adapter, head)
-    check_reload(base, run.folder, adapter, head)
-    if critic is not None:
-        files += _save_critic(run.folder, base, *critic)
-        own, value_head = critic
-        check_reload(base, run.folder / "critic", own or adapter, value_head, trunk=None if own else run.folder)
-    files += save_tokenizer(run.folder, text)
-    check_tokenizer(run.folder, text, trust_remote_code=config.trust_remote_code)
-    write_config(run, config)
-    files += ["config.yaml", *extra_files]
-    files += [name for name in ("metrics.jsonl", "samples.jsonl") if (run.folder / name).exists()]
-    steps = [line for line in lines if line["step"] > 0]
-    seconds = sum(line.get("seconds", 0.0) for line in steps)
-    rates = {w: sum(line.get(w, 0) for line in steps) / max(seconds, 1e-9) for w in ("tokens", "samples")}
-    manifest = Manifest(
-        stage=stage,
-        base=base.source.base_ref,
-        parents=tuple(
-            Parent(role, str(s.folder.resolve()), s.manifest.stage, checkpoint_digest(s.folder))
-            for role, s in parents
-            if s.folder is not None
-        ),
-        tokenizer_digest=base.source.tokenizer_digest,
-        stop_token_ids=text.stop_ids,
-        config=as_dict(config),
-        datasets={role: {"source": d.source, "digest": d.digest, "rows": len(d.rows)} for role, d in datasets.items()},
-        metrics=metrics,
-        throughput={f"{what}_per_second": rate for what, rate in rates.items()}
-        | {"memory_gb": peak_memory_gb(base.device)},
-        versions=versions(),
-        device=torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu",
-        dtype=str(base.dtype).removeprefix("torch."),
-        steps=len(steps),
-        seconds=seconds,
-    )
-    run.finish(manifest, files)
+    def learning_rate(self, step: int) -> float:
+        """Of step `step`, counted from 0."""
+        config = self.config
+        return learning_rate_at(step, self.total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
 
+    def apply_gradients(self, rates: Metrics, step: int, **patience: float) -> Metrics:
+        """`progress.apply_gradients` with these learning rates, at step `step`, counted from 0."""
+        return apply_gradients(self.progress, rates, self.config.max_grad_norm, self.ranks, step + 1, **patience)
 
-@torch.no_grad()
-def _stop_if_states_overflow(roles: Roles, adapter: Adapter, step: int) -> None:
-    """Raise TrainingStopped where a trained adapter makes of a short text states that are not finite."""
-    with roles.use(next(role for role, own in roles.adapters.items() if own is adapter)):
-        states = roles.base.hidden(probe_sequences(roles.base))
-    if not torch.isfinite(states).all():
-        raise diverged("the trained model gives states that are not finite", step)
+    def train(self, update: Callable[[int], Metrics], evaluate: Callable[[int], Metrics]) -> None:
+        """Run `update(step)` and `evaluate(step)` to the end; see `loop.train`."""
+        train(self, update, evaluate)
 
+    def warn_above_uniform(self, loss: float, what: str, cause: str = "") -> None:
+        """Warn of a loss above that of a uniform guess; the likely cause is the text, if that is odd, else `cause`."""
+        warn_above_uniform(loss, self.base.vocabulary, what, self.text_problem or cause, self.reporter)
 
-def _save_critic(folder: Path, base: Base, adapter: Adapter | None, head: ScalarHead) -> list[str]:
-    """The critic's folder; a critic that shares the policy's trunk has a head alone."""
-    if adapter is not None:
-        return [f"critic/{name}" for name in save_adapter(folder / "critic", base, adapter, head)]
-    from stages.files.tensors import save_tensors
+    # --- the end
 
-    save_tensors(folder / "critic" / "head.safetensors", head.tensors())
-    return ["critic/head.safetensors"]
+    def summarise_metrics(self) -> dict[str, Any]:
+        """The last training loss, and evaluation numbers before and after training."""
+        lines = read_metrics(self.run)
+        return {"train_loss": lines[-1].get("loss"), **before_and_after(lines)}
 
+    def publish(
+        self,
+        role: str,
+        metrics: dict[str, Any],
+        *,
+        rewards: Sequence[ModelRef] = (),
+        extra_files: tuple[str, ...] = (),
+    ) -> None:
+        """Write the checkpoint of `role`; see `publish_checkpoint`."""
+        publish_checkpoint(self, role, metrics, rewards=list(rewards), extra_files=extra_files)
 
-def save_tokenizer(folder: Path, text: Text) -> list[str]:
-    """Save the tokenizer, each file written whole before it gets its name; returns the names."""
-    with atomic.filling(folder) as temporary:
-        text.tokenizer.save_pretrained(temporary)
-        names = sorted(p.name for p in Path(temporary).iterdir() if p.is_file())
-    return names
+    def result(
+        self, data: dict[str, Any], tables: tuple[Table, ...] = (), advice: tuple[str, ...] | None = None
+    ) -> Result:
+        """How the stage ended; `advice` defaults to the commands that one runs next."""
+        following = next_commands(self.stage, self.config) if advice is None else advice
+        return Result(self.stage, "done", self.config.output, data, tables, following)

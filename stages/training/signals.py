@@ -21,25 +21,6 @@ ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to 
 ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
-def _always() -> bool:
-    return True
-
-
-def _silent(text: str) -> None:
-    pass
-
-
-class _Heard:
-    number: int | None = None
-    since = 0.0  # seconds of the clock
-    may_stop: Callable[[], bool] = staticmethod(_always)
-    say: Callable[[str], None] = staticmethod(_silent)
-    save: Callable[[], bool] | None = None
-    echo = False
-    listening = False
-    in_user_code = False
-
-
 class _Dispositions:
     """What our handlers stand in for, by signal; forked children get it back."""
 
@@ -48,81 +29,100 @@ class _Dispositions:
     registered = False
 
 
-@contextmanager
-def listening(
-    may_stop: Callable[[], bool] = _always,
-    say: Callable[[str], None] = _silent,
-    *,
-    save: Callable[[], bool] | None = None,
-    echo: bool = False,
-) -> Iterator[None]:
-    """Within the block the first SIGTERM or SIGINT is only noted, for `check` to find; a second one acts at once.
-
-    While `may_stop()` is false, `check` goes on and tells `say` so, once. `save` saves the run's state, if it can, when
-    user code never comes back; another thread calls it. With `echo` a second signal that follows the first within
-    ECHO_SECONDS is the same one.
-    """
-    _Heard.number, _Heard.may_stop, _Heard.say, _Heard.save, _Heard.echo = None, may_stop, say, save, echo
-    _Heard.listening = True
-    try:
-        with handling(dict.fromkeys(ASKING, _hear)):
-            yield
-    finally:
-        # A signal that came after the last check: the work is done, what follows may finish.
-        _Heard.number, _Heard.may_stop, _Heard.say, _Heard.save, _Heard.echo = None, _always, _silent, None, False
-        _Heard.listening = False
+def _always() -> bool:
+    return True
 
 
-@contextmanager
-def acting_at_once() -> Iterator[None]:
-    """Within the block, which runs code that is not ours, SIGTERM and SIGINT raise StopRequested there and then.
+def _silent(text: str) -> None:
+    pass
 
-    What the code swallows, or turns into another exception, is raised again at the end. Where a run may not stop, they
-    are only noted here, too.
-    """
-    check()
-    try:
-        with handling(dict.fromkeys(ASKING, _hear)):
-            outer, _Heard.in_user_code = _Heard.in_user_code, True
-            try:
+
+class Signals:
+    """The SIGTERM and SIGINT that come to one run."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None  # the signal that came, if one did
+        self._process = os.getpid()  # a forked child was not asked
+        self._since = 0.0  # seconds of the clock
+        self._listening = False
+        self._in_user_code = False
+        self._reset()
+
+    def _reset(
+        self,
+        may_stop: Callable[[], bool] = _always,
+        say: Callable[[str], None] = _silent,
+        save: Callable[[], bool] | None = None,
+        echo: bool = False,
+    ) -> None:
+        self.received, self._may_stop, self._say, self._save, self._echo = None, may_stop, say, save, echo
+
+    @contextmanager
+    def listening(
+        self,
+        may_stop: Callable[[], bool] = _always,
+        say: Callable[[str], None] = _silent,
+        *,
+        save: Callable[[], bool] | None = None,
+        echo: bool = False,
+    ) -> Iterator[None]:
+        """Within the block the first signal is only noted, for `check` to find; a second one acts at once.
+
+        While `may_stop()` is false, `check` goes on and tells `say` so, once. `save` saves the run's state, if it can,
+        when user code never comes back; another thread calls it. With `echo` a second signal that follows the first
+        within ECHO_SECONDS is the same one.
+        """
+        self._reset(may_stop, say, save, echo)
+        self._listening = True
+        try:
+            with handling(dict.fromkeys(ASKING, self._hear)):
                 yield
-            finally:
-                _Heard.in_user_code = outer
-                check()
-    finally:
-        if not _Heard.listening:
-            _Heard.number = None
+        finally:
+            self._reset()  # a signal that came after the last check: the work is done, what follows may finish
+            self._listening = False
 
+    @contextmanager
+    def acting_at_once(self) -> Iterator[None]:
+        """Within the block, which runs code that is not ours, signals raise StopRequested there and then.
 
-def _hear(number: int, frame: object) -> None:
-    again, _Heard.number = _Heard.number is not None, number
-    if not again:
-        _Heard.since = time.monotonic()
-    if _Heard.in_user_code:
-        if _Heard.may_stop():
-            raise StopRequested(number)
-    elif again and (not _Heard.echo or time.monotonic() - _Heard.since > ECHO_SECONDS):
-        raise StopRequested(number, immediate=True)
+        What the code swallows, or turns into another exception, is raised again at the end. Where a run may not stop,
+        they are only noted here, too.
+        """
+        self.check()
+        try:
+            with handling(dict.fromkeys(ASKING, self._hear)):
+                outer, self._in_user_code = self._in_user_code, True
+                try:
+                    yield
+                finally:
+                    self._in_user_code = outer
+                    self.check()
+        finally:
+            if not self._listening:
+                self.received = None
 
+    def check(self) -> None:
+        """Raise StopRequested if a signal came and stopping here loses nothing."""
+        if self.received is None or os.getpid() != self._process:
+            return
+        if self._may_stop():
+            raise StopRequested(self.received)
+        say, self._say = self._say, _silent
+        say(FINISHING)
 
-def received_signal() -> int | None:
-    """The signal that came, if one did."""
-    return _Heard.number
+    def save(self) -> bool:
+        """Save the run's state, for a process that is about to end; False where there is none to save."""
+        return self._save is not None and self._save()
 
-
-def save() -> bool:
-    """Save the run's state, for a process that is about to end; False where there is none to save."""
-    return _Heard.save is not None and _Heard.save()
-
-
-def check() -> None:
-    """Raise StopRequested if a signal came and stopping here loses nothing."""
-    if _Heard.number is None:
-        return
-    if _Heard.may_stop():
-        raise StopRequested(_Heard.number)
-    say, _Heard.say = _Heard.say, _silent
-    say(FINISHING)
+    def _hear(self, number: int, frame: object) -> None:
+        again, self.received = self.received is not None, number
+        if not again:
+            self._since = time.monotonic()
+        if self._in_user_code:
+            if self._may_stop():
+                raise StopRequested(number)
+        elif again and (not self._echo or time.monotonic() - self._since > ECHO_SECONDS):
+            raise StopRequested(number, immediate=True)
 
 
 @contextmanager
@@ -181,5 +181,4 @@ def _as_before() -> None:
     for number, handler in _Dispositions.before.items():
         signal.signal(number, _or_default(handler))
     _Dispositions.before = {}
-    _Heard.number, _Heard.in_user_code = None, False
     _unblock()

@@ -7,7 +7,6 @@ import torch
 
 from stages.models.base import load_base
 from stages.models.source import open_model
-from stages.training import passes
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ("cpu", CUDA)
@@ -25,13 +24,6 @@ def device(device_name) -> torch.device:
     if device_name == "cuda" and not torch.cuda.is_available():
         pytest.fail("no CUDA device: `make gpu-check` is for machines that have one")
     return torch.device(device_name, 0) if device_name == "cuda" else torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def whole_passes(monkeypatch):
-    """No test leaves smaller passes behind for the next."""
-    monkeypatch.setattr(passes._Share, "divisor", 1)
-    monkeypatch.setattr(passes._Share, "tokens", None)
 
 
 @pytest.fixture

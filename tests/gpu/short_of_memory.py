@@ -14,8 +14,9 @@ import torch
 from benchmarks.shapes import build
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
-from stages.training import passes
+from stages.training.devices import Ranks
 from stages.training.language import count_targets, learn_rows
+from stages.training.progress import add_gradients
 from tests.memory import peak_bytes
 from tests.parts import random_adapter, sequences_of
 
@@ -55,17 +56,16 @@ def main(device: torch.device, allowed: int) -> dict:
     trained = roles.parameters("policy")
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    with roles.use("policy"):
-        learn_rows(roles, rows[:1], 1, 1)  # libraries take what they take before the limit is set
-        for parameter in trained:
-            parameter.grad.zero_()
-        if allowed:
-            limit(device, allowed)
-        with peak_bytes(device) as peak:
-            loss = learn_rows(roles, rows, count_targets(rows), count)
+    learn_rows(roles, "policy", rows[:1], 1)  # libraries take what they take before the limit is set
+    roles.zero_gradients()
+    if allowed:
+        limit(device, allowed)
+    base.passes.micro_batch_size = count
+    with peak_bytes(device) as peak:
+        sums = add_gradients(roles, Ranks(device), lambda: learn_rows(roles, "policy", rows, count_targets(rows)))
     numbers = torch.cat([p.grad.flatten() for p in trained]).double()
-    found = {"loss": loss, "norm": float(numbers.norm()), "sum": float(numbers.sum())}
-    return found | {"peak": peak[0], "divisor": passes.pass_divisor()}
+    found = {"loss": sums["loss"], "norm": float(numbers.norm()), "sum": float(numbers.sum())}
+    return found | {"peak": peak[0], "divisor": base.passes.divisor}
 
 
 if __name__ == "__main__":

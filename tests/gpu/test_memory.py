@@ -50,8 +50,7 @@ def test_the_plan_is_within_15_percent_of_what_a_pass_takes(device, dtype, check
         roles.add("policy", new_adapter(base, 32, 32.0, [], 0))
         optimizer = AdamW(roles.parameters("policy"), beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
         rows = [TokenRow(s, torch.arange(len(s)) >= len(s) // 2, False) for s in sequences_of(list(lengths))]
-        with roles.use("policy"):
-            learn_rows(roles, rows, count_targets(rows), "auto")
+        learn_rows(roles, "policy", rows, count_targets(rows))
     assert float(optimizer.gradient.abs().max()) > 0
     config = sft_config(device=device.type, dtype=dtype, lora_rank=32, gradient_checkpointing=checkpointing)
     parts = memory_by_part(config, Work("sft", list(lengths), len(lengths), read=0.5), base.source, shapes)

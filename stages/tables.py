@@ -1,0 +1,310 @@
+"""Every table that a command prints, from one list of measures. No torch: `rlhf report` reads the same from files.
+
+Numbers come from JSON that may lack any of them, or hold what is no number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.results import Table
+
+ABSENT = "-"
+SHOWN_CHARACTERS = 600  # of an example in a table
+REPORTED_STAGES = ("sft", "reward", "ppo", "dpo")
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that is known of a policy on prompts: its key in evaluate.json, and how it is shown."""
+
+    key: str
+    label: str  # where measures are rows
+    heading: str  # where they are columns
+    digits: int
+    percent: bool = False
+
+
+MEASURES = (
+    Measure("kl", "KL to the reference, nats per response", "KL", 2),
+    Measure("score", "score", "score", 3),
+    Measure("gold", "gold score (never trained on)", "gold", 3),
+    Measure("length", "response length, tokens", "length", 1),
+    Measure("eos_rate", "ended with EOS", "EOS", 1, percent=True),
+    Measure("duplicate_rate", "responses that repeat another", "repeated", 1, percent=True),
+    Measure("distinct_1", "distinct tokens / tokens", "distinct-1", 2),
+    Measure("distinct_2", "distinct pairs of tokens / pairs", "distinct-2", 2),
+)
+
+
+# --- cells
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from JSON is a number; true and false are not, nor is one too large to reckon with."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
+
+
+def format_number(value: object, digits: int) -> str:
+    """A number with so many decimals, or a dash."""
+    if not is_number(value):
+        return ABSENT
+    return f"{value:,.{digits}f}" if math.isfinite(value) else str(value)  # type: ignore[arg-type]
+
+
+def format_share(rate: object, low: object = None, high: object = None, note: str = "") -> str:
+    """A share in per cent, with its interval if there is one."""
+    if not is_number(rate):
+        return ABSENT
+    interval = f"{100 * low:.1f} to {100 * high:.1f}" if is_number(low) and is_number(high) else ""  # type: ignore
+    about = (interval + note).removeprefix(", ")
+    return f"{100 * rate:.1f} %" + (f" ({about})" if about else "")  # type: ignore[operator]
+
+
+def format_measure(row: Row, measure: Measure) -> str:
+    """One measure of one policy, with its standard error if it has one."""
+    if measure.percent:
+        return format_share(row.get(measure.key))
+    text, error = format_number(row.get(measure.key), measure.digits), row.get(f"{measure.key}_error")
+    return f"{text} ± {format_number(error, measure.digits)}" if is_number(error) else text
+
+
+def format_interval(report: Row, name: str) -> str:
+    """A share between 0 and 1 with its 95 % interval."""
+    return f"{report[name]:.3f} [{report[f'{name}_low']:.3f}, {report[f'{name}_high']:.3f}]"
+
+
+def format_text(value: object) -> str:
+    """A prompt or response as text; a list of messages as `role: content` lines."""
+    if isinstance(value, list):
+        turns = [m for m in value if isinstance(m, dict)]
+        return "\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in turns)
+    return ABSENT if value is None else str(value).strip() or "(empty)"
+
+
+def beginning(text: str) -> str:
+    """As much of a response as a table bears; --json has all of it."""
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " ..."
+
+
+def ending(text: str) -> str:
+    """As much of a prompt as a table bears: its end, which is what was answered."""
+    return text if len(text) <= SHOWN_CHARACTERS else "... " + text[-SHOWN_CHARACTERS:].lstrip()
+
+
+def inner(mapping: object, *keys: str) -> object:
+    """A nested value, None if any step of the way is absent or not a mapping."""
+    for key in keys:
+        mapping = mapping.get(key) if isinstance(mapping, dict) else None
+    return mapping
+
+
+def part(mapping: object, *keys: str) -> dict:
+    """A nested mapping, empty if there is none."""
+    found = inner(mapping, *keys)
+    return found if isinstance(found, dict) else {}
+
+
+# --- any stage
+
+
+def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
+    """Final numbers as a two-column table."""
+    shown = [(k, v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return Table(title, ("measure", "value"), tuple((k, f"{v:.4g}") for k, v in shown))
+
+
+def facts_table(title: str, facts: dict[str, Any]) -> Table:
+    """Whatever was decided, as a two-column table."""
+    return Table(title, ("what", "value"), tuple((k.replace("_", " "), _fact(v)) for k, v in facts.items()))
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
+
+
+def memory_table(parts: dict[str, float], title: str = "estimated peak memory") -> Table:
+    """Bytes by part, in GB."""
+    return Table(title, ("part", "GB"), tuple((name, f"{size / 1e9:.3f}") for name, size in parts.items()))
+
+
+def alarm_table(alarms: dict[str, list[int]], updates: int, advice: dict[str, str]) -> Table:
+    """A line for each watched condition that held, with the updates at which it did."""
+    rows = tuple(
+        (name, f"{len(steps)} of {updates}", f"{steps[0]}", f"{steps[-1]}", advice[name])
+        for name, steps in alarms.items()
+    )
+    return Table("alarms", ("condition", "updates", "first", "last", "what helps"), rows)
+
+
+def before_and_after_table(metrics: dict[str, float]) -> Table:
+    """PPO on held-out prompts before the first update and after the last."""
+    rows = tuple(
+        (measure.label, f"{metrics[f'eval_{measure.key}_before']:.4g}", f"{metrics[f'eval_{measure.key}']:.4g}")
+        for measure in MEASURES
+        if f"eval_{measure.key}_before" in metrics
+    )
+    return Table("ppo on held-out prompts", ("measure", "start", "end"), rows)
+
+
+# --- comparisons: reward models and implicit rewards
+
+
+def describe_pairs(report: dict, what: str = "") -> str:
+    """How many pairs (`what`) a report is on, and of how many prompts if those are fewer."""
+    counted = f"{report['pairs']} {what}".strip()
+    return counted if report["clusters"] == report["pairs"] else f"{counted} of {report['clusters']} prompts"
+
+
+def comparison_tables(report: dict, title: str) -> tuple[Table, ...]:
+    """A report on comparisons: its measures, calibration, and accuracy by difference in length."""
+    summary = (
+        ("held-out pairs", describe_pairs(report)),
+        *((("ties, which count half", str(report["ties"])),) if report["ties"] else ()),
+        ("accuracy [95 % interval]", format_interval(report, "accuracy")),
+        ("accuracy of 'longer wins'", f"{report['longer_wins_accuracy']:.3f}"),
+        ("calibration error", f"{report['calibration_error']:.3f}"),
+        ("log-loss (chance is 0.693)", f"{report['log_loss']:.4f}"),
+        ("margin, mean and std", f"{report['margin_mean']:.3f}  {report['margin_std']:.3f}"),
+        ("score of chosen, mean and std", f"{report['score_chosen_mean']:.3f}  {report['score_chosen_std']:.3f}"),
+        ("score of rejected, mean and std", f"{report['score_rejected_mean']:.3f}  {report['score_rejected_std']:.3f}"),
+        ("correlation of score and length", f"{report['score_length_corr']:.3f}"),
+    )
+    calibration = tuple(
+        (f"{b['low']:.2f}-{b['high']:.2f}", str(b["count"]), f"{b['predicted']:.3f}", f"{b['observed']:.3f}")
+        for b in report["calibration"]
+        if b["count"]
+    )
+    by_length = tuple(
+        (_range(b["low"], b["high"]), str(b["count"]), f"{b['accuracy']:.3f}")
+        for b in report["by_length_difference"]
+        if b["count"]
+    )
+    return (
+        Table(title, ("measure", "value"), summary),
+        Table("calibration", ("predicted", "pairs", "mean predicted", "observed"), calibration),
+        Table("by length", ("chosen length - rejected length, tokens", "pairs", "accuracy"), by_length),
+    )
+
+
+def _range(low: float, high: float) -> str:
+    if low <= -1e9:
+        return f"under {high:g}"
+    return f"{low:g} or more" if high >= 1e9 else f"{low:g} to {high:g}"
+
+
+def scorers_table(reports: list[dict]) -> Table:
+    """Several models' reports on the same comparisons, a row each, and what length alone would reach."""
+    rows = [
+        (
+            str(report["label"]),
+            "reward model" if report["kind"] == "reward_model" else "implicit",
+            format_interval(report, "accuracy"),
+            *(f"{report[name]:.3f}" for name in ("log_loss", "margin_mean", "score_length_corr", "agreement")),
+        )
+        for report in reports
+    ]
+    longer = f"{reports[0]['longer_wins_accuracy']:.3f}"
+    rows.append(("baseline: longer wins", ABSENT, longer, *[ABSENT] * 4))
+    columns = ("model", "score", "accuracy [95 %]", "log-loss", "margin", "score-length corr.", "agreement")
+    return Table(f"{describe_pairs(reports[0], 'pairs')}, side by side", columns, tuple(rows))
+
+
+# --- policies on prompts: what evaluate.json holds
+
+
+def evaluation_tables(evaluation: Row, label: str = "", *, with_examples: bool = True) -> tuple[Table, ...]:
+    """Every table that evaluate.json has numbers for: the policies, the curves over KL, and examples."""
+    tables = (policy_table(evaluation, label), *curve_tables(evaluation, label))
+    return (*tables, examples_table(evaluation, label)) if with_examples else tables
+
+
+def name_sides(evaluation: Row) -> tuple[str, ...]:
+    """What is compared: SFT and PPO, unless the folders are called otherwise; PPO alone if nothing was compared."""
+    paths = [inner(evaluation, key) for key in ("compared_with", "model")]
+    names = [Path(path).name if isinstance(path, str) else "" for path in paths]
+    if names[0] and names[0] == names[1]:  # two runs of one stage: only the whole path tells them apart
+        return str(paths[0]), str(paths[1])
+    sft, ppo = (name.upper() if name in REPORTED_STAGES else name for name in names)
+    alone = not (sft or part(evaluation, "against"))
+    return (ppo or "PPO",) if alone else (sft or "SFT", ppo or "PPO")
+
+
+def policy_table(evaluation: Row, label: str = "") -> Table:
+    """The evaluated policy, beside what it was compared with if it was, measure by measure."""
+    names = name_sides(evaluation)
+    sides = [part(evaluation, side) for side in ("against", "policy")][-len(names) :]
+    rows = [
+        (measure.label, *(format_measure(side, measure) for side in sides))
+        for measure in MEASURES
+        if any(is_number(side.get(measure.key)) for side in sides)
+    ]
+    for source, meaning in (("reward", "wins by score"), ("gold", "wins by gold score")):
+        rate = part(evaluation, "win_rate", source)
+        if is_number(rate.get("rate")):
+            counted = f", n {format_number(rate['n'], 0)}" if is_number(rate.get("n")) else ""
+            wins = format_share(rate["rate"], rate.get("low"), rate.get("high"), counted)
+            rows.append((meaning, *[ABSENT] * (len(names) - 1), wins))
+    prompts = evaluation.get("prompts")
+    on = f" on {format_number(prompts, 0)} prompts" if is_number(prompts) else ""
+    return Table(f"{label}{' against '.join(names)}{on}", ("measure", *names), tuple(rows))
+
+
+def examples_table(evaluation: Row, label: str = "") -> Table:
+    """The same prompts answered by each side, with their scores."""
+    names = name_sides(evaluation)
+    keys = (("against", "against_score", "against_gold"), ("response", "score", "gold"))[-len(names) :]
+    listed = evaluation.get("examples")
+    examples = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+    rows = [(ending(format_text(e.get("prompt"))), *(_response(e, *side) for side in keys)) for e in examples]
+    return Table(f"{label}the same prompts, answered by {' and '.join(names)}", ("prompt", *names), tuple(rows))
+
+
+def _response(example: Row, text: str, score: str, gold: str) -> str:
+    """A response with its scores in a line below."""
+    known = [(name, example.get(key)) for name, key in (("score", score), ("gold", gold))]
+    scores = ", ".join(f"{name} {format_number(value, 2)}" for name, value in known if is_number(value))
+    lines = [beginning(format_text(example.get(text))), f"[{scores}]" if scores else ""]
+    return "\n".join(filter(None, lines))
+
+
+def curve_rows(value: object, name: str) -> list[Row]:
+    """The rows in a value from JSON that have a `name` and a finite KL, by rising KL."""
+    rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+    return sorted((row for row in rows if name in row and is_finite(row.get("kl"))), key=lambda row: row["kl"])
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value from JSON is a number that can be drawn."""
+    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def curve_tables(evaluation: Row, label: str = "") -> tuple[Table, ...]:
+    """The best of n, several policies by KL, and where the gold score turns, as far as they were measured."""
+    best, policies = curve_rows(evaluation.get("best_of"), "n"), curve_rows(evaluation.get("frontier"), "model")
+    tables: tuple[Table, ...] = ()
+    if best:
+        tables += (_curve_table(f"{label}best of n by score (KL: upper bound)", "n", [(str(r["n"]), r) for r in best]),)
+    if policies:
+        named = [(str(row.get("label", row["model"])), row) for row in policies]
+        named += [(f"best of {row['n']}", row) for row in best]
+        by_kl = sorted(named, key=lambda pair: pair[1]["kl"])
+        tables += (_curve_table(f"{label}by KL to the reference", "model", by_kl),)
+    turn = evaluation.get("over_optimisation")
+    if isinstance(turn, str):
+        tables += (Table("", (f"{label}over-optimisation",), ((turn,),)),)
+    return tables
+
+
+def _curve_table(title: str, first: str, named: Iterable[tuple[str, Row]]) -> Table:
+    named = list(named)
+    measures = [m for m in MEASURES if any(is_number(row.get(m.key)) for _, row in named)]
+    cells = [(name, *(format_measure(row, measure) for measure in measures)) for name, row in named]
+    return Table(title, (first, *(measure.heading for measure in measures)), tuple(cells))

@@ -1,0 +1,121 @@
+"""Opens what every command works with: the tokenizer, encoded rows, and the base on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from stages.errors import CheckpointError, DatasetError, ModelError
+from stages.files.manifest import MANIFEST
+from stages.models.base import Base, load_base, stop_ids_of
+from stages.models.checks import check_config
+from stages.models.coverage import measure_coverage, sample_texts
+from stages.models.source import ModelRef, lora_type_of
+from stages.models.tokens import Text, TokenRow, load_text
+from stages.results import Reporter
+from stages.training.comparing import TokenComparison
+from stages.training.devices import pick_device, pick_dtype
+
+Row = TypeVar("Row")
+Out = TypeVar("Out")
+
+
+def open_text(source: ModelRef, config: Any, reporter: Reporter | None = None) -> Text:
+    """The tokenizer of a source, with the chat template that the config asks for; odd ones are warned of.
+
+    Raises CheckpointError where a checkpoint's stop tokens are none of the vocabulary.
+    """
+    check_config(source, trust_remote_code=config.trust_remote_code)  # a tokenizer is loaded by it as well
+    stop_ids = stop_ids_of(source)
+    text = load_text(
+        source.tokenizer,
+        chat_template=config.chat_template,
+        stop_ids=stop_ids,
+        trust_remote_code=config.trust_remote_code,
+    )
+    stated = source.config.get("vocab_size")
+    vocabulary = max(len(text.tokenizer), stated if type(stated) is int else 0)
+    if source.manifest is not None and max(stop_ids, default=0) >= vocabulary:
+        raise CheckpointError(
+            f"`{MANIFEST}` is damaged at `stop_token_ids`: there is no token {max(stop_ids)}",
+            where=str(source.folder),
+            fix="copy the checkpoint again, or run the command that made it with --overwrite",
+        )
+    for line in text.warnings if reporter is not None else ():
+        reporter.warn(line)
+    return text
+
+
+def encode_all(
+    rows: list[Row], encode: Callable[[Row], Out], *, skip_bad: bool, reporter: Reporter, what: str
+) -> list[Out]:
+    """Tokenise rows; a row that cannot be used is an error, or dropped and counted with --skip-bad-rows."""
+    out: list[Out] = []
+    problems: list[DatasetError] = []
+    for row in rows:
+        try:
+            out.append(encode(row))
+        except DatasetError as error:
+            problem = DatasetError(error.what, where=error.where or row.where, fix=error.fix)
+            if not skip_bad:
+                raise problem from None
+            problems.append(problem)
+    if rows and not out:
+        first = problems[0]
+        raise DatasetError(
+            f"none of the {len(rows)} {what} can be used; {first.what}", where=first.where, fix=first.fix
+        )
+    if problems:
+        first = f"{problems[0].where}: {problems[0].what}"
+        reporter.warn(f"{len(problems)} of {len(rows)} {what} cannot be used and were dropped; {first}")
+    return out
+
+
+def report_cuts(rows: Sequence[TokenRow | TokenComparison], limit: int, reporter: Reporter, what: str) -> None:
+    """Say how many rows were too long and lost a part."""
+    cut = sum(row.cut for row in rows)
+    if cut:
+        reporter.note(f"{cut} of {len(rows)} {what} were cut to {limit} tokens")
+
+
+def check_coverage(text: Text, rows: list, reporter: Reporter, *, what: str) -> str:
+    """Warn of rows in a language that the tokenizer does not know; returns why they are unreadable, empty if not."""
+    cause = measure_coverage(text.tokenizer, sample_texts(rows)).cause
+    if cause:
+        reporter.warn(
+            f"the base can hardly read the {what}: {cause}. Losses, scores and responses on them mean little; choose a "
+            "base whose tokenizer was made for this language"
+        )
+    return cause
+
+
+def context_limit(wanted: int, source: ModelRef, reporter: Reporter) -> int:
+    """Longest row in tokens: what was asked for, or what the base's context allows."""
+    if wanted > source.context:
+        reporter.note(f"the base attends over {source.context} tokens; max_tokens is {source.context}")
+    return min(wanted, source.context)
+
+
+def open_base(source: ModelRef, config: Any, text: Text) -> Base:
+    """Load the base on the configured device.
+
+    Raises ModelError where the tokenizer has tokens that the base has no embedding for.
+    """
+    device = pick_device(config.device)
+    base = load_base(
+        source,
+        device=device,
+        dtype=pick_dtype(config.dtype, device),
+        four_bit=config.load_in_4bit,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if lora_type_of(config, source) == "dora":
+        base.prepare_for_dora()
+    if len(text.tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"the tokenizer has {len(text.tokenizer)} tokens, the base has embeddings for "
+            f"{base.model.get_input_embeddings().weight.shape[0]}",
+            where="--model",
+            fix="use the tokenizer that belongs to the base",
+        )
+    return base

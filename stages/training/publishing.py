@@ -1,0 +1,115 @@
+"""Writes a stage's checkpoint: files, read back and compared, and the manifest last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.config import as_dict
+from stages.files import atomic
+from stages.files.manifest import Manifest, Parent, checkpoint_digest, versions
+from stages.files.run import write_config
+from stages.files.tensors import save_tensors
+from stages.models.base import Base
+from stages.models.heads import ScalarHead
+from stages.models.lora import Adapter
+from stages.models.roles import HEAD, Roles, save_adapter
+from stages.models.source import ModelRef
+from stages.models.tokens import Text
+from stages.training.devices import peak_memory_gb
+from stages.training.loop import read_metrics
+from stages.training.progress import diverged
+from stages.training.reload import check_reload, check_tokenizer, probe_sequences
+
+if TYPE_CHECKING:
+    from stages.training.session import Session
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+def publish_checkpoint(
+    session: Session,
+    role: str,
+    metrics: dict[str, Any],
+    *,
+    rewards: list[ModelRef],
+    extra_files: tuple[str, ...] = (),
+) -> None:
+    """Write the checkpoint of `role`, with the critic if there is one; load it back, compare, then write its manifest.
+
+    Raises TrainingStopped if the model has come to give anything but numbers.
+    """
+    roles, base, run, text = session.roles, session.base, session.run, session.text
+    lines = read_metrics(run)
+    _stop_if_states_overflow(roles, role, step=len(lines) - 1)
+    adapter, head = roles.adapters[role], roles.heads.get(role)
+    files = save_adapter(run.folder, base, adapter, head)
+    check_reload(base, run.folder, adapter, head)
+    if "critic" in roles.heads:
+        own = roles.adapters.get("critic")
+        files += _save_critic(run.folder / "critic", base, own, roles.heads["critic"])
+        trunk = None if own else run.folder
+        check_reload(base, run.folder / "critic", own or adapter, roles.heads["critic"], trunk=trunk)
+    files += save_tokenizer(run.folder, text)
+    check_tokenizer(run.folder, text, trust_remote_code=session.config.trust_remote_code)
+    write_config(run, session.config)
+    files += ["config.yaml", *extra_files, *(name for name in LOGS if (run.folder / name).exists())]
+    parents = [("model", session.inputs.source), *(("reward", reward) for reward in rewards)]
+    run.finish(_manifest(session, metrics, lines, parents), files)
+
+
+def _manifest(
+    session: Session, metrics: dict[str, Any], lines: list[dict[str, float]], parents: list[tuple[str, ModelRef]]
+) -> Manifest:
+    base, data = session.base, session.inputs.data
+    steps = [line for line in lines if line["step"] > 0]
+    seconds = sum(line.get("seconds", 0.0) for line in steps)
+    rates = {w: sum(line.get(w, 0) for line in steps) / max(seconds, 1e-9) for w in ("tokens", "samples")}
+    return Manifest(
+        stage=session.stage,
+        base=base.source.base_ref,
+        parents=tuple(
+            Parent(role, str(ref.folder.resolve()), ref.manifest.stage, checkpoint_digest(ref.folder))
+            for role, ref in parents
+            if ref.folder is not None
+        ),
+        tokenizer_digest=base.source.tokenizer_digest,
+        stop_token_ids=session.text.stop_ids,
+        config=as_dict(session.config),
+        datasets={"train": {"source": data.source, "digest": data.digest, "rows": len(data.rows)}},
+        metrics=metrics,
+        throughput={f"{what}_per_second": rate for what, rate in rates.items()}
+        | {"memory_gb": peak_memory_gb(base.device)},
+        versions=versions(),
+        device=torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu",
+        dtype=str(base.dtype).removeprefix("torch."),
+        steps=len(steps),
+        seconds=seconds,
+    )
+
+
+@torch.no_grad()
+def _stop_if_states_overflow(roles: Roles, role: str, step: int) -> None:
+    """Raise TrainingStopped if a trained role makes of a short text states that are not finite."""
+    with roles.use(role):
+        states = roles.base.hidden(probe_sequences(roles.base))
+    if not torch.isfinite(states).all():
+        raise diverged("the trained model gives states that are not finite", step)
+
+
+def _save_critic(folder: Path, base: Base, adapter: Adapter | None, head: ScalarHead) -> list[str]:
+    """The critic's folder; a critic that shares the policy's trunk has a head alone."""
+    if adapter is not None:
+        return [f"critic/{name}" for name in save_adapter(folder, base, adapter, head)]
+    save_tensors(folder / HEAD, head.tensors())
+    return [f"critic/{HEAD}"]
+
+
+def save_tokenizer(folder: Path, text: Text) -> list[str]:
+    """Save the tokenizer, each file written whole before it gets its name; returns the names."""
+    with atomic.filling(folder) as temporary:
+        text.tokenizer.save_pretrained(temporary)
+        names = sorted(p.name for p in Path(temporary).iterdir() if p.is_file())
+    return names
