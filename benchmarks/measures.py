@@ -22,7 +22,6 @@ from stages.rollout.generate import ROWS_AT_ONCE, Sampling, generate
 from stages.rollout.sources import model_scores
 from stages.training.devices import Ranks, free_memory
 from stages.training.language import learn_rows
-from stages.training.loop import Progress
 from stages.training.memory import Shapes
 from stages.training.plan import (
     PassPlan,
@@ -34,7 +33,7 @@ from stages.training.plan import (
     resident_bytes,
     rollout_rows,
 )
-from stages.training.progress import open_progress
+from stages.training.progress import Progress, open_progress
 from stages.training.session import Session
 
 NEVER = (-1,)  # a stop token that is never drawn: every response has its full length

@@ -168,9 +168,9 @@ def test_every_stage_trains_and_samples_on_the_served_tokens(tmp_path, monkeypat
     seen: dict[str, list[list[int]]] = {"learned": [], "asked": []}
     learn, generate = stages.sft.learn_rows, stages.sample.generate
 
-    def note_learned(roles, rows, *rest):
+    def note_learned(roles, role, rows, *rest):
         seen["learned"] += [row.ids.tolist() for row in rows]
-        return learn(roles, rows, *rest)
+        return learn(roles, role, rows, *rest)
 
     def note_asked(base, prompts, *rest, **options):
         seen["asked"] += [ids.tolist() for ids in prompts]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.files.tensors import load_tensors
-from stages.training import session
+from stages.training import publishing
 from tests.commands import SHORT, done, refused, rlhf, write_data
 from tests.parts import publish_checkpoint, random_adapter, random_head
 from tests.test_models_base import open_folder, save_model
@@ -114,13 +114,13 @@ def test_weights_that_are_finite_but_give_no_numbers_are_not_published(model_fol
     """Without held-out rows nothing is measured before publishing."""
     line = training("sft", data, model_folder("llama"), data / "out", "--max-steps", 1, "--eval-fraction", 0)
 
-    def spoiled(roles, adapter, step):
-        for parameter in adapter.parameters():
+    def spoiled(roles, role, step):
+        for parameter in roles.parameters(role):
             parameter.data.fill_(1e18)
-        return whole(roles, adapter, step)
+        return whole(roles, role, step)
 
-    whole = session._stop_if_states_overflow
-    monkeypatch.setattr(session, "_stop_if_states_overflow", spoiled)
+    whole = publishing._stop_if_states_overflow
+    monkeypatch.setattr(publishing, "_stop_if_states_overflow", spoiled)
     ended = rlhf(*line)
     assert ended.code == 3 and "states that are not finite" in ended.stderr, ended.stderr
     assert not (data / "out" / "checkpoint.json").exists()
@@ -130,7 +130,7 @@ def test_weights_that_are_finite_but_give_no_numbers_are_not_published(model_fol
 def test_a_run_in_which_no_gradient_was_finite_is_not_published(model_folder, data, monkeypatch, stage):
     from stages.training.optimizer import AdamW
 
-    monkeypatch.setattr("stages.training.loop.clip", lambda *_: float("nan"))
+    monkeypatch.setattr("stages.training.progress.clip", lambda *_: float("nan"))
     stepped = []
     monkeypatch.setattr(AdamW, "step", lambda *_: stepped.append(1))
     more = ("--stop-on", "none") if stage == "ppo" else ()

@@ -233,7 +233,7 @@ def test_tables_have_short_headings_and_readable_prompts(chain):
     line = ("evaluate", "--model", found.ppo, "--against", found.sft, "--reward", found.reward, *SHORT)
     ended = rlhf(*line, "--dataset", found.prompts, "--limit-rows", 4)
     heading = next(line for line in ended.stdout.splitlines() if line.startswith("measure"))
-    assert heading.split() == ["measure", "sft", "ppo"]
+    assert heading.split() == ["measure", "SFT", "PPO"]
     assert "user: red six" in ended.stdout and "{'role'" not in ended.stdout
     assert ended.stdout.splitlines()[-1] == f"next: rlhf export --model {found.ppo} --output DIR"
 

@@ -309,13 +309,13 @@ def test_other_sampling_than_in_training_is_told(chain, scores):
 def test_what_is_refused_before_a_model_loads(chain, monkeypatch, more, words):
     found = chain()
     names = {"R": str(found.reward), "S": str(found.sft), "S/state": f"{found.sft}/state", "D": str(found.prompts)}
-    monkeypatch.setattr("stages.training.session.load_base", None)
+    monkeypatch.setattr("stages.training.opening.load_base", None)
     said = refused("evaluate", "--model", found.ppo, "--dataset", found.prompts, *(names.get(m, m) for m in more))
     assert all(word in said for word in words), said
 
 
 def test_a_plot_without_matplotlib_is_refused_before_a_model_loads(chain, monkeypatch, tmp_path):
-    monkeypatch.setattr("stages.training.session.load_base", None)
+    monkeypatch.setattr("stages.training.opening.load_base", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     line = ("evaluate", "--model", chain().ppo, "--dataset", chain().prompts, "--reward", chain().reward)

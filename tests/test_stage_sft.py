@@ -340,7 +340,7 @@ def test_rows_that_are_too_long_lose_their_end_without_a_false_eos(chain, tmp_pa
     data = write_jsonl(tmp_path / "rows.jsonl", [row] * 4)
     flags = ("--max-steps", 1, "--batch-size", 2, "--eval-dataset", data, "--samples", 0, "--max-tokens", 6)
     ended = done("sft", "--model", base, "--dataset", data, "--output", tmp_path / "x", *flags)
-    assert "4 of 4 rows were cut to 6 tokens" in ended.stderr
+    assert "4 of 4 demonstrations were cut to 6 tokens" in ended.stderr
     before = lines_of(tmp_path / "x" / "metrics.jsonl")[0]["eval_loss"]
     assert before == pytest.approx(expected, abs=1e-5)
 
