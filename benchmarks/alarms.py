@@ -220,7 +220,7 @@ def train(bench: Bench, run: Run) -> Path:
 
 def outcome_of(run: Run, folder: Path) -> Outcome:
     """A finished run, with the update at which each condition begins by the present thresholds."""
-    from stages.rollout.watchdog import MetricsHistory, check_conditions
+    from stages.diagnostics.conditions import MetricsHistory, check_conditions
 
     lines = [line for line in read_rows(folder / "metrics.jsonl") if "reward_score" in line]
     ends_matter = run.task == "tiny"  # where a missing end is charged
@@ -237,7 +237,7 @@ def outcome_of(run: Run, folder: Path) -> Outcome:
 
 def write_results(bench: Bench, outcomes: list[Outcome]) -> None:
     """Tables as Markdown, with what they were measured on, and the commands of every step."""
-    from stages.rollout.watchdog import CONDITION_CHECKS
+    from stages.diagnostics.conditions import CONDITION_CHECKS
 
     about = ", ".join(f"{name} {value}" for name, value in machine().items())
     text = f"{about}\n\n{tables(outcomes, tuple(CONDITION_CHECKS))}"

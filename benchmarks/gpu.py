@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> dict:
     import torch
     from measures import SIZES, ceilings
 
-    from stages.files.manifest import versions
+    from stages.checkpoint.manifest import versions
 
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
     if device.type == "cpu":

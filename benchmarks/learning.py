@@ -250,7 +250,7 @@ def main() -> None:
 
 def write_results(bench: Bench, found: dict, points: list[Point], best_of: dict[int, list[dict]]) -> None:
     """Numbers as JSON, tables as Markdown, and two plots."""
-    from stages.rollout.plot import write_plot
+    from stages.diagnostics.plot import write_plot
 
     about = {"machine": machine(), "commands": bench.commands, "knobs": {"policy": POLICY, **ONLINE, "dpo": DPO}}
     record = {**about, **found, "points": [asdict(p) for p in points], "best_of_by_seed": best_of}

@@ -19,7 +19,7 @@ from stages.rollout.clipped import ExperienceWithAdvantages, clipped_steps
 from stages.rollout.estimate import estimate_advantages
 from stages.rollout.experience import Experience, lay_out, role_logprobs, role_values
 from stages.rollout.generate import ROWS_AT_ONCE, Sampling, generate
-from stages.rollout.sources import model_scores
+from stages.rollout.reward_sources import model_scores
 from stages.training.devices import Ranks, free_memory
 from stages.training.language import learn_rows
 from stages.training.memory import Shapes

@@ -213,8 +213,8 @@ class Problem:
 def open_roles(model: Path, task: Task):
     """The base of a folder with the adapter that `rlhf ppo` starts from there, or ended with; and encoded prompts."""
     from stages.models.base import load_base
+    from stages.models.model_ref import open_model
     from stages.models.roles import Roles, adapter_of, new_adapter
-    from stages.models.source import open_model
     from stages.training.seeds import derive
 
     source = open_model(str(model), stages=("ppo",), what="--model")

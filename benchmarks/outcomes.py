@@ -179,7 +179,7 @@ def cell(value: tuple[float, float], digits: int = 3) -> str:
 
 def draw(points: list[Point], best_of: dict[int, list[dict]], measure: str, title: str) -> Figure:
     """A measure against KL as a picture: every run a line, a colour for each method."""
-    from stages.rollout import plot
+    from stages.diagnostics import plot
 
     column = {"gold": "gold", "proxy": "score"}[measure]
     curves = [

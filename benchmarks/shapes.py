@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from stages.models.base import Base, base_of
-from stages.models.source import ModelRef
+from stages.models.model_ref import ModelRef
 from stages.training.memory import Shapes, shapes_of
 
 QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6}

@@ -12,7 +12,7 @@ from outcomes import line_of, of_texts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stages.rollout.watchdog import kl_limit, kl_warning  # noqa: E402
+from stages.diagnostics.conditions import kl_limit, kl_warning  # noqa: E402
 
 Metrics = dict[str, float | None]
 

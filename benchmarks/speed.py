@@ -66,7 +66,7 @@ def child(stage: str, line: list[str]) -> None:
 
     torch.set_num_threads(1)
     from rlhf_cli.main import app
-    from stages.files.run import Run
+    from stages.checkpoint.run import Run
 
     marks: dict[int, tuple[float, float, float]] = {}
     log = Run.log

@@ -18,7 +18,7 @@ AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 MASKS = ("completion", "assistant", "all")
 CRITIC_FREE = ("rloo", "grpo", "reinforce++", "reinforce++-baseline")
-CONDITION_NAMES = (  # what PPO is watched for; see stages/rollout/watchdog.py
+CONDITION_NAMES = (  # what PPO is watched for; see stages/diagnostics/conditions.py
     "kl", "negative-kl", "ratio", "entropy", "length", "no-eos", "critic", "dead-groups", "nan", "reward-range",
     "repetition",
 )  # fmt: skip

@@ -8,9 +8,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from stages.checkpoint.atomic import write_json
 from stages.config import DpoConfig
 from stages.errors import DatasetError
-from stages.files.atomic import write_json
 from stages.inputs import Inputs
 from stages.maths.preferences import dpo_loss, implicit_reward, ipo_loss, kto_baseline, kto_loss
 from stages.models.roles import Roles

@@ -8,10 +8,13 @@ from functools import partial
 
 from torch import Tensor
 
+from stages.checkpoint.atomic import write_json
 from stages.config import EvaluateConfig
+from stages.data.rows import Demonstration, Prompt
+from stages.diagnostics.comparison_evaluation import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
+from stages.diagnostics.kl_curve import describe_over_optimisation, plot_kl_curve, turning_point
+from stages.diagnostics.plot import write_plot
 from stages.errors import ConfigError, DatasetError, NotFiniteError
-from stages.files.atomic import write_json
-from stages.files.rows import Demonstration, Prompt
 from stages.inputs import Inputs
 from stages.maths.statistics import clustered_interval, mean_with_error
 from stages.models.candidates import Candidate, candidate_of, labels_of
@@ -19,10 +22,7 @@ from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow
 from stages.places import absolute
 from stages.results import Reporter, Result, Table
-from stages.rollout.contest import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
-from stages.rollout.frontier import describe_over_optimisation, plot_kl_curve, turning_point
-from stages.rollout.generate import Sampling, check_engine
-from stages.rollout.measure import (
+from stages.rollout.evaluation import (
     EvaluationSetup,
     ScoredRollout,
     best_of_rows,
@@ -30,8 +30,8 @@ from stages.rollout.measure import (
     sampling_of,
     summarise_responses,
 )
-from stages.rollout.plot import write_plot
-from stages.rollout.sources import RewardSources, check_templates
+from stages.rollout.generate import Sampling, check_engine
+from stages.rollout.reward_sources import RewardSources, check_templates
 from stages.tables import evaluation_tables, facts_table, metrics_table
 from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of, warn_above_uniform

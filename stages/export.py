@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from stages.checkpoint import atomic
 from stages.config import ExportConfig
+from stages.data.rows import Demonstration
 from stages.errors import ModelError, NotFiniteError
-from stages.files import atomic
-from stages.files.rows import Demonstration
 from stages.inputs import Inputs
 from stages.models.base import Base, load_base
 from stages.models.checks import check_finite

@@ -20,6 +20,8 @@ from functools import partial
 import torch
 
 from stages.config import AUTO, PpoConfig
+from stages.diagnostics.conditions import ADVICE
+from stages.diagnostics.watchdog import Watchdog, add_resume_advice, alarms_in
 from stages.errors import ConfigError, TrainingStopped
 from stages.inputs import Inputs
 from stages.maths.kl import next_kl_coef
@@ -39,10 +41,8 @@ from stages.rollout.experience import (
 )
 from stages.rollout.generate import ROWS_AT_ONCE, Sampling, check_engine
 from stages.rollout.held_out import respond_to_held_out
-from stages.rollout.measures import summarise_rollout
-from stages.rollout.sources import RewardSources, check_templates
-from stages.rollout.watchdog import ADVICE
-from stages.rollout.watching import Watchdog, add_resume_advice, alarms_in
+from stages.rollout.metrics import summarise_rollout
+from stages.rollout.reward_sources import RewardSources, check_templates
 from stages.tables import alarm_table, before_and_after_table, metrics_table
 from stages.training.batching import batch_at, prompts_at
 from stages.training.devices import free_memory, peak_memory_gb, pick_device

@@ -7,19 +7,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from stages.checkpoint.atomic import write_json
 from stages.config import RewardConfig
-from stages.files.atomic import write_json
-from stages.files.rows import Prompt
+from stages.data.rows import Prompt
+from stages.diagnostics.baselines import baselines
+from stages.diagnostics.verdict import reach_verdict
 from stages.inputs import Inputs
 from stages.maths.losses import pair_loss
-from stages.models.forward import sequence_scores
 from stages.models.heads import ScalarHead
+from stages.models.outputs import sequence_scores
 from stages.models.roles import Roles, adapter_of, frozen_copy, head_of
 from stages.models.tokens import TokenRow
 from stages.results import Reporter, Result
-from stages.rollout.spread import score_policy_responses
+from stages.rollout.policy_scores import score_policy_responses
 from stages.tables import comparison_tables
-from stages.training.baselines import baselines
 from stages.training.batching import epoch_at, steps_in
 from stages.training.comparing import (
     NO_PAIRS,
@@ -39,7 +40,6 @@ from stages.training.comparing import (
 from stages.training.plan import Work
 from stages.training.seeds import derive
 from stages.training.session import Session
-from stages.training.verdict import reach_verdict
 
 ROLE = "reward"
 CENTRING_ROWS = 256  # rows whose mean score becomes 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from stages.checkpoint.atomic import write_text
 from stages.config import SampleConfig
 from stages.errors import ConfigError
-from stages.files.atomic import write_text
-from stages.files.outputs import RESPONSE_KEYS
 from stages.inputs import Inputs
+from stages.inputs.outputs import RESPONSE_KEYS
 from stages.models.roles import Roles, adapter_of
 from stages.places import absolute
 from stages.reading import to_json

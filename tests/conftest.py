@@ -34,7 +34,7 @@ def open_tiny(model_folder):
     import torch
 
     from stages.models.base import load_base
-    from stages.models.source import open_model
+    from stages.models.model_ref import open_model
 
     torch.set_num_threads(1)
 

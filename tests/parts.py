@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stages.checkpoint.manifest import Manifest, checkpoint_digest, write_manifest
 from stages.config import REMOVED, DpoConfig, PpoConfig, RewardConfig, SftConfig
-from stages.files.comparisons import Pair
-from stages.files.manifest import Manifest, checkpoint_digest, write_manifest
+from stages.data.comparisons import Pair
 from stages.models.base import Base
 from stages.models.heads import ScalarHead
 from stages.models.lora import LORA_B, MAGNITUDE, Adapter

@@ -17,8 +17,8 @@ from stages.errors import OutOfMemory, RewardError
 from stages.maths.preferences import kto_baseline
 from stages.maths.tensors import whiten
 from stages.models.base import load_base
+from stages.models.model_ref import open_model
 from stages.models.roles import Roles
-from stages.models.source import open_model
 from stages.rollout.clipped import ExperienceWithAdvantages, clipped_steps
 from stages.rollout.experience import Experience, lay_out
 from stages.training.devices import Ranks

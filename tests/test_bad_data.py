@@ -406,7 +406,7 @@ TAKEN = {
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_looks_odd_but_is_clear_is_read(tmp_path, name):
-    from stages.files.rows import read_demonstrations
+    from stages.data.rows import read_demonstrations
 
     file, content = TAKEN[name]
     found = read_demonstrations(str(written(tmp_path / file, content)))
@@ -414,7 +414,7 @@ def test_what_looks_odd_but_is_clear_is_read(tmp_path, name):
 
 
 def test_cells_of_several_lines_quotes_and_commas_are_kept_to_the_letter(tmp_path):
-    from stages.files.rows import read_demonstrations
+    from stages.data.rows import read_demonstrations
 
     path = csv(tmp_path, 'prompt,completion\n"a, ""b""\nc\r\nd","e\n\nf"\ng,h\n')
     found = read_demonstrations(str(path))
@@ -448,7 +448,7 @@ def test_excess_fields_reach_reward_functions_and_samples(chain, tmp_path):
 
 
 def test_what_a_tool_says_is_read_and_not_learned(chain, tmp_path):
-    from stages.files.rows import read_demonstrations
+    from stages.data.rows import read_demonstrations
     from stages.models.tokens import load_text
 
     talk = [TURNS[0], {"role": "tool", "content": "noon"}, TURNS[1]]

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from stages.files.identity import base_digest, tokenizer_digest
+from stages.checkpoint.digests import base_digest, tokenizer_digest
 from tests.commands import (
     SHORT,
     SMALL,

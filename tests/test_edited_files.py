@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
+from stages.checkpoint.states import read_about
+from stages.checkpoint.tensors import save_tensors
 from stages.config import STAGES, as_dict
 from stages.errors import CheckpointError
-from stages.files.states import read_about
-from stages.files.tensors import save_tensors
 from stages.recipe import damaged_knob, resolve
 from tests.commands import SHORT, done, refused, rlhf
 

@@ -24,10 +24,13 @@ FLOORS = {
     "stages.results": 1,
     "stages.tables": 1,
     "stages.maths": 2,
-    "stages.files": 3,
+    "stages.native": 3,
+    "stages.checkpoint": 3,
+    "stages.data": 3,
     "stages.models": 4,
     "stages.training": 5,
     "stages.rollout": 6,
+    "stages.diagnostics": 6,
     "stages.inputs": 7,  # what every stage file opens
     "stages.*": 8,  # a stage file
     "rlhf_cli": 9,
@@ -54,7 +57,8 @@ LIGHT = {
     "stages.results": HEAVY,
     "stages.tables": HEAVY,
     "stages.report": HEAVY,
-    "stages.files": HEAVY,
+    "stages.data": HEAVY,
+    "stages.checkpoint": HEAVY,
     "stages.inputs": HEAVY,
 }
 # Prefix of a module's name -> packages it must not import anywhere.
@@ -195,13 +199,13 @@ def test_the_tree_is_found():
         ("stages.inputs", "import torch", "not before it is needed"),
         ("stages.rollout", "import stages.sft", "not a lower floor"),
         ("stages.models.base", "from stages.training.loop import go", "not a lower floor"),
-        ("stages.files.rows", "from stages.models import base", "not a lower floor"),
-        ("stages.files.rows", "import torch", "not before it is needed"),
-        ("stages.files.rows", "try:\n    import datasets\nexcept ImportError:\n    pass", "not before it is needed"),
-        ("stages.files.rows", "class A:\n    from torch import Tensor", "not before it is needed"),
+        ("stages.data.rows", "from stages.models import base", "not a lower floor"),
+        ("stages.data.rows", "import torch", "not before it is needed"),
+        ("stages.data.rows", "try:\n    import datasets\nexcept ImportError:\n    pass", "not before it is needed"),
+        ("stages.data.rows", "class A:\n    from torch import Tensor", "not before it is needed"),
         ("stages.maths.losses", "import numpy", "not maths"),
         ("stages.maths.losses", "from stages.errors import UserError", "not maths"),
-        ("stages.maths.losses", "from stages.files.rows import read", "not a lower floor"),
+        ("stages.maths.losses", "from stages.data.rows import read", "not a lower floor"),
         ("stages.config", "def f():\n    import torch", "never here"),
         ("stages.recipe", "import yaml", "not before it is needed"),
         ("stages.config", "import stages.maths.losses", "not a lower floor"),
@@ -209,13 +213,13 @@ def test_the_tree_is_found():
         ("stages.report", "from .sft import run", "write the full name"),
         ("stages", "from stages.config import STAGES", "not a lower floor"),
         ("rlhf_cli.main", "import stages.sft", "a stage loads when it is certain to run"),
-        ("rlhf_cli.main", "from stages.files.rows import read", "a stage loads when it is certain to run"),
+        ("rlhf_cli.main", "from stages.data.rows import read", "a stage loads when it is certain to run"),
         ("rlhf_cli.main", "def f():\n    import torch", "never here"),
     ],
 )
 def test_what_the_table_forbids_is_noticed(module, source, reason):
     modules = set(TREE) | {"stages.sft", "stages.ppo", "stages.training", "stages.training.loop", "stages.rollout"}
-    modules |= {"stages.models.base", "stages.files.rows", "stages.maths.losses"}
+    modules |= {"stages.models.base", "stages.data.rows", "stages.maths.losses"}
     found = complaints(module, source, modules)
     assert found and any(line.endswith(reason) for line in found)
 
@@ -226,15 +230,15 @@ def test_what_the_table_forbids_is_noticed(module, source, reason):
         ("rlhf_cli.main", "import typer\nfrom stages import __version__\nfrom stages.config import STAGES"),
         ("rlhf_cli.main", "def f():\n    import stages.sft"),
         ("stages.sft", "import torch\nfrom stages.training.loop import go\nfrom stages.models.base import Base"),
-        ("stages.files.rows", "def f():\n    import torch"),
-        ("stages.files.rows", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
-        ("stages.files.rows", "from stages.errors import DatasetError\nfrom stages.files import manifest"),
+        ("stages.data.rows", "def f():\n    import torch"),
+        ("stages.data.rows", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+        ("stages.data.rows", "from stages.errors import DatasetError\nfrom stages.data import cells"),
         ("stages.maths.losses", "import math\nimport torch.nn.functional\nfrom stages.maths.kl import k1"),
         ("stages.config", "from stages.errors import ConfigError"),
     ],
 )
 def test_what_the_table_allows_is_left_alone(module, source):
-    modules = set(TREE) | {"stages.sft", "stages.training.loop", "stages.models.base", "stages.files.rows"}
+    modules = set(TREE) | {"stages.sft", "stages.training.loop", "stages.models.base", "stages.data.rows"}
     assert complaints(module, source, modules) == []
 
 

@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages import inputs, report
+from stages.checkpoint.manifest import read_manifest
+from stages.checkpoint.run import open_run
+from stages.checkpoint.tensors import read_header, save_tensors, tensor_metadata
 from stages.config import STAGES, SftConfig, knobs
+from stages.data import raw_rows, rows, sources
 from stages.errors import CheckpointError, ConfigError, UserError
-from stages.files import raw_rows, rows, sources
-from stages.files.manifest import read_manifest
-from stages.files.run import open_run
-from stages.files.tensors import read_header, save_tensors, tensor_metadata
-from stages.models import source
+from stages.models import model_ref as source
 from stages.models.candidates import parent_of
-from stages.models.source import open_model
+from stages.models.model_ref import open_model
 from stages.recipe import read_recipe, resolve
 from stages.results import Silent
 from tests.commands import rlhf, write_data
@@ -322,7 +322,7 @@ def test_any_state_is_gone_on_from_or_passed_over(place, data, honest):
     """`honest`: the digest inside fits what was changed, as a later version of this tool might write it."""
     import torch
 
-    from stages.files.states import _digest
+    from stages.checkpoint.states import _digest
 
     folder = place / "run"
     run = open_run(folder, "sft", CONFIG, {})
@@ -386,7 +386,7 @@ def test_any_tensor_file_is_read_or_refused(place, header, rest):
 def test_a_tensor_file_with_changed_bytes_is_read_or_refused(place, data):
     import torch
 
-    from stages.files.tensors import load_tensors
+    from stages.checkpoint.tensors import load_tensors
 
     path = place / "y.safetensors"
     save_tensors(path, {"x": torch.arange(4.0), "y": torch.ones(2)}, {"a": "b"})

@@ -9,11 +9,11 @@ import shutil
 
 import pytest
 
+from stages.checkpoint.manifest import checkpoint_digest
 from stages.config import EvaluateConfig, ExportConfig, PpoConfig, RewardConfig, SampleConfig, SftConfig
+from stages.data.rows import Prompt
+from stages.data.splits import is_held_out, split_held_out
 from stages.errors import DatasetError, ModelError, OutputError
-from stages.files.manifest import checkpoint_digest
-from stages.files.rows import Prompt
-from stages.files.splits import is_held_out, split_held_out
 from stages.inputs import open_inputs
 from stages.models.candidates import parent_of
 from tests.commands import contents, lines_of, refused, result

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stages.errors import CheckpointError
-from stages.models.source import read_adapter_shape
+from stages.models.model_ref import read_adapter_shape
 from tests.commands import SHORT, SMALL, assert_same_weights, contents, done, manifest, refused, result, rlhf, weights
 from tests.commands import write_data as write_rows
 from tests.parts import sequences_of, whole_model

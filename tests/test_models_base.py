@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from stages.errors import ModelError
-from stages.models import attention, native
 from stages.models.base import Base, load_base, stop_ids_of
-from stages.models.forward import read_targets
+from stages.models.model_ref import open_model
+from stages.models.outputs import read_targets
 from stages.models.roles import Roles
-from stages.models.source import open_model
+from stages.native import attention
+from stages.native import forward as native
 from stages.rollout.generate import Sampling, generate
 from tests.parts import (
     gradient,

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from stages.checkpoint.states import ResumeState, states_in, write_state
 from stages.errors import CheckpointError
-from stages.files.states import ResumeState, states_in, write_state
 from stages.models.candidates import labels_of, open_candidates
 from tests.commands import SMALL, rlhf
 
@@ -20,7 +20,7 @@ def stopped(chain, tmp_path_factory):
     """An SFT run stopped by a signal after its second step of three."""
     import signal
 
-    from stages.files.run import Run
+    from stages.checkpoint.run import Run
 
     place, found, log = tmp_path_factory.mktemp("stopped") / "x", chain(), Run.log
 
@@ -64,7 +64,7 @@ def test_its_policy_has_the_runs_shape(stopped, open_tiny):
     """Fresh adapters of rank 4 on the two layers' q_proj: B was zero before the first step."""
     import torch
 
-    from stages.files.states import read_state
+    from stages.checkpoint.states import read_state
     from stages.models.roles import candidate_adapter
 
     adapters = [candidate_adapter(open_tiny(), one) for one in opened(stopped / "state")]

@@ -8,13 +8,14 @@ import shutil
 import pytest
 import torch
 
+from stages.checkpoint.tensors import load_tensors, save_tensors
 from stages.errors import CheckpointError, ModelError
-from stages.files.tensors import load_tensors, save_tensors
-from stages.models import attention, base, lora
+from stages.models import base, lora
 from stages.models.base import load_base
 from stages.models.checks import check_finite, library_reason
+from stages.models.model_ref import adapter_beside, open_model
 from stages.models.roles import Roles, adapter_of, head_of, save_adapter
-from stages.models.source import adapter_beside, open_model
+from stages.native import attention
 from stages.training.reload import check_adaptable, check_reload
 from tests.parts import random_adapter, random_head
 from tests.test_models_base import SEQUENCES, SHAPE, expected_logits, logits_of, open_folder, save_model

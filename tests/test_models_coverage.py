@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stages.files.comparisons import Comparison, Pair
-from stages.files.rows import Demonstration, Prompt
+from stages.data.comparisons import Comparison, Pair
+from stages.data.rows import Demonstration, Prompt
 from stages.models.coverage import Coverage, measure_coverage, sample_texts
 from stages.training.language import warn_above_uniform
 from tests.commands import comparisons, demonstrations, done, rlhf

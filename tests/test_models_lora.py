@@ -21,8 +21,8 @@ from stages.models.lora import (
     initial_adapter,
     random_a,
 )
+from stages.models.model_ref import open_model
 from stages.models.roles import Roles, adapter_of, save_adapter
-from stages.models.source import open_model
 from tests.parts import base_parameters, gradient, random_adapter, random_head, sequences_of, whole_model
 
 IDS = sequences_of([11], seed=3)[0]

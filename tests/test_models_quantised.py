@@ -12,9 +12,9 @@ from stages.errors import ConfigError
 from stages.inputs import open_inputs
 from stages.models.base import load_base
 from stages.models.lora import LORA_A
+from stages.models.model_ref import open_model
 from stages.models.quantised import is_four_bit
 from stages.models.roles import Roles, new_adapter
-from stages.models.source import open_model
 from stages.rollout.generate import check_engine
 from tests.commands import SMALL, demonstrations, done, lines_of, manifest, refused, result, weights, write_data
 from tests.parts import gradient, random_adapter, relative, sequences_of, sft_config

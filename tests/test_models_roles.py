@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from stages.errors import CheckpointError, ConfigError
 from stages.models.heads import ScalarHead
+from stages.models.model_ref import open_model
 from stages.models.roles import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -22,7 +23,6 @@ from stages.models.roles import (
     save_adapter,
     start_adapter,
 )
-from stages.models.source import open_model
 from tests.parts import publish_checkpoint, random_adapter, random_head, sequences_of, sft_config
 
 SEQUENCES = sequences_of([7, 4])

@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from stages.data.comparisons import Comparison, Pair
+from stages.data.rows import Demonstration, Prompt
 from stages.errors import ModelError
-from stages.files.comparisons import Comparison, Pair
-from stages.files.rows import Demonstration, Prompt
 from stages.models.templates import CHATML, PLAIN, opening_tokens
 from stages.models.tokens import load_text
 from tests.commands import demonstrations, done, lines_of

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stages.data.comparisons import Comparison, Pair
+from stages.data.rows import Demonstration, Prompt
 from stages.errors import DatasetError, ModelError
-from stages.files.comparisons import Comparison, Pair
-from stages.files.rows import Demonstration, Prompt
 from stages.models.tokens import Text, load_text
 from tests.parts import open_tiny_text
 from tests.tiny import CHAT, build_tokenizer

@@ -11,9 +11,9 @@ import re
 
 import pytest
 
+from stages.data.comparisons import Comparison, Pair
+from stages.data.rows import Demonstration, Prompt
 from stages.errors import DatasetError
-from stages.files.comparisons import Comparison, Pair
-from stages.files.rows import Demonstration, Prompt
 from stages.models.tokens import Text
 from tests.parts import open_tiny_text
 from tests.tiny import build_tokenizer

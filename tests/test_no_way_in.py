@@ -14,9 +14,9 @@ import pytest
 from rich.cells import cell_len
 
 from rlhf_cli.console import show
+from stages.checkpoint.tensors import read_header
+from stages.data.sources import read_raw_dataset
 from stages.errors import CheckpointError, DatasetError
-from stages.files.sources import read_raw_dataset
-from stages.files.tensors import read_header
 from stages.models.tokens import Text
 from stages.results import Result, Table
 from tests.commands import SHORT, Chain, contents, demonstrations, done, lines_of, manifest, refused, rlhf
@@ -638,7 +638,7 @@ def test_secrets_of_the_environment_are_written_nowhere(chain, tmp_path, monkeyp
 
 def test_a_running_process_tells_only_who_it_is(tmp_path):
     """run.lock, which others read while a run lasts."""
-    from stages.files.lock import take_lock
+    from stages.checkpoint.lock import take_lock
 
     held = take_lock(tmp_path / "run.lock")
     try:

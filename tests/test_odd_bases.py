@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from stages.files.tensors import load_tensors
+from stages.checkpoint.tensors import load_tensors
 from stages.training import publishing
 from tests.commands import SHORT, done, refused, rlhf, write_data
 from tests.parts import publish_checkpoint, random_adapter, random_head

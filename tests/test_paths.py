@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from stages.files.atomic import make_folder
-from stages.files.lock import release_lock, take_lock
+from stages.checkpoint.atomic import make_folder
+from stages.checkpoint.lock import release_lock, take_lock
 from tests.commands import SHORT, prompts, refused, result, rlhf
 from tests.tiny import write_jsonl
 

@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The real program, which sends itself a signal once the line of a step stands in metrics.jsonl.
 INTERRUPTED = """
 import os, sys
-from stages.files.run import Run
+from stages.checkpoint.run import Run
 
 number, at, log = int(sys.argv[1]), int(sys.argv[2]), Run.log
 
@@ -384,7 +384,7 @@ def test_a_second_process_is_kept_out(chain, tmp_path):
     """The lock of a living process: exit 2 for whoever comes second, and the first one is not disturbed."""
     line = command(chain(), "sft", tmp_path / "x")
     code = (
-        "import sys; from stages.files.lock import take_lock\n"
+        "import sys; from stages.checkpoint.lock import take_lock\n"
         "handle = take_lock(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
     )
     (tmp_path / "x").mkdir()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stages.models.base import Base
-from stages.models.forward import read_targets
 from stages.models.heads import ScalarHead
+from stages.models.outputs import read_targets
 from stages.models.roles import Roles, new_adapter
 from stages.rollout.experience import (
     collect_token_stats,

@@ -10,7 +10,7 @@ import torch
 
 from stages.errors import NotFiniteError
 from stages.maths.tensors import entropy_of
-from stages.models.forward import read_targets
+from stages.models.outputs import read_targets
 from stages.models.roles import Roles
 from stages.rollout import generate as sampling
 from stages.rollout.generate import Sampling, compute_log_probs, generate

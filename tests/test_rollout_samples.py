@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.files.rows import Prompt
+from stages.data.rows import Prompt
 from stages.rollout.generate import Sampling, generate
 from stages.rollout.samples import show_samples
 from stages.training.devices import Ranks

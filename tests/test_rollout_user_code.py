@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stages.errors import RewardError, StopRequested
 from stages.models.tokens import PromptRow
 from stages.rollout import user_code
+from stages.rollout.reward_sources import call_function
+from stages.rollout.reward_specs import RewardSpec, load_function
 from stages.rollout.settings import read_umask
-from stages.rollout.sources import call_function
-from stages.rollout.specs import RewardSpec, load_function
 from stages.training.children import descendants, end_children
 from stages.training.signals import Signals
 
@@ -157,14 +157,14 @@ def test_a_signal_ends_it_wherever_it_waits(waits, listening, begun):
 
 @pytest.mark.parametrize("waits", [in_a_pool, in_an_executor, in_a_thread, in_a_subprocess, sleep])
 def test_a_time_limit_ends_it_wherever_it_waits(waits, begun, monkeypatch):
-    monkeypatch.setattr("stages.rollout.sources.CULPRIT_SECONDS", 0.2)
+    monkeypatch.setattr("stages.rollout.reward_sources.CULPRIT_SECONDS", 0.2)
     said = refused(lambda prompts, responses: waits(), timeout=0.2)
     assert said.startswith("it took longer than 0.2 seconds for 2 responses")
 
 
 def test_a_time_limit_holds_where_the_function_has_alarms_of_its_own(monkeypatch):
     """As verifiers of mathematics have: their handler and their alarm stand where ours would."""
-    monkeypatch.setattr("stages.rollout.sources.CULPRIT_SECONDS", 0.1)
+    monkeypatch.setattr("stages.rollout.reward_sources.CULPRIT_SECONDS", 0.1)
 
     def ring(number, frame):
         raise TimeoutError
@@ -268,7 +268,7 @@ def test_what_a_function_leaves_ends_with_the_command_however_that_ends(code, tm
         "def score(prompts, responses): return [1.0]\n"
     )
     line = (
-        "import sys\nfrom rlhf_cli.program import leave\nfrom stages.rollout.specs import load_function\n"
+        "import sys\nfrom rlhf_cli.program import leave\nfrom stages.rollout.reward_specs import load_function\n"
         f"load_function(sys.argv[1], '--reward')\nleave({code})\n"
     )
     with open(tmp_path / "said", "w") as said:
@@ -478,7 +478,7 @@ def test_also_where_their_file_is_the_first_to_import_torch(tmp_path):
     (tmp_path / "f.py").write_text(TORCH_AT_IMPORT)
     code = (
         "import sys\n"
-        "from stages.rollout.specs import load_function\n"
+        "from stages.rollout.reward_specs import load_function\n"
         "from stages.rollout.user_code import user_code\n"
         "from stages.training.signals import Signals\n"
         "assert 'torch' not in sys.modules\n"

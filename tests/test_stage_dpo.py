@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from stages.config import DpoConfig
+from stages.data.comparisons import Pair
 from stages.dpo import ReferenceLogprobs, preference_losses
-from stages.files.comparisons import Pair
 from stages.models.tokens import TokenRow
 from stages.training.batching import batch_at
 from stages.training.comparing import TokenComparison
@@ -129,7 +129,7 @@ def interrupt(chain, output, monkeypatch, at: int = 2):
     """Run until the line of a step stands, then stop as a signal would; the run can go on."""
     import signal
 
-    from stages.files.run import Run
+    from stages.checkpoint.run import Run
 
     log = Run.log
 

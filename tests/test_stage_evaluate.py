@@ -89,8 +89,8 @@ def tokens_of(found, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     from transformers import AutoTokenizer
 
     from stages.models.base import load_base
+    from stages.models.model_ref import open_model
     from stages.models.roles import Roles, adapter_of
-    from stages.models.source import open_model
     from stages.rollout.generate import Sampling, generate
 
     source = open_model(str(found.ppo), stages=("ppo",), what="--model")

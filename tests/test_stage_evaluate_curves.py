@@ -207,7 +207,7 @@ def test_the_states_of_a_run_are_policies_of_their_own(chain, states, scores):
 
 def test_an_unfinished_run_has_the_states_of_a_finished_one(chain, states, scores, tmp_path, monkeypatch):
     """Killed after its third update: its states are those that the whole run had, weights and all."""
-    from stages.files.run import Run
+    from stages.checkpoint.run import Run
 
     whole, log = frontier(chain(), scores, states / "state", model=states), Run.log
     place = tmp_path / "ppo"

@@ -24,9 +24,9 @@ def encoded(folder: Path) -> list[torch.Tensor]:
 def ours(folder: Path, base_folder: Path) -> tuple[list[torch.Tensor], list[float]]:
     """Logits, and scores where there is a head, of TEXTS as the stages compute them."""
     from stages.models.base import load_base
-    from stages.models.forward import sequence_scores
+    from stages.models.model_ref import open_model
+    from stages.models.outputs import sequence_scores
     from stages.models.roles import Roles, adapter_of, head_of
-    from stages.models.source import open_model
 
     source = open_model(str(folder), stages=("sft", "reward", "ppo"), what="--model")
     base = load_base(source, device=torch.device("cpu"), dtype=torch.float32)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.files.identity import base_digest
+from stages.checkpoint.digests import base_digest
 from tests.commands import (
     AFTER,
     WORDS,

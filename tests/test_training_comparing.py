@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from stages import ppo, reward
-from stages.files.comparisons import Comparison, Pair
+from stages.data.comparisons import Comparison, Pair
 from stages.inputs import Inputs
 from stages.maths.statistics import wilson_interval
-from stages.models.forward import sequence_scores
+from stages.models.model_ref import open_model
+from stages.models.outputs import sequence_scores
 from stages.models.roles import Roles
-from stages.models.source import open_model
 from stages.models.tokens import TokenRow
 from stages.rollout.experience import lay_out, role_values
-from stages.rollout.sources import RewardSources
-from stages.rollout.specs import open_rewards
+from stages.rollout.reward_sources import RewardSources
+from stages.rollout.reward_specs import open_rewards
 from stages.tables import comparison_tables
 from stages.training import comparing
 from stages.training.comparing import (

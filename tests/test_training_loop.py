@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from stages.checkpoint.run import Run, open_run
 from stages.errors import Interrupted, NotFiniteError, OutputError, RewardError, TrainingStopped
-from stages.files.run import Run, open_run
 from stages.models.passes import Passes
 from stages.results import Silent
 from stages.training import signals

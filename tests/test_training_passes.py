@@ -10,7 +10,7 @@ from torch import nn
 
 from stages import reward
 from stages.errors import StopRequested
-from stages.models.forward import read_targets, sequence_scores
+from stages.models.outputs import read_targets, sequence_scores
 from stages.models.passes import Passes, combine
 from stages.models.roles import Roles
 from stages.training.language import count_targets, learn_rows

@@ -7,10 +7,10 @@ import torch
 
 from stages import ppo
 from stages.models.base import load_base
-from stages.models.prefixes import pack
+from stages.models.model_ref import open_model
 from stages.models.roles import Roles
-from stages.models.source import open_model
 from stages.models.tokens import TokenRow
+from stages.native.prefixes import pack
 from stages.rollout.generate import Sampling, generate
 from stages.training import plan
 from stages.training.language import count_targets, learn_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.files.tensors import load_tensors, save_tensors
+from stages.checkpoint.tensors import load_tensors, save_tensors
 from stages.models.roles import HEAD, save_adapter
 from stages.training import publishing
 from stages.training.reload import check_reload, check_tokenizer

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stages.checkpoint.manifest import read_manifest
+from stages.checkpoint.run import open_run
+from stages.data.rows import Dataset
 from stages.errors import DatasetError, ModelError
-from stages.files.manifest import read_manifest
-from stages.files.rows import Dataset
-from stages.files.run import open_run
 from stages.models.heads import ScalarHead
+from stages.models.model_ref import open_model
 from stages.models.roles import Roles, adapter_of, head_of
-from stages.models.source import open_model
 from stages.results import Silent
 from stages.training import session
 from stages.training.devices import Ranks

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages import ppo
-from stages.models.forward import TargetOutputs
+from stages.models.outputs import TargetOutputs
 from stages.rollout import clipped, experience
 from tests.commands import (
     WORDS,

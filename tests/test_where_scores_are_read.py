@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from stages.files.comparisons import Comparison, Pair
-from stages.files.rows import Demonstration, Prompt
+from stages.data.comparisons import Comparison, Pair
+from stages.data.rows import Demonstration, Prompt
 from stages.models.base import load_base
+from stages.models.model_ref import open_model
 from stages.models.roles import Roles, adapter_of, head_of
-from stages.models.source import open_model
 from stages.models.templates import TEMPLATES
-from stages.rollout.sources import model_scores
+from stages.rollout.reward_sources import model_scores
 from tests.commands import comparisons, demonstrations, done, prompts, refused, result, rlhf
 from tests.parts import open_tiny_text
 from tests.tiny import CHAT, build_model, build_tokenizer, write_jsonl

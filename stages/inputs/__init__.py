@@ -13,7 +13,7 @@ from stages.errors import ConfigError
 from stages.inputs.measuring import evaluate_inputs, export_inputs, sample_inputs
 from stages.inputs.parts import Inputs
 from stages.inputs.training import dpo_inputs, ppo_inputs, reward_inputs, sft_inputs
-from stages.models.source import adapter_beside
+from stages.models.model_ref import adapter_beside
 from stages.results import Result, next_commands
 from stages.tables import metrics_table
 

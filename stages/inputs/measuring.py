@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from stages.config import EvaluateConfig, ExportConfig, SampleConfig
+from stages.data import rows as files
+from stages.diagnostics.plot import MARK, METADATA, check_matplotlib
 from stages.errors import CheckpointError, ConfigError, DatasetError, OutputError, UserError
-from stages.files import rows as files
-from stages.files.outputs import REPORT_KEYS, RESPONSE_KEYS, check_output_file
+from stages.inputs.outputs import REPORT_KEYS, RESPONSE_KEYS, check_output_file
 from stages.inputs.parts import Inputs, check_response_fits, describe_left_out, open_first, read_rows, refuse_idle
 from stages.models.candidates import ADAPTERS, IMPLICIT, POLICIES, candidate_of, open_beside, parent_of, with_reference
-from stages.models.source import ModelRef, open_model, same_base
+from stages.models.model_ref import ModelRef, open_model, same_base
 from stages.places import absolute, describe_special
-from stages.rollout.plot import MARK, METADATA, check_matplotlib
-from stages.rollout.specs import open_rewards
+from stages.rollout.reward_specs import open_rewards
 
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:

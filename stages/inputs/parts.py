@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from stages.checkpoint.run import Run
 from stages.config import default_of, knobs
+from stages.data.rows import Dataset
 from stages.errors import ConfigError, ModelError
-from stages.files.rows import Dataset
-from stages.files.run import Run
 from stages.models.candidates import Candidate
-from stages.models.source import ModelRef, lora_type_of, open_model
-from stages.rollout.specs import RewardSpec
+from stages.models.model_ref import ModelRef, lora_type_of, open_model
+from stages.rollout.reward_specs import RewardSpec
 
-Reader = Callable[..., Dataset]  # one of stages.files.rows
+Reader = Callable[..., Dataset]  # one of stages.data.rows
 
 
 @dataclass(frozen=True)

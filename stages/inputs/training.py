@@ -7,18 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stages.checkpoint.manifest import SPLIT, Manifest
+from stages.checkpoint.run import open_run
 from stages.config import DpoConfig, PpoConfig, RewardConfig, SftConfig, TrainingKnobs
-from stages.errors import ConfigError, DatasetError, RewardError
-from stages.files import rows as files
-from stages.files.rows import Dataset
-from stages.files.run import open_run
-from stages.files.splits import (
+from stages.data import rows as files
+from stages.data.rows import Dataset
+from stages.data.splits import (
+    held_out_everywhere,
     is_held_out,
     shared_prompts,
     split_held_out,
-    warn_of_another_split,
     warn_of_trained_prompts,
 )
+from stages.errors import ConfigError, DatasetError, RewardError
 from stages.inputs.parts import (
     Inputs,
     Reader,
@@ -30,9 +31,9 @@ from stages.inputs.parts import (
 )
 from stages.launch import read_launch
 from stages.models.candidates import ADAPTERS, POLICIES
-from stages.models.source import ModelRef, read_adapter_shape
+from stages.models.model_ref import ModelRef, read_adapter_shape
 from stages.reading import read_json
-from stages.rollout.specs import open_rewards
+from stages.rollout.reward_specs import open_rewards
 
 
 def sft_inputs(config: SftConfig, overwrite: bool) -> Inputs:
@@ -190,3 +191,32 @@ def verdict_of(folder: Path) -> tuple[str, list[str]]:
         return str(verdict["decision"]), [str(reason) for reason in verdict["reasons"]]
     except (OSError, ValueError, KeyError, TypeError):
         return "none", ["its report.json has no verdict, so nothing is known of how good it is"]
+
+
+def warn_of_another_split(dataset: str, held_out: list, fraction: float, parents: list[Manifest]) -> tuple[str, ...]:
+    """Warnings if another stage may train, or a parent was possibly trained, on prompts that are held out here."""
+    warnings = [_describe_parent(parent, fraction) for parent in parents]
+    if not held_out_everywhere(held_out, fraction):
+        warnings.insert(
+            0,
+            f"{dataset} has too few prompts, or too many rows of one, to hold out those that every stage does at "
+            f"--eval-fraction {fraction:g}, so another stage may train on what is measured here; give --eval-dataset "
+            "to be sure",
+        )
+    return tuple(warning for warning in warnings if warning)
+
+
+def _describe_parent(parent: Manifest, fraction: float) -> str:
+    """How a parent may have been trained on prompts that are held out here; "" if it was not."""
+    share = parent.config.get("eval_fraction")
+    if not fraction or not isinstance(share, (int, float)):
+        return ""
+    if parent.config.get("eval_dataset"):
+        why = "was tested on an --eval-dataset and trained on all of its dataset"
+    elif share < fraction:
+        why = f"held out {share:g} of the prompts, this run {fraction:g}"
+    elif parent.versions.get("split") != SPLIT:
+        why = "was made by an earlier rlhf, which held out other prompts"
+    else:
+        return ""
+    return f"{parent.folder} {why}: it may have been trained on prompts that are held out here"

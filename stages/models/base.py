@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.errors import ModelError
-from stages.models import attention
 from stages.models.checks import check_finite, check_tensors, config_problem, library_reason
 from stages.models.lora import LoraLayers
-from stages.models.native import Native, native_of
+from stages.models.model_ref import ModelRef
 from stages.models.passes import Passes
-from stages.models.prefixes import pack
 from stages.models.quantised import four_bit_options, keep_gradients
 from stages.models.rotary import LengthBands
-from stages.models.source import ModelRef
+from stages.native import attention
+from stages.native.forward import Native, native_of
+from stages.native.prefixes import pack
 from stages.reading import read_text
 
 PROBE = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stages.checkpoint.manifest import is_checkpoint, locate
+from stages.checkpoint.states import ABOUT, AHEAD, STATE, read_about, states_in
 from stages.errors import CheckpointError
-from stages.files.manifest import is_checkpoint, locate
-from stages.files.states import ABOUT, AHEAD, STATE, read_about, states_in
-from stages.models.source import ModelRef, open_model, same_base
+from stages.models.model_ref import ModelRef, open_model, same_base
 from stages.places import absolute
 from stages.reading import read_json
 from stages.recipe import damaged_knob

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stages.errors import ModelError
-from stages.models.source import ModelRef
+from stages.models.model_ref import ModelRef
 
 
 def check_config(source: ModelRef, *, trust_remote_code: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from stages.files.rows import Comparison, Content, Demonstration, Prompt
+from stages.data.rows import Comparison, Content, Demonstration, Prompt
 
 ROWS_READ = 256  # spread evenly over the dataset
 LETTERS_READ = 4000  # of each text

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from stages.config import AUTO
 from stages.errors import OutOfMemory
+from stages.native.limits import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, out_of_memory
 
-TOKENS_AT_ONCE_CPU = 2048  # a forward pass of `auto` size on the CPU: larger ones leave its caches
-TOKENS_AT_ONCE_CUDA = 16384
 LARGEST_OF = "largest_"  # named values that begin so are combined by their largest, all others added
 
 Row = TypeVar("Row")
@@ -152,8 +151,3 @@ def micro_batches(
         groups[-1].append(i)
         used += lengths[i]
     return groups
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """True if torch could not have the memory it asked for."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

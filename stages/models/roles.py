@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.checkpoint.atomic import make_folder, write_json
+from stages.checkpoint.states import read_state
+from stages.checkpoint.tensors import load_tensors, read_header, save_tensors
 from stages.errors import CheckpointError, ConfigError
-from stages.files.atomic import make_folder, write_json
-from stages.files.states import read_state
-from stages.files.tensors import load_tensors, read_header, save_tensors
 from stages.models.base import Base
 from stages.models.candidates import Candidate
 from stages.models.heads import ScalarHead, head_from
 from stages.models.lora import Adapter, adapter_from, config_to_save, initial_adapter, targeted
+from stages.models.model_ref import ADAPTER_CONFIG, ModelRef, lora_type_of, read_adapter_shape
 from stages.models.passes import Row
-from stages.models.source import ADAPTER_CONFIG, ModelRef, lora_type_of, read_adapter_shape
 
 ADAPTER, HEAD = "adapter_model.safetensors", "head.safetensors"
 SCORE_KEY = "base_model.model.score.weight"  # where PEFT looks for a sequence classifier's head

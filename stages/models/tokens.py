@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stages.data.raw_rows import first_line
+from stages.data.rows import Comparison, Content, Demonstration, Prompt
 from stages.errors import DatasetError, ModelError
-from stages.files.raw_rows import first_line
-from stages.files.rows import Comparison, Content, Demonstration, Prompt
 from stages.models.templates import TEMPLATES, choose_template, opening_tokens
 from stages.models.turns import content_end, find_turn, marked_spans
 

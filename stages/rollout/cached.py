@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.base import PROBE, Base, is_close
-from stages.models.passes import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA
+from stages.native.limits import tokens_at_once
 
 
 class TransformersDecoder:
@@ -111,7 +111,7 @@ class RereadingDecoder:
         self.base, self.texts = base, list(prompts)
 
     def start(self) -> Tensor:
-        budget = TOKENS_AT_ONCE_CUDA if self.base.device.type == "cuda" else TOKENS_AT_ONCE_CPU
+        budget = tokens_at_once(self.base.device)
         states, first = [], 0
         while first < len(self.texts):
             last = first + 1

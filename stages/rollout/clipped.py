@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.config import PpoConfig
 from stages.maths.losses import aggregate, kl_loss, policy_loss, token_weights, value_loss
-from stages.models.forward import TargetOutputs, pad, predictors, read_targets
+from stages.models.outputs import TargetOutputs, pad, predictors, read_targets
 from stages.models.roles import Roles
 from stages.rollout.experience import Experience, read_values
 from stages.training.devices import Ranks

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.maths.kl import sequence_kl
-from stages.models.forward import predictors, read_targets
+from stages.models.outputs import predictors, read_targets
 from stages.models.roles import Roles
 from stages.models.tokens import PromptRow, Text
 from stages.rollout.generate import Sampling, respond

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from stages.errors import ModelError, NotFiniteError
 from stages.maths.tensors import at_least_fp32, entropy_of
 from stages.models.base import Base
-from stages.models.passes import out_of_memory
 from stages.models.quantised import is_four_bit
+from stages.native.decode import Layer, NativeDecoder, layers_of
+from stages.native.graphs import Capture, capture_for
+from stages.native.limits import out_of_memory
 from stages.rollout.cached import BandedDecoder, RereadingDecoder, TransformersDecoder, cache_works
-from stages.rollout.decode import Layer, NativeDecoder, layers_of
-from stages.rollout.graphs import Capture, capture_for
 from stages.training.seeds import noise
 
 ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
@@ -158,7 +158,7 @@ def _sample_batch(
     decoder: Decoder = (
         _decoder_of_transformers(base, prompts)
         if layers is None
-        else NativeDecoder(base, layers, prompts, limit, _capture_for(base, limit))
+        else NativeDecoder(base.native, layers, prompts, limit, _capture_for(base, limit))
     )
     stops = torch.tensor(stop_ids, device=device)
     tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)

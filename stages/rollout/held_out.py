@@ -5,7 +5,7 @@ from __future__ import annotations
 from stages.models.tokens import PromptRow
 from stages.rollout.experience import rollout_kl, sample_rollout
 from stages.rollout.generate import Sampling
-from stages.rollout.sources import RewardSources
+from stages.rollout.reward_sources import RewardSources
 from stages.training.session import Session
 
 HELD_OUT = ("score", "kl", "length", "eos_rate")  # what is measured of every response

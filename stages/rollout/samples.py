@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from stages.data.rows import Prompt
 from stages.errors import DatasetError
-from stages.files.rows import Prompt
 from stages.models.tokens import PromptRow
 from stages.rollout.generate import Sampling, generate
 from stages.training.session import Session

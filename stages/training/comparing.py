@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.files.prompts import whole_prompt
-from stages.files.rows import Comparison, Pair
+from stages.data.prompts import whole_prompt
+from stages.data.rows import Comparison, Pair
 from stages.maths.statistics import (
     accuracy_by_length_difference,
     accuracy_interval,
@@ -19,10 +19,10 @@ from stages.maths.statistics import (
     expected_accuracy_of_pairs,
     log_loss_of_pairs,
 )
-from stages.models.forward import sequence_scores
-from stages.models.prefixes import shared_beginnings
+from stages.models.outputs import sequence_scores
 from stages.models.roles import Roles
 from stages.models.tokens import Text, TokenRow
+from stages.native.prefixes import shared_beginnings
 from stages.training.devices import peak_memory_gb
 
 REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stages.checkpoint.states import STATE
+from stages.checkpoint.tensors import load_tensors, save_tensors, tensor_metadata
 from stages.errors import CheckpointError
-from stages.files.states import STATE
-from stages.files.tensors import load_tensors, save_tensors, tensor_metadata
-from stages.models.forward import read_targets
+from stages.models.outputs import read_targets
 from stages.models.quantised import is_four_bit
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from stages.files.rows import Demonstration, Prompt
+from stages.data.rows import Demonstration, Prompt
 from stages.maths.losses import token_nll
-from stages.models.forward import read_targets
+from stages.models.outputs import read_targets
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
 from stages.results import Reporter

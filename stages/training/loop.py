@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from stages.checkpoint.run import Run
+from stages.checkpoint.states import AHEAD
 from stages.config import TrainingKnobs
 from stages.errors import (
     Interrupted,
@@ -18,8 +20,6 @@ from stages.errors import (
     StopRequested,
     UserError,
 )
-from stages.files.run import Run
-from stages.files.states import AHEAD
 from stages.results import Reporter
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import memory_text

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.native.limits import COVERED, LOGITS_AT_ONCE, LONGEST_DENSE
+
 FP32, FP64 = 4, 8
 FOUR_BIT = 0.5 + 1 / 64 + FP32 / (64 * 256)  # a weight in NF4: half a byte, and the scales of the scales of 64 weights
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "shared")
-DENSE = 384  # as LONGEST_DENSE in stages/models/dense.py
-LOGITS_AT_ONCE = 2**25  # as in stages/models/forward.py
-NATIVE = ("llama", "mistral", "qwen2", "qwen3")  # as in stages/models/native.py, which takes torch to import
 NAMES = {  # what configs call the same thing
     "layers": ("num_hidden_layers", "n_layer"),
     "heads": ("num_attention_heads", "n_head"),
@@ -82,7 +81,7 @@ def shapes_of(config: dict, tensors: dict[str, tuple[int, ...]]) -> Shapes:
         norms=max(1, len(scales) // layers),
         centred=len(vectors) > len(scales),
         head_norms=any("q_norm" in name for name in tensors),
-        native=config.get("model_type") in NATIVE,
+        native=config.get("model_type") in COVERED,
         vocabulary=_number(config, ("vocab_size",)),
         linear=linear,
         other=sum(_size(shape) for name, shape in tensors.items() if name not in linear),
@@ -109,7 +108,7 @@ def activation_bytes(
     if s.native:
         norms = s.norms * (s.hidden * width + FP32) + ((s.queries + s.keys) * width if s.head_norms else 0)
         attention = (2 * s.queries + 2 * s.keys) * width + s.heads * FP32
-        if width == FP32 and row <= DENSE and not on_cuda:  # attention weights are kept, and the result once
+        if width == FP32 and row <= LONGEST_DENSE and not on_cuda:  # attention weights are kept, and the result once
             attention += s.heads * row * FP32 - s.queries * width
         layer, passing = norms + inputs + attention + 2 * s.inner * width, 3 * s.inner * width
         last = s.hidden * width

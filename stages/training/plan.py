@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.config import AUTO
-from stages.models.passes import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, micro_batches
+from stages.models.model_ref import ModelRef, lora_type_of, open_model
+from stages.models.passes import micro_batches
 from stages.models.roles import ADAPTER, DEFAULT_RANK
-from stages.models.source import ModelRef, lora_type_of, open_model
+from stages.native.limits import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, tokens_at_once
 from stages.recipe import is_function
 from stages.results import Result
 from stages.tables import facts_table, memory_table
@@ -135,7 +136,7 @@ def choose_passes(config: Any, work: Work, source: ModelRef, shapes: Shapes, fre
     recomputed without being asked for where passes large enough to be fast do not fit otherwise.
     """
     device = pick_device(config.device)
-    default = TOKENS_AT_ONCE_CUDA if device.type == "cuda" else TOKENS_AT_ONCE_CPU
+    default = tokens_at_once(device)
     asked = config.gradient_checkpointing
     if free is None:
         return PassPlan(asked is True, default)

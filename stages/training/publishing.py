@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.checkpoint import atomic
+from stages.checkpoint.manifest import Manifest, Parent, checkpoint_digest, versions
+from stages.checkpoint.run import write_config
+from stages.checkpoint.tensors import save_tensors
 from stages.config import as_dict
-from stages.files import atomic
-from stages.files.manifest import Manifest, Parent, checkpoint_digest, versions
-from stages.files.run import write_config
-from stages.files.tensors import save_tensors
 from stages.models.base import Base
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
+from stages.models.model_ref import ModelRef
 from stages.models.roles import HEAD, Roles, save_adapter
-from stages.models.source import ModelRef
 from stages.models.tokens import Text
 from stages.training.devices import peak_memory_gb
 from stages.training.loop import read_metrics

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stages.checkpoint.digests import tokenizer_content_digest, tokenizer_digest
+from stages.checkpoint.tensors import load_tensors
 from stages.errors import ModelError, OutputError, UserError
-from stages.files.identity import tokenizer_content_digest, tokenizer_digest
-from stages.files.tensors import load_tensors
 from stages.models.base import Base, is_close
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
-from stages.models.passes import out_of_memory
 from stages.models.roles import ADAPTER, SCORE_KEY, Roles, adapter_of, head_of, new_adapter, save_adapter
 from stages.models.tokens import Text, load_text
+from stages.native.limits import out_of_memory
 
 SAID = "Human: what is the time?\n\nAssistant: it is 12:34 — thank you!"  # what both tokenizers have to agree on
 

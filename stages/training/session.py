@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from stages.checkpoint.run import Run
 from stages.errors import ModelError
-from stages.files.run import Run
 from stages.models.base import Base
+from stages.models.model_ref import ModelRef, lora_type_of
 from stages.models.passes import Passes
 from stages.models.roles import Roles, adapter_of, frozen_copy, start_adapter
-from stages.models.source import ModelRef, lora_type_of
 from stages.models.tokens import Text
 from stages.results import Reporter, Result, Table, next_commands
 from stages.training import opening

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.models.base import load_base
-from stages.models.source import open_model
+from stages.models.model_ref import open_model
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ("cpu", CUDA)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.models.forward import read_targets
+from stages.models.outputs import read_targets
 from stages.models.roles import Roles
 from tests.parts import PACKING, gradient, random_adapter, relative, sequences_of, targets_from, unpacked
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.models.roles import Roles
-from stages.rollout import graphs
+from stages.native import graphs
 from stages.rollout.generate import Sampling, respond
 from tests.parts import random_adapter, sequences_of
 

@@ -68,7 +68,7 @@ def test_ppo_on_two_ranks_finishes_and_every_rank_samples_its_share(chain, tmp_p
 
 SIGNALLED = """
 import os, sys
-from stages.files.run import Run
+from stages.checkpoint.run import Run
 from stages.training import loop
 
 number, at = int(sys.argv[1]), int(sys.argv[2])
@@ -158,7 +158,7 @@ def test_a_rank_that_dies_ends_the_other_in_words(chain, tmp_path):
 def test_a_disk_that_is_full_for_the_first_rank_ends_both(chain, tmp_path):
     program = tmp_path / "full.py"
     program.write_text(
-        "import sys\nfrom stages.errors import OutputError\nfrom stages.files.run import Run\n"
+        "import sys\nfrom stages.errors import OutputError\nfrom stages.checkpoint.run import Run\n"
         "def log(run, step, metrics):\n    if run.writer: raise OutputError('no space', where='x')\n"
         "Run.log = log\nfrom rlhf_cli.main import app\napp()\n"
     )

@@ -1,0 +1,85 @@
+"""Tensors on disk: safetensors only, never pickle. Reading a header needs no torch."""
+
+from __future__ import annotations
+
+import json
+import typing
+from pathlib import Path
+
+from stages.checkpoint import atomic
+from stages.errors import CheckpointError
+
+if typing.TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors of any shape, dtype and device to one file, whole or not at all.
+
+    The same tensors and metadata always give the same bytes. Raises OutputError.
+    """
+    import safetensors.torch
+
+    plain, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in seen else tensor  # the format refuses two views of one storage
+        seen.add(storage)
+    data = safetensors.torch.save(plain)
+    atomic.write_bytes(path, _with_metadata(data, metadata) if metadata else data)
+
+
+def _with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
+    """Put metadata into a header in sorted order; the library's own order changes from run to run."""
+    length = int.from_bytes(data[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(data[8 : 8 + length])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]))
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a file, on the CPU. Raises CheckpointError for a missing or damaged file."""
+    read_header(path)
+    import safetensors
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def tensor_metadata(path: str | Path) -> dict[str, str]:
+    """The texts stored beside the tensors. Raises CheckpointError for a missing or damaged file."""
+    return read_header(path)[0].get("__metadata__") or {}
+
+
+def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
+    """The header of a safetensors file and the offset in bytes at which its tensors start, without torch.
+
+    Raises CheckpointError for a missing file, and for one whose tensors do not fill it as the header says.
+    """
+    import safetensors
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            if head == b"version ":
+                raise damaged(path, "it is a Git LFS pointer, not the file itself", fix="fetch it with `git lfs pull`")
+            with safetensors.safe_open(path, framework="np"):  # checks the whole header; it does not give offsets
+                length = int.from_bytes(head, "little")
+                return json.loads(file.read(length)), 8 + length
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read: {error.strerror or error}", where=str(path), fix="see that the file is there and readable"
+        ) from error
+
+
+def damaged(path: str | Path, reason: str, fix: str = "") -> CheckpointError:
+    """The error for a tensor file that cannot be used as it is."""
+    fix = fix or "copy or download it again; if this tool wrote it, run the command that made it with --overwrite"
+    return CheckpointError(f"damaged or incomplete: {reason}", where=str(path), fix=fix)

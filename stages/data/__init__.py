@@ -1,0 +1,1 @@
+"""Rows of datasets: files and formats, preferences from ratings, and which rows are held out."""

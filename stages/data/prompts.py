@@ -1,0 +1,143 @@
+"""What makes two prompts the same, in whatever form the rows give them: text, messages, or a rendered conversation.
+
+Chat templates are not known here, so the marks of the usual ones are: a turn is found by its mark, and what is compared
+is the words. Marks that are not known stay words. Where two prompts are taken for one too often nothing is lost but a
+little choice: they land on one side of the split.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+import unicodedata
+from collections.abc import Iterator
+
+from stages.data.comparisons import Comparison
+from stages.data.raw_rows import Content
+from stages.data.rows import Demonstration, Prompt
+
+TAG = re.compile(
+    r"""
+    [<\[](?:
+      \|im_start\|>\s*(?P<chatml>\w+)                                    # ChatML, Qwen
+    | \|start_header_id\|>\s*(?P<header>\w+)\s*<\|end_header_id\|>       # Llama 3
+    | start_of_turn>\s*(?P<turn>\w+)                                     # Gemma
+    | [|｜](?P<bars>user|human|assistant|chatbot|bot|model|system)(?:_token)?[|｜]>  # Zephyr, Phi, DeepSeek, Command
+    | (?P<brackets>/?INST\]|</?SYS>>|/?SYSTEM_PROMPT\])                  # Llama 2, Mistral
+    )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# Transcripts, our own `plain`, Vicuna and Alpaca; spelled out, since ignoring case takes six times as long.
+NAME = re.compile(
+    r"[HhUuAaSsBbIiRr](?:uman|UMAN|ser|SER|ssistant|SSISTANT|ystem|YSTEM|ot|i|I|nstruction|nput|esponse):"
+)
+INLINE = ("human", "user", "assistant")  # also within a line, where they are capitalised
+SPEAKERS, HEADINGS = (*INLINE, "system", "bot", "ai"), (*INLINE, "system", "instruction", "input", "response")
+# What Alpaca's and Vicuna's templates begin with; every other beginning is part of the question.
+BOILERPLATE = re.compile(
+    r"Below is an instruction[^.]*\.(?: Write a response[^.]*\.)?"
+    r"|A chat (?:between|with) [^.]*assistant\.(?: The assistant gives[^.]*\.)?"
+)
+SPECIAL = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|end_of_turn)>")
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+ROLES = {
+    "assistant": ASSISTANT, "chatbot": ASSISTANT, "bot": ASSISTANT, "ai": ASSISTANT, "model": ASSISTANT,
+    "response": ASSISTANT, "/inst]": ASSISTANT, "system": SYSTEM, "developer": SYSTEM, "<sys>>": SYSTEM,
+    "system_prompt]": SYSTEM,
+}  # fmt: skip
+
+
+def first_question(row: Demonstration | Prompt | Comparison) -> str:
+    """The words that the assistant is asked before it first speaks; a conversation is known by them at any turn.
+
+    What stands before the first mark is asked too, since it is within the user's turn where a template surrounds it. A
+    system line and the usual beginnings of templates do not count: templates add them by themselves. For a text without
+    turns it is the whole text.
+    """
+    asked: dict[str, list[str]] = {USER: [], SYSTEM: []}
+    for role, words in _turns(_prompt_of(row)):
+        if role != ASSISTANT:
+            asked[SYSTEM if role == SYSTEM or BOILERPLATE.fullmatch(words) else USER].append(words)
+        elif any(asked[USER]):
+            break
+    found = (" ".join(filter(None, asked[role])) for role in (USER, SYSTEM))
+    return next(filter(None, found), "") or whole_prompt(row)
+
+
+def whole_prompt(row: Demonstration | Prompt | Comparison) -> str:
+    """The words of every turn before the response, the system's too."""
+    content = _prompt_of(row)
+    turns = list(_turns(content))
+    while turns and (turns[-1][0] == ASSISTANT or not turns[-1][1]):
+        turns.pop()
+    return " ".join(words for _, words in turns if words) or repr(content)
+
+
+def _prompt_of(row: Demonstration | Prompt | Comparison) -> Content:
+    """Where a row's prompt stands; a demonstration without one is all text, which may be a rendered conversation."""
+    if isinstance(row, Demonstration):
+        return row.prompt or row.messages or row.completion
+    return _whole_lines(row) if isinstance(row, Comparison) and row.guessed else row.prompt
+
+
+def _whole_lines(row: Comparison) -> Content:
+    """A guessed prompt without its last line, which holds what the responses happen to share.
+
+    It stays whole where the responses part at a line break, and where an assistant's turn keeps them apart from the
+    question.
+    """
+    prompt, response = row.prompt, row.responses[0]
+    parted = isinstance(response, str) and response.startswith("\n")
+    if not isinstance(prompt, str) or parted or list(_marked_turns(prompt))[-1][0] == ASSISTANT:
+        return prompt
+    cut = prompt[: max(prompt.rfind("\n"), 0)]
+    return cut if cut.strip() else prompt
+
+
+def _turns(content: Content) -> Iterator[tuple[str, str]]:
+    """Roles and words of a prompt's turns; what stands before the first mark of a text is the user's."""
+    if isinstance(content, str):
+        yield from _marked_turns(content)
+        return
+    for message in content:
+        role = ROLES.get(message["role"], USER)
+        if role == USER:
+            yield from _marked_turns(message["content"])
+        else:
+            yield role, _words(message["content"])
+
+
+def _marked_turns(text: str) -> Iterator[tuple[str, str]]:
+    role, start = USER, 0
+    for begin, end, name in _marks(text):
+        yield role, _words(text[start:begin])
+        role, start = ROLES.get(name, USER), end
+    yield role, _words(text[start:])
+
+
+def _marks(text: str) -> Iterator[tuple[int, int, str]]:
+    """Where the marks of turns begin and end in a text, and the name that each gives.
+
+    Names mark a turn where a line begins, and where the words of another mark do.
+    """
+    last = 0
+    for mark in heapq.merge(TAG.finditer(text), NAME.finditer(text), key=lambda mark: mark.start()):
+        begin = mark.start()
+        if mark.re is TAG:
+            last = mark.end()
+            yield begin, last, mark[mark.lastgroup or 0].lower()
+            continue
+        name = mark[0][:-1].lower()
+        before = text[max(last, text.rfind("\n", 0, begin) + 1) : begin].strip()
+        within = name in INLINE and text[begin].isupper() and text[begin - 1].isspace()
+        if before == "###" and name in HEADINGS:
+            begin = text.rindex("###", 0, begin)
+        elif name not in SPEAKERS or before and not within:
+            continue
+        last = mark.end()
+        yield begin, last, name
+
+
+def _words(text: str) -> str:
+    plain = SPECIAL.sub(" ", text) if "<" in text else text
+    return " ".join((plain if plain.isascii() else unicodedata.normalize("NFC", plain)).split())

@@ -1,0 +1,308 @@
+"""Typed rows out of a dataset: which format its columns spell, and what each row means in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from stages.data import comparisons
+from stages.data.comparisons import Comparison, Pair
+from stages.data.raw_rows import Content, Message, RawRow, bad_row, check_prompt, listed, quoted
+from stages.data.readers import READERS
+from stages.data.sources import RawDataset, read_raw_dataset
+from stages.errors import DatasetError
+
+__all__ = [
+    "Comparison", "Content", "Demonstration", "Message", "Pair", "Prompt", "Dataset",
+    "detect_kind", "read_comparisons", "read_demonstrations", "read_prompts",
+]  # fmt: skip
+
+PROBLEMS_KEPT = 5
+SUFFIXES = tuple(READERS)  # of files that hold rows
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What the base should learn to say. With a chat template, `messages` count if there are any."""
+
+    where: str
+    prompt: str  # "" for a plain text and for a conversation
+    completion: str  # "" for a conversation
+    messages: tuple[Message, ...] = ()  # empty for texts; an Alpaca row has both forms
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy is asked. With a chat template, `messages` count if there are any."""
+
+    where: str
+    prompt: Content
+    columns: dict[str, object] = field(default_factory=dict)  # the row's other columns as JSON, for reward functions
+    messages: tuple[Message, ...] = ()  # only for an Alpaca row, whose `prompt` is the same as plain text
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The usable rows of a dataset, all of one kind."""
+
+    rows: list
+    kind: str  # "demonstration", "comparison", "rating" or "prompt": what the file holds
+    source: str
+    digest: str
+    skipped: int  # rows dropped as unusable, and prompts whose ratings gave no comparison
+    problems: list[str]  # why, for the first few
+    agreement: tuple[int, int] = (0, 0)  # `annotator_agreement` of ratings
+
+
+@dataclass(frozen=True)
+class Format:
+    """Columns that spell one kind of row, and the function that reads such a row."""
+
+    kind: str
+    columns: tuple[str, ...]
+    build: Callable[[RawRow], object]
+
+    def fits(self, names: Iterable[str]) -> bool:
+        return set(self.columns) <= set(names)
+
+
+# --- demonstrations -----------------------------------------------------------------------------------------------
+
+
+def _from_completion(row: RawRow) -> Demonstration:
+    prompt, completion = row.prompt(), row.content("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Demonstration(row.where, prompt, completion)
+    if isinstance(prompt, str):
+        raise bad_row("the prompt is text but the completion is messages; give both in one form", row.at("completion"))
+    if isinstance(completion, str):
+        completion = ({"role": "assistant", "content": completion},)
+    _require_assistant(completion, row.at("completion"))
+    return Demonstration(row.where, "", "", prompt + completion)
+
+
+def _from_conversation(key: str, row: RawRow) -> Demonstration:
+    messages = row.messages(key)
+    _require_assistant(messages, row.at(key))
+    return Demonstration(row.where, "", "", messages)
+
+
+def _from_text(row: RawRow) -> Demonstration:
+    return Demonstration(row.where, "", row.text("text"))
+
+
+def _from_alpaca(row: RawRow) -> Demonstration:
+    prompt, question = _alpaca_prompt(row)
+    answer = row.text("output")
+    return Demonstration(row.where, prompt, answer, (*question, {"role": "assistant", "content": answer}))
+
+
+def _alpaca_prompt(row: RawRow) -> tuple[str, tuple[Message, ...]]:
+    """An instruction with its input as plain text under headings, and as a user's message."""
+    instruction = row.text("instruction")
+    heading, asked = f"### Instruction:\n{instruction}\n\n", instruction
+    if row.values.get("input") not in (None, "") and str(row.values["input"]).strip():
+        given = row.text("input")
+        heading, asked = f"{heading}### Input:\n{given}\n\n", f"{instruction}\n\n{given}"
+    return f"{heading}### Response:\n", ({"role": "user", "content": asked},)
+
+
+def _require_assistant(messages: Sequence[Message], where: str) -> None:
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise bad_row("no assistant turn says anything, so there is nothing to learn", where)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def _ask(row: RawRow) -> Prompt:
+    return Prompt(row.where, row.prompt(), row.others("prompt"))
+
+
+def _ask_again(key: str, row: RawRow) -> Prompt:
+    """The prompt of a conversation: everything before its closing assistant turn, if it has one."""
+    messages = row.messages(key)
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise bad_row("there is no turn for the assistant to answer", row.at(key))
+    return Prompt(row.where, check_prompt(messages, row.at(key)), row.others(key))
+
+
+def _ask_alpaca(row: RawRow) -> Prompt:
+    prompt, messages = _alpaca_prompt(row)
+    return Prompt(row.where, prompt, row.others("instruction", "input"), messages)
+
+
+# --- formats ------------------------------------------------------------------------------------------------------
+
+DEMONSTRATIONS = (
+    Format("demonstration", ("prompt", "completion"), _from_completion),
+    Format("demonstration", ("messages",), functools.partial(_from_conversation, "messages")),
+    Format("demonstration", ("conversations",), functools.partial(_from_conversation, "conversations")),
+    Format("demonstration", ("instruction", "output"), _from_alpaca),
+    Format("demonstration", ("text",), _from_text),
+)
+COMPARISONS = (
+    Format("comparison", ("prompt", "chosen", "rejected"), comparisons.compare_chosen),
+    Format("comparison", ("chosen", "rejected"), comparisons.compare_without_prompt),
+    Format("comparison", ("prompt", "responses", "ranks"), comparisons.compare_ranked),
+    Format("rating", ("prompt", "response", "rating"), comparisons.read_rating),
+)
+PROMPTS = (
+    Format("prompt", ("prompt",), _ask),
+    Format("prompt", ("messages",), functools.partial(_ask_again, "messages")),
+    Format("prompt", ("conversations",), functools.partial(_ask_again, "conversations")),
+    Format("prompt", ("instruction",), _ask_alpaca),
+)
+ALIASES = {
+    "prompt": ("question", "query", "instruction", "problem", "context", "input", "post", "document"),
+    "completion": ("answer", "response", "output", "chosen", "solution", "summary", "target", "label"),
+    "chosen": ("preferred", "better", "winner", "accepted", "chosen_response", "response_chosen"),
+    "rejected": ("dispreferred", "worse", "loser", "rejected_response", "response_rejected"),
+    "responses": ("completions", "answers", "candidates", "outputs"),
+    "ranks": ("rank", "ranking", "order"),
+    "response": ("completion", "answer", "output", "candidate"),
+    "rating": ("score", "stars", "grade", "reward"),
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "text": ("content", "story", "document", "sentence"),
+}
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_demonstrations(
+    source: str, *, map: Mapping[str, str] | None = None, skip_bad_rows: bool = False, limit_rows: int | None = None
+) -> Dataset:
+    """Read a dataset for SFT: `Demonstration` rows. Raises DatasetError."""
+    found = _load(source, map, skip_bad_rows)
+    return _read(found, DEMONSTRATIONS, skip_bad_rows, limit_rows)
+
+
+def read_prompts(
+    source: str, *, map: Mapping[str, str] | None = None, skip_bad_rows: bool = False, limit_rows: int | None = None
+) -> Dataset:
+    """Read a dataset of prompts: `Prompt` rows. Raises DatasetError."""
+    found = _load(source, map, skip_bad_rows)
+    return _read(found, PROMPTS, skip_bad_rows, limit_rows)
+
+
+def read_comparisons(
+    source: str,
+    *,
+    map: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+    limit_rows: int | None = None,
+    rating_threshold: float = 0.0,
+    normalise_raters: bool = False,
+) -> Dataset:
+    """Read a dataset of preferences: `Comparison` rows, of which ratings give one per prompt. Raises DatasetError."""
+    found = _load(source, map, skip_bad_rows)
+    if _choose_format(found, COMPARISONS, skip_bad_rows).kind == "comparison":
+        return _read(found, COMPARISONS, skip_bad_rows, limit_rows)
+    read_rating = functools.partial(comparisons.read_rating, needs_annotator=normalise_raters)
+    rated = _read(found, (Format("rating", ("prompt", "response", "rating"), read_rating),), skip_bad_rows, None)
+    ratings = comparisons.normalise_ratings(rated.rows) if normalise_raters else rated.rows
+    usable, ties = comparisons.compare_ratings(ratings, rating_threshold)
+    if not usable:
+        raise DatasetError(
+            f"no two responses to the same prompt differ by more than {rating_threshold:g} in rating",
+            where=source,
+            fix="give several rated responses per prompt, or a lower rating_threshold",
+        )
+    problems = (rated.problems + ties)[:PROBLEMS_KEPT]
+    agreement = comparisons.annotator_agreement(ratings, rating_threshold)
+    return Dataset(usable[:limit_rows], "rating", source, found.digest, rated.skipped + len(ties), problems, agreement)
+
+
+def detect_kind(source: str, *, map: Mapping[str, str] | None = None) -> str:
+    """What a dataset holds, by its first row's columns: "comparison", "rating", "demonstration" or "prompt".
+
+    Raises DatasetError.
+    """
+    return _choose_format(_load(source, map, False), COMPARISONS + DEMONSTRATIONS + PROMPTS, False).kind
+
+
+def _read(found: RawDataset, formats: Sequence[Format], skip_bad_rows: bool, limit_rows: int | None) -> Dataset:
+    chosen = _choose_format(found, formats, skip_bad_rows)
+    usable: list = []
+    problems = list(found.problems)
+    for row in found.rows:
+        if limit_rows is not None and len(usable) == limit_rows:
+            break
+        try:
+            usable.append(chosen.build(row))
+        except DatasetError as error:
+            if not skip_bad_rows:
+                raise
+            problems.append(f"{error.where}: {error.what}")
+    if not usable:
+        raise DatasetError(
+            f"none of the {len(problems)} rows can be used; {problems[0]}",
+            where=found.name,
+            fix=f"{chosen.kind} rows were expected with {listed(chosen.columns)}; correct them, or see --map",
+        )
+    return Dataset(usable, chosen.kind, found.name, found.digest, len(problems), problems[:PROBLEMS_KEPT])
+
+
+def _load(source: str, map: Mapping[str, str] | None, skip_bad_rows: bool) -> RawDataset:
+    """The raw rows under the names that `map` (name: column) gives them."""
+    found = read_raw_dataset(source, skip_bad_rows=skip_bad_rows)
+    if not map:
+        return found
+    columns = list(dict.fromkeys(name for row in found.rows for name in row.values))
+    taken = set(columns) - set(map.values())
+    for name, column in map.items():
+        where = f"{source}: --map {quoted(name)}={quoted(column)}"
+        if column not in columns:
+            raise DatasetError(
+                f"there is no column `{quoted(column)}`", where=where, fix=f"columns are {listed(columns)}"
+            )
+        if list(map.values()).count(column) > 1:
+            raise DatasetError(f"the column `{quoted(column)}` gets two names", where=where, fix="map each column once")
+        if name in taken:
+            fix = f"rename the other one too, for example --map {name}={column},other_{name}={name}"
+            raise DatasetError(f"two columns would be called `{quoted(name)}`", where=where, fix=fix)
+    new_names = {column: name for name, column in map.items()}
+    rows = [
+        RawRow({new_names.get(name, name): value for name, value in row.values.items()}, row.where)
+        for row in found.rows
+    ]
+    return RawDataset(found.name, rows, found.digest, found.problems)
+
+
+def _choose_format(found: RawDataset, formats: Sequence[Format], skip_bad_rows: bool) -> Format:
+    """The first format that the first row fits; where bad rows are skipped, the first row that fits any."""
+    for row in found.rows if skip_bad_rows else found.rows[:1]:
+        for candidate in formats:
+            if candidate.fits(row.values):
+                return candidate
+    first = found.rows[0]
+    accepted = "; ".join("+".join(candidate.columns) for candidate in formats)
+    others = (other for other in COMPARISONS + DEMONSTRATIONS + PROMPTS if other.fits(first.values))
+    kind = next((f", which is a {other.kind} row" for other in others), "")
+    wanted = " or ".join(dict.fromkeys(candidate.kind for candidate in formats if candidate.kind != "rating"))
+    raise DatasetError(
+        f"the row has {listed(first.values)}{kind}; a {wanted} row has one of: {accepted}",
+        where=first.where,
+        fix=_suggest_map(list(first.values), formats),
+    )
+
+
+def _suggest_map(columns: Sequence[str], formats: Sequence[Format]) -> str:
+    """Advice for columns that fit no format: the first renaming that would make them fit one."""
+    if len(columns) == 1 and any(mark in columns[0] for mark in (";", "\t", "|")):
+        return "separate the columns of a .csv file by commas"
+    for candidate in formats:
+        renamed: dict[str, str] = {}
+        for name in candidate.columns:
+            known = {alias.lower() for alias in (name, *ALIASES.get(name, ()))}
+            free = (c for c in columns if c.lower() in known and c not in (*candidate.columns, *renamed.values()))
+            column = name if name in columns else next(free, None)
+            if column is not None:
+                renamed[name] = column
+        if len(renamed) == len(candidate.columns):
+            return "try --map " + ",".join(f"{name}={c}" for name, c in renamed.items() if name != c)
+    return "rename columns with --map name=column"

@@ -1,0 +1,157 @@
+"""Raw rows from a file, a saved datasets folder or the hub, and typed access to their cells. Executes nothing."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.data.cells import json_value, table_rows
+from stages.data.raw_rows import RawRow, first_line
+from stages.data.readers import READERS, import_library, read_file
+from stages.errors import DatasetError
+from stages.places import describe_special
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?")
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """Everything one dataset holds; `problems` are the rows that were skipped because they cannot be read."""
+
+    name: str
+    rows: list[RawRow]
+    digest: str  # sha256 of the file, or of the rows as canonical JSON where there is no single file
+    problems: tuple[str, ...] = ()
+
+
+def read_raw_dataset(source: str, *, skip_bad_rows: bool = False) -> RawDataset:
+    """Read every row of a file, of a folder saved by `datasets`, or of a hub dataset `org/name[:split]`.
+
+    Raises DatasetError for what is missing, unreadable or empty, and, unless they are skipped, for the first row
+    that is malformed.
+    """
+    path, split = _locate(source)
+    if path is None:
+        found, digest = _from_datasets(_load_hub(source, split), source)
+    elif path.is_dir() and _is_saved_dataset(path):
+        found, digest = _from_datasets(_load_saved(path, split), source)
+    else:
+        file = _only_file(path) if path.is_dir() else path
+        if split is not None:
+            raise DatasetError(f"`{file}` has no splits", where=source, fix=f"leave `:{split}` away")
+        found, digest = read_file(file)
+    rows, problems = [], []
+    for row in found:
+        if isinstance(row, RawRow):
+            rows.append(row)
+        elif skip_bad_rows:
+            problems.append(f"{row.where}: {row.what}")
+        else:
+            raise row
+    if not rows:
+        reason = f"none of its {len(problems)} rows can be read; {problems[0]}" if problems else "it holds no rows"
+        raise DatasetError(reason, where=source, fix="give a dataset with at least one row")
+    return RawDataset(source, rows, digest, tuple(problems))
+
+
+# --- finding it ---------------------------------------------------------------------------------------------------
+
+
+def _locate(source: str) -> tuple[Path | None, str | None]:
+    """The local path (None: the hub) and the split asked for, if any."""
+    if not source.strip():
+        raise DatasetError("no dataset is named", where="dataset", fix="give a file, a folder or a hub id org/name")
+    local = os.path.expanduser(source)
+    special = describe_special(local)
+    if special:
+        raise DatasetError(
+            f"it is {special}", where=source, fix="give an existing file or folder, or a hub id org/name"
+        )
+    if os.path.exists(local):
+        return Path(local), None
+    head, _, split = local.rpartition(":")
+    if head and split and os.path.exists(head):
+        return Path(head), split
+    repository, _, split = source.partition(":")
+    if HUB_ID.fullmatch(source) and Path(repository).suffix.lower() not in READERS:
+        return None, split or "train"
+    folder = Path(local).parent
+    names = [entry.name for entry in folder.iterdir()] if os.access(folder, os.R_OK) and folder.is_dir() else []
+    near = difflib.get_close_matches(Path(local).name, names, n=1)
+    fix = f"did you mean `{folder / near[0]}`?" if near else "give an existing file or folder, or a hub id org/name"
+    raise DatasetError("there is no such file or folder", where=source, fix=fix)
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _only_file(folder: Path) -> Path:
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise DatasetError(
+            f"cannot be read: {error.strerror or error}", where=str(folder), fix="see that you may read it"
+        ) from None
+    files = [entry for entry in entries if entry.suffix.lower() in READERS and entry.is_file()]
+    if len(files) == 1:
+        return files[0]
+    holds = ", ".join(entry.name for entry in entries[:12]) + (", ..." if len(entries) > 12 else "")
+    raise DatasetError(
+        f"the folder holds {len(files) or 'no'} dataset files and was not saved by `datasets`: {holds or 'empty'}",
+        where=str(folder),
+        fix="name one file" if files else f"give a folder with one {', '.join(READERS)} file",
+    )
+
+
+# --- the datasets library -----------------------------------------------------------------------------------------
+
+
+def _load_saved(folder: Path, split: str | None) -> Iterable:
+    datasets = import_library("datasets", str(folder))
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever the library trips over, the folder is what is wrong
+        raise DatasetError(
+            f"not a readable saved dataset: {first_line(error)}", where=str(folder), fix="save it again"
+        ) from None
+    if not isinstance(found, dict):
+        if split is not None:
+            raise DatasetError("this saved dataset has no splits", where=str(folder), fix=f"leave `:{split}` away")
+        return found
+    if (split or "train") not in found:
+        raise DatasetError(
+            f"there is no split `{split}`" if split else "no split is named and there is no `train`",
+            where=str(folder),
+            fix=f"choose one: {', '.join(f'{folder}:{name}' for name in found)}",
+        )
+    return found[split or "train"]
+
+
+def _load_hub(source: str, split: str | None) -> Iterable:
+    datasets = import_library("datasets", source)
+    repository = source.partition(":")[0]
+    try:
+        return datasets.load_dataset(repository, split=split)
+    except Exception as error:  # the library raises anything from HTTP errors to ValueError here
+        offline = isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("httpx")
+        reason = "could not be reached" if offline else f"did not give it: {first_line(error)}"
+        fix = "check the path; for a hub dataset, check the network, the name and the split (org/name:split)"
+        raise DatasetError(f"there is no such local path, and the hub {reason}", where=source, fix=fix) from None
+
+
+def _from_datasets(dataset: object, name: str) -> tuple[Iterator[RawRow], str]:
+    try:
+        values = list(table_rows(dataset.with_format("arrow")[:]))  # type: ignore[attr-defined,index]
+    except ValueError as error:
+        raise DatasetError(f"not a readable dataset: {first_line(error)}", where=name, fix="save it again") from None
+    digest = hashlib.sha256()
+    for row in values:
+        digest.update(json.dumps(row, sort_keys=True, default=json_value).encode() + b"\n")
+    return (RawRow(row, f"{name}: row {number}") for number, row in enumerate(values, 1)), digest.hexdigest()

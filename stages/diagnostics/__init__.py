@@ -1,0 +1,1 @@
+"""What tells whether training went well: watched conditions, verdicts, baselines, the curve over KL."""

@@ -1,0 +1,80 @@
+"""Score against KL, policy by policy: rows as `rlhf evaluate` writes them, as a picture and in a sentence. No torch."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import PurePath
+
+from stages.diagnostics.plot import Point, Series, scatter
+from stages.tables import Row, is_finite
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# --- where the gold score turns -------------------------------------------------------------------------------------
+
+
+def turning_point(rows: list[Row]) -> tuple[Row, Row] | None:
+    """The row of the highest gold score and, at more KL, the one of the highest score that is better only by that.
+
+    None where no row with more KL has a higher score and a lower gold score.
+    """
+    known = [row for row in rows if is_finite(row.get("score")) and is_finite(row.get("gold"))]
+    if not known:
+        return None
+    peak = max(known, key=lambda row: row["gold"])
+    beyond = [r for r in known if r["kl"] > peak["kl"] and r["score"] > peak["score"] and r["gold"] < peak["gold"]]
+    return (peak, max(beyond, key=lambda row: row["score"])) if beyond else None
+
+
+def describe_over_optimisation(rows: list[Row], loss_error: float | None) -> str:
+    """One sentence on over-optimisation; `loss_error` is the standard error of the gold score's fall over prompts."""
+    turn = turning_point(rows)
+    if turn is None:
+        return "the gold score nowhere falls while the score rises: no over-optimisation up to the largest KL measured"
+    peak, beyond = turn
+    lost = peak["gold"] - beyond["gold"]
+    error = f" ± {loss_error:.3f}" if is_finite(loss_error) else ""
+    unsure = " (less than twice its error: it may be chance)" if error and lost < 2 * loss_error else ""
+    return (
+        f"the gold score peaks at KL {peak['kl']:.2f} ({_name(peak)}); from there to KL {beyond['kl']:.2f} "
+        f"({_name(beyond)}) the score still rises by {beyond['score'] - peak['score']:.3f} "
+        f"while gold falls by {lost:.3f}{error}{unsure}"
+    )
+
+
+def _name(row: Row) -> str:
+    return str(row.get("label", row.get("model", "")))
+
+
+# --- the picture ----------------------------------------------------------------------------------------------------
+
+
+def plot_kl_curve(rows: list[Row], best_of: list[Row], title: str) -> Figure:
+    """Score (solid) and gold score (dashed) over the KL to the reference: a line for each run with states."""
+    series = []
+    for colour, (kind, points) in enumerate([*by_run(rows).items(), ("best of n", best_of)]):
+        for key, dashed in (("score", False), ("gold", True)):
+            found = [_point(row, key) for row in points if is_finite(row.get(key))]
+            if found:
+                series.append(Series(f"{key}, {kind}", found, dashed, colour))
+    return scatter(series, title=title, x_label="KL to the reference, nats (square-root scale)", y_label="score",
+                   x_scale="sqrt")  # fmt: skip
+
+
+def by_run(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows that belong to one line, by its name: the states of a run with its checkpoint, and all other checkpoints."""
+    runs = {str(row["model"]).rpartition("/state/step-")[0] for row in rows} - {""}
+    short = {run: PurePath(run).name for run in runs}
+    named = {run: name if list(short.values()).count(name) == 1 else run for run, name in short.items()}
+    out: dict[str, list[Row]] = {}
+    for row in rows:
+        model = str(row["model"])
+        run = model.rpartition("/state/step-")[0] or model.rstrip("/")
+        out.setdefault(named.get(run, "checkpoints"), []).append(row)
+    return out
+
+
+def _point(row: Row, key: str) -> Point:
+    errors = [float(row[name]) if is_finite(row.get(name)) else 0.0 for name in ("kl_error", f"{key}_error")]
+    return Point(float(row["kl"]), float(row[key]), *errors)

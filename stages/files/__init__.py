@@ -1,1 +1,0 @@
-"""What is on disk: dataset rows, manifests, checkpoints, run logs."""

@@ -1,0 +1,1 @@
+"""Our own forward pass and decoder for Llama-shaped models."""

@@ -1,0 +1,166 @@
+"""Measures policies on prompts: responses sampled with the same noise for each, scored, with their KL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.config import EvaluateConfig
+from stages.maths.best_of import best_of_kl, best_of_weights
+from stages.maths.statistics import distinct_ngrams, mean_with_error
+from stages.models.model_ref import ModelRef
+from stages.models.roles import Roles
+from stages.models.tokens import PromptRow, Text
+from stages.rollout.experience import Rollout, rollout_kl, sample_rollout
+from stages.rollout.generate import Sampling
+from stages.rollout.reward_sources import RewardSources
+
+DEFAULT_RESPONSE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class EvaluationSetup:
+    """What every policy is measured with."""
+
+    roles: Roles  # with the role "reference" where KL is measured
+    text: Text
+    prompts: list[PromptRow]
+    sampling: Sampling
+    judges: dict[str, RewardSources]  # "score" and "gold", as far as they are given
+    seed: int
+
+    @property
+    def measures_kl(self) -> bool:
+        return "reference" in self.roles.adapters
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """Responses and what is known of each."""
+
+    rollout: Rollout
+    scores: dict[str, Tensor]  # by judge, (B,) fp32 on the CPU
+    kl: Tensor | None  # (B,) log-ratio of policy and reference, estimator k1, float64 on the CPU
+
+
+def sampling_of(source: ModelRef, config: EvaluateConfig) -> Sampling:
+    """How to sample: as asked, else as the policy was trained, else temperature 1 and 128 tokens."""
+    trained = source.manifest.config if source.manifest is not None else {}
+    default = min(DEFAULT_RESPONSE_TOKENS, source.context // 2)
+    tokens = config.max_response_tokens or trained.get("max_response_tokens") or default
+    temperature = config.temperature or trained.get("temperature") or 1.0
+    return Sampling(temperature, tokens, rollout_batch_size=config.rollout_batch_size, engine=config.rollout_engine)
+
+
+def measure(setup: EvaluationSetup, draws: list[int]) -> ScoredRollout:
+    """Responses of the role "policy": number `k` to every prompt, for each k of `draws`, prompt by prompt.
+
+    Noise depends on prompt and k alone, so every policy answers with the same.
+    """
+    rows = [(i, k) for i in range(len(setup.prompts)) for k in draws]
+    keys = [(setup.seed, "evaluate", i, k) if k else (setup.seed, "evaluate", i) for i, k in rows]
+    asked = [setup.prompts[i] for i, _ in rows]
+    rollout = sample_rollout(setup.roles, "policy", setup.text, asked, keys, setup.sampling)
+    scores = {
+        name: judge.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
+        for name, judge in setup.judges.items()
+    }
+    kl = rollout_kl(setup.roles, rollout, setup.sampling.temperature) if setup.measures_kl else None
+    return ScoredRollout(rollout, scores, None if kl is None else kl.double().cpu())
+
+
+def summarise_responses(measured: ScoredRollout) -> dict[str, float]:
+    """Means over one response to each prompt, with standard errors, and how much responses repeat themselves."""
+    rollout = measured.rollout
+    out: dict[str, float] = {}
+    for name, values in measured.scores.items():
+        out[name], out[f"{name}_error"] = mean_with_error(values)
+    if measured.kl is not None:
+        out["kl"], out["kl_error"] = mean_with_error(measured.kl)
+    out["length"] = sum(rollout.lengths) / len(rollout.lengths)
+    out["eos_rate"] = float(rollout.ended.double().mean())
+    return out | repetition(split_texts_and_tokens(rollout))
+
+
+def split_texts_and_tokens(rollout: Rollout) -> list[tuple[str, list[int]]]:
+    """Text and tokens of every response, without the token that ends it."""
+    ends = rollout.ended.tolist()
+    tokens = [response.tolist()[: -1 if end else None] for response, end in zip(rollout.responses, ends, strict=True)]
+    return list(zip(rollout.texts, tokens, strict=True))
+
+
+def repetition(responses: list[tuple[str, list[int]]]) -> dict[str, float]:
+    """Share of responses that repeat another, and of their tokens and pairs of tokens those that differ."""
+    tokens = [ids for _, ids in responses]
+    return {
+        "duplicate_rate": 1 - len({text for text, _ in responses}) / len(responses),
+        "distinct_1": distinct_ngrams(tokens, 1),
+        "distinct_2": distinct_ngrams(tokens, 2),
+    }
+
+
+# --- the best of several
+
+
+def best_of_rows(setup: EvaluationSetup, first: ScoredRollout, counts: list[int]) -> list[dict[str, float]]:
+    """What the best of n responses by score is like, for every n of `counts`, from max(counts) responses per prompt.
+
+    `first` holds response number 0 to every prompt. Means take every response into account (`best_of_weights`).
+    """
+    size = max(counts)
+    groups = [first] if size == 1 else [first, measure(setup, list(range(1, size)))]
+    columns = {name: _column_by_response(groups, name) for name in ("score", "gold", "kl", "length", "ended")}
+    measures = {name: values for name, values in columns.items() if values is not None}
+    return [best_of_row(n, measures) | _repetition_of_best(n, groups, measures["score"]) for n in sorted(set(counts))]
+
+
+def best_of_row(n: int, measures: dict[str, Tensor]) -> dict[str, float]:
+    """One row from measures (P, N) of N responses to each of P prompts; "score" is what the best is chosen by.
+
+    `kl` is an upper bound: of the choice, ln n - (n - 1) / n, plus the log-ratio of policy and reference on what was
+    chosen, since KL(best || reference) = KL(best || policy) + E_best[log policy / reference].
+    """
+    weights = best_of_weights(measures["score"], n)
+    row: dict[str, float] = {"n": n, "kl": best_of_kl(n), "kl_choice": best_of_kl(n)}
+    for name, values in measures.items():
+        mean, error = mean_with_error((weights * values).sum(1))
+        if name == "kl":
+            row |= {"kl": row["kl_choice"] + mean, "kl_error": error, "kl_policy": mean}
+        elif name in ("score", "gold"):
+            row |= {name: mean, f"{name}_error": error}
+        else:
+            row[{"ended": "eos_rate"}.get(name, name)] = mean
+    return row
+
+
+def _column_by_response(groups: list[ScoredRollout], name: str) -> Tensor | None:
+    """A measure as (P, N) float64, response number 0 in the first column; None where it was not taken."""
+    prompts = len(groups[0].rollout.texts)
+    parts = []
+    for group in groups:
+        if name == "length":
+            values = torch.tensor(group.rollout.lengths)
+        else:
+            values = {"kl": group.kl, "ended": group.rollout.ended}.get(name, group.scores.get(name))
+        if values is None:
+            return None
+        parts.append(values.double().view(prompts, -1))
+    return torch.cat(parts, dim=1)
+
+
+def _repetition_of_best(n: int, groups: list[ScoredRollout], scores: Tensor) -> dict[str, float]:
+    """`repetition` of the best of n, averaged over as many disjoint sets of n responses as there are."""
+    prompts, size = scores.shape
+    per_prompt: list[list[tuple[str, list[int]]]] = [[] for _ in range(prompts)]
+    for group in groups:
+        responses = split_texts_and_tokens(group.rollout)
+        each = len(responses) // prompts
+        for i, mine in enumerate(per_prompt):
+            mine += responses[i * each : (i + 1) * each]
+    found = []
+    for start in range(0, size - n + 1, n):
+        best = (start + scores[:, start : start + n].argmax(dim=1)).tolist()
+        found.append(repetition([mine[k] for mine, k in zip(per_prompt, best, strict=True)]))
+    return {name: sum(f[name] for f in found) / len(found) for name in found[0]}

@@ -1,0 +1,155 @@
+"""What --reward names, found and checked before torch is imported: reward checkpoints and Python functions."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import itertools
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from stages.checkpoint.digests import file_digest
+from stages.errors import ConfigError, RewardError, StopRequested, words_of
+from stages.models.model_ref import ModelRef, open_model, same_base
+from stages.places import absolute, describe_special
+from stages.recipe import is_function
+from stages.rollout.settings import World, noting_changes
+from stages.rollout.user_code import ClosedFiles, user_code
+from stages.training.signals import Signals
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """A --reward flag taken apart: a checkpoint, or a function in a file, and its weight."""
+
+    name: str
+    weight: float
+    checkpoint: ModelRef | None
+    function: Callable[..., object] | None
+    digest: str  # of the checkpoint, or of the function's file
+    flag: str = "--reward"  # where it was named
+
+
+def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
+    """Split `source=weight`; the weight is 1 where none is given."""
+    name, equals, weight = flag.rpartition("=")
+    if not equals:
+        return flag, 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        return flag, 1.0  # an '=' that belongs to a path
+    if not math.isfinite(number) or not name:
+        raise ConfigError(f"`{flag}` has no finite weight", where=what, fix="write source=0.5")
+    return name, number
+
+
+def open_rewards(
+    flags: list[str], policy: ModelRef | None, *, what: str = "--reward", trust_remote_code: bool = False
+) -> list[RewardSpec]:
+    """Find and check every reward source before a model loads.
+
+    Raises CheckpointError where a reward checkpoint does not share the policy's base, RewardError where a function
+    cannot be loaded.
+    """
+    specs = []
+    for flag in flags:
+        name, weight = parse_reward(flag, what)
+        if is_function(name):
+            specs.append(
+                RewardSpec(name, weight, None, load_function(name, what), file_digest(python_file(name)), what)
+            )
+            continue
+        source = open_model(name, stages=("reward",), what=what, trust_remote_code=trust_remote_code)
+        if source.manifest is None:
+            raise RewardError(
+                f"{name} is a base model, not a reward source",
+                where=what,
+                fix="give a checkpoint of `rlhf reward`, or file.py:function",
+            )
+        if policy is not None:
+            same_base(policy, source, first_flag="--model", second_flag=what)
+        specs.append(RewardSpec(name, weight, source, None, source.digest, what))
+    return specs
+
+
+def python_file(name: str) -> Path:
+    """The file of a function source."""
+    return Path(os.path.expanduser(name if name.endswith(".py") else name[: name.rindex(".py:") + 3]))
+
+
+class UserFunction:
+    """A function from a file of the user's, which sees the process as importing that file left it."""
+
+    def __init__(self, function: Callable[..., object], world: World):
+        functools.update_wrapper(self, function)  # so that its signature is the function's
+        self.world = world
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Call the function itself."""
+        return self.__wrapped__(*args, **kwargs)
+
+
+def load_function(name: str, what: str) -> UserFunction:
+    """Import `path/to/file.py:function` (function `score` where none is named); raises RewardError where that fails."""
+    path, function_name = python_file(name), "score" if name.endswith(".py") else name.rpartition(".py:")[2] or "score"
+    place = absolute(path, what)
+    if not place.is_file():
+        why = f"is {describe_special(place)}" if describe_special(place) else "does not exist"
+        why = "is a folder" if place.is_dir() else why
+        raise RewardError(f"{path} {why}", where=what, fix="give path/to/file.py:function")
+    where = f"{what} {name}"
+    world = World()
+    module = None
+    try:
+        with user_code(where, Signals()), noting_changes(world):
+            module = _import(path)
+            function = getattr(module, function_name, None)
+    except (StopRequested, ClosedFiles):
+        raise
+    except BaseException as error:
+        raise RewardError(f"importing it failed: {reason_of(error, path)}", where=where, fix="mend the file") from None
+    if not callable(function):
+        found = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
+        raise RewardError(
+            f"{path} has no function `{function_name}`", where=what, fix=f"it has {', '.join(found) or 'no functions'}"
+        )
+    return UserFunction(function, world)
+
+
+def _import(path: Path) -> ModuleType:
+    """The module of a file, with the file's folder first on the path."""
+    spec = importlib.util.spec_from_file_location(_module_name(path), absolute(path, "--reward"))
+    sys.path.insert(0, str(path.resolve().parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _module_name(path: Path) -> str:
+    """The file's own name, under which processes that it starts can import it too, unless another module has it."""
+    name = path.stem
+    if name.isidentifier() and name not in sys.modules:
+        other = importlib.util.find_spec(name)
+        if other is None or (other.origin and Path(other.origin).resolve() == path.resolve()):
+            return name
+    names = (f"rlhf_reward_{name}{number or ''}" for number in itertools.count())
+    return next(name for name in names if name not in sys.modules)
+
+
+def reason_of(error: BaseException, path: Path) -> str:
+    """An exception in a line: its type, its words, and the line of the user's file that raised it."""
+    lines = [
+        f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename and Path(f.filename).name == path.name
+    ]
+    line = f" ({path}:{lines[-1]})" if lines else ""
+    words = words_of(error)
+    return f"{type(error).__name__}{': ' if words else ''}{words}{line}"
