@@ -48,7 +48,7 @@ def test_neither_batching_nor_compaction_changes_a_response(open_tiny, rows, mon
     stops = tuple(range(0, base.vocabulary, 7))
     with adapted(base).use("policy"):
         whole = generate(base, PROMPTS, KEYS, stops, Sampling(1.0, 16))
-        monkeypatch.setattr(decode, "TOKENS_AT_ONCE_CPU", 10)  # prompts are read a few at a time
+        monkeypatch.setattr("stages.native.limits.TOKENS_AT_ONCE_CPU", 10)  # prompts are read a few at a time
         again = generate(base, PROMPTS, KEYS, stops, Sampling(1.0, 16, rollout_batch_size=rows))
     assert [r.tolist() for r in again] == [r.tolist() for r in whole]
 

@@ -56,7 +56,7 @@ def test_it_is_said_where_every_token_reads_its_text_again(tmp_path):
 
 
 def test_texts_are_read_in_passes_of_a_bounded_size(open_tiny, monkeypatch):
-    monkeypatch.setattr("stages.rollout.cached.TOKENS_AT_ONCE_CPU", 12)
+    monkeypatch.setattr("stages.native.limits.TOKENS_AT_ONCE_CPU", 12)
     base, prompts = open_tiny("gpt2"), sequences_of([3, 10, 7, 2, 30])
     run, sizes = base.hidden, []
     monkeypatch.setattr(base, "hidden", lambda texts, ends: sizes.append([len(t) for t in texts]) or run(texts, ends))

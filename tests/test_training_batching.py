@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stages.models.passes import TOKENS_AT_ONCE_CPU, micro_batches
+from stages.models.passes import micro_batches
+from stages.native.limits import TOKENS_AT_ONCE_CPU
 from stages.training.batching import batch_at, epoch_at, steps_in
 
 

@@ -286,7 +286,7 @@ def decide(source, free, asked="auto", size="auto", rows=64, longest=100):
 
 
 def test_memory_is_used_as_far_as_it_goes_and_recomputing_comes_last(model_folder, monkeypatch):
-    monkeypatch.setattr(plan, "TOKENS_AT_ONCE_CPU", 4096)
+    monkeypatch.setattr("stages.native.limits.TOKENS_AT_ONCE_CPU", 4096)
     source = source_of(model_folder("llama"))
     shapes = source_shapes(source, sft_config())
     (kept, passing), less = (activation_bytes(shapes, 4, checkpointing=c, rank=4, row=100) for c in (False, True))
@@ -371,7 +371,6 @@ def test_the_plan_in_numbers(model_folder):
 
 
 def test_where_the_device_says_what_is_free_so_does_the_plan(model_folder, monkeypatch):
-    from stages.training import plan
 
     monkeypatch.setattr(plan, "free_memory", lambda device: 5_000_000)
     config, source = sft_config(device="cpu", lora_rank=4), source_of(model_folder("llama"))

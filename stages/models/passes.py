@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.config import AUTO
 from stages.errors import OutOfMemory
-from stages.native.limits import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, out_of_memory
+from stages.native.limits import out_of_memory, tokens_at_once
 
 LARGEST_OF = "largest_"  # named values that begin so are combined by their largest, all others added
 
@@ -141,7 +141,7 @@ def micro_batches(
     if isinstance(size, int):
         size = max(1, size // divisor)
         return [order[i : i + size] for i in range(0, len(order), size)]
-    budget = (tokens or (TOKENS_AT_ONCE_CUDA if on_cuda else TOKENS_AT_ONCE_CPU)) // divisor
+    budget = (tokens or tokens_at_once(on_cuda=on_cuda)) // divisor
     groups: list[list[int]] = []
     used = budget + 1
     for i in order:

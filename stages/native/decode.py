@@ -132,7 +132,7 @@ class NativeDecoder:
 
     def start(self) -> Tensor:
         """States (R, H) of the last token of every prompt; prompts that begin alike are computed together."""
-        budget = tokens_at_once(self.device)
+        budget = tokens_at_once(on_cuda=self.device.type == "cuda")
         states, first = [], 0
         while first < len(self.prompts):
             last, tokens = first + 1, len(self.prompts[first])

@@ -111,7 +111,7 @@ class RereadingDecoder:
         self.base, self.texts = base, list(prompts)
 
     def start(self) -> Tensor:
-        budget = tokens_at_once(self.base.device)
+        budget = tokens_at_once(on_cuda=self.base.device.type == "cuda")
         states, first = [], 0
         while first < len(self.texts):
             last = first + 1

@@ -13,7 +13,7 @@ from stages.config import AUTO
 from stages.models.model_ref import ModelRef, lora_type_of, open_model
 from stages.models.passes import micro_batches
 from stages.models.roles import ADAPTER, DEFAULT_RANK
-from stages.native.limits import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA, tokens_at_once
+from stages.native.limits import tokens_at_once
 from stages.recipe import is_function
 from stages.results import Result
 from stages.tables import facts_table, memory_table
@@ -136,7 +136,7 @@ def choose_passes(config: Any, work: Work, source: ModelRef, shapes: Shapes, fre
     recomputed without being asked for where passes large enough to be fast do not fit otherwise.
     """
     device = pick_device(config.device)
-    default = tokens_at_once(device)
+    default = tokens_at_once(on_cuda=device.type == "cuda")
     asked = config.gradient_checkpointing
     if free is None:
         return PassPlan(asked is True, default)
@@ -174,7 +174,7 @@ def rollout_bytes(shapes: Shapes, width: int, work: Work, *, on_cuda: bool = Fal
     """The larger of what a rollout's prompts take, computed and kept, and of what its last token takes to be drawn."""
     one, fits = cache_bytes(shapes, width), work.at_once * (work.prompt + work.response)
     if shapes.native:  # slots are there from the beginning, prompts are read a few at a time
-        read = min(work.at_once * work.prompt, TOKENS_AT_ONCE_CUDA if on_cuda else TOKENS_AT_ONCE_CPU)
+        read = min(work.at_once * work.prompt, tokens_at_once(on_cuda=on_cuda))
         folded = (shapes.weights - shapes.other) * width if width == FP32 else 0
         return folded + fits * one + max(read * prefill_bytes(shapes, width), draw_bytes(shapes, work.at_once))
     first = work.at_once * work.prompt * (one + prefill_bytes(shapes, width))
