@@ -50,7 +50,7 @@ def command(stage: str, assets: Path, policy: Path, reward: Path, output: Path) 
     steps = ("--max-steps", WARM_UP[stage] + STEPS[stage], "--save-every", 1000)
     words = {
         "sft": (*model, "--dataset", assets / "sft256" / "train.jsonl", "--mask", "assistant", *ROWS),
-        "reward": (*model, *pairs, *ROWS, "--sft-samples", 0),
+        "reward": (*model, *pairs, *ROWS),
         "dpo": (*model, *pairs, *ROWS),
         "ppo": ("--model", policy, "--reward", reward, "--dataset", assets / "prompts" / "train.jsonl", *PPO),
     }[stage]
