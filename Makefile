@@ -1,7 +1,7 @@
 # GNU make 4 and a POSIX shell. `make` alone lists what there is.
 #
-# A stage is made by a file: its checkpoint.json. It is made again when its recipe, its data or the checkpoint before
-# it is newer; a run that was interrupted goes on where it stood.
+# The target of a stage is a file, its checkpoint.json. The stage runs again if its recipe, its data or the checkpoint
+# before it is newer. An interrupted run is resumed.
 
 RECIPE ?= recipes/tiny
 RUN    ?= runs/$(notdir $(patsubst %/,%,$(RECIPE)))
@@ -11,10 +11,10 @@ JOBS   ?= 2
 BIN  := .venv/bin
 RLHF := $(BIN)/rlhf
 
-# Threads that spin while they wait cost others, and themselves, a factor where cores are shared.
+# On shared cores, threads that spin while they wait slow down every process, their own too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# A recipe with a prepare.py makes its own base and data; any other names them in its files or is given them here.
+# A recipe with a prepare.py makes its own base and data. Any other recipe names them in its files, or gets them here.
 PREPARE := $(wildcard $(RECIPE)/prepare.py)
 ifneq ($(PREPARE),)
 PREPARED      := $(RUN)/data/facts.json
@@ -30,13 +30,13 @@ REWARD := $(RUN)/reward/checkpoint.json
 PPO    := $(RUN)/ppo/checkpoint.json
 REPORT := $(RUN)/evaluate.json
 
-# $(call dataset,SFT) is the flag; $(call rows,SFT,sft) the file itself, where the dataset is a file and not a hub id.
+# $(call dataset,SFT) is the flag; $(call rows,SFT,sft) is the file itself, if the dataset is a file and not a hub id.
 dataset = $(if $($(1)_DATA),--dataset $($(1)_DATA))
 rows    = $(wildcard $(or $($(1)_DATA),$(shell sed -n 's/^dataset: *\([^ ]*\).*/\1/p' $(RECIPE)/$(2).yaml 2>/dev/null)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo sft reward ppo evaluate test test-all lint smoke gpu-check clean
-# An interrupt must not make `make` delete what a stage has just finished.
+# If interrupted, make must not delete what a stage has just finished.
 .PRECIOUS: $(SFT) $(REWARD) $(PPO) $(REPORT)
 
 help: ## show this list
@@ -47,7 +47,7 @@ help: ## show this list
 	@printf '  RUN        folder that the stages write to (%s)\n' '$(RUN)'
 	@printf '  FLAGS      flags for every training stage, such as FLAGS="--max-steps 5";\n'
 	@printf '             SFT_FLAGS, REWARD_FLAGS, PPO_FLAGS, EVALUATE_FLAGS, PREPARE_FLAGS for one\n'
-	@printf '  BASE       base model, and SFT_DATA, REWARD_DATA, PPO_DATA, EVALUATE_DATA, where the\n'
+	@printf '  BASE       base model, and SFT_DATA, REWARD_DATA, PPO_DATA, EVALUATE_DATA, if the\n'
 	@printf '             recipe does not name them\n'
 	@printf '  PYTHON     what makes .venv (%s), or runs gpu-check without one; JOBS: test processes (%s)\n' \
 	    '$(PYTHON)' '$(JOBS)'
@@ -64,12 +64,12 @@ setup: .venv/installed ## make .venv with the tested versions of everything
 
 # --- the stages --------------------------------------------------------------------------------------------------
 
-demo: $(REPORT) ## base, SFT, reward model, PPO and their report, from nothing, on a laptop's CPU
+demo: $(REPORT) ## base, SFT, reward model, PPO and their report, from scratch, on a CPU
 	$(RLHF) report $(RUN)
 
 sft: $(SFT) ## supervised fine-tuning of RECIPE into RUN/sft
-reward: $(REWARD) ## the reward model into RUN/reward (and what it needs)
-ppo: $(PPO) ## PPO into RUN/ppo (and what it needs)
+reward: $(REWARD) ## the reward model into RUN/reward (and the stages before it)
+ppo: $(PPO) ## PPO into RUN/ppo (and the stages before it)
 evaluate: $(REPORT) ## PPO against SFT on held-out prompts, into RUN/evaluate.json
 
 $(PREPARED): $(wildcard $(RECIPE)/*.py) | .venv/installed
@@ -114,8 +114,8 @@ smoke: .venv/installed ## every stage for two steps, in runs/smoke
 	$(MAKE) --no-print-directory demo RECIPE=recipes/tiny RUN=runs/smoke FLAGS='$(SMALL)' \
 	    PREPARE_FLAGS='--steps 20 --rows 100' EVALUATE_FLAGS='--limit-rows 8'
 
-# Nothing is installed for it: a GPU machine's own Python does, where there is no .venv. Both parts run whatever the other
-# says, each within its time; the benchmark writes what it has after every model.
+# Installs nothing: without a .venv it uses the machine's own Python. The benchmark runs even if a test fails. Each part
+# has a time limit; the benchmark writes its results after every model.
 GPU_PYTHON    = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_SECONDS  ?= 300
 gpu-check: ## GPU tests and GPU benchmark, in under 9 minutes on one CUDA device

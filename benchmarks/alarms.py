@@ -1,12 +1,12 @@
-"""What do PPO's alarms see? Runs known to be good and runs known to be hacked, and what every threshold makes of them.
+"""What PPO's warnings find and what they miss, in runs known to be good and in runs known to be hacked.
 
     python benchmarks/alarms.py --base MODEL --prompts ROWS.jsonl --output DIR
 
-Good runs optimise what they should: a reward model of the cheerfulness in `gold.py` at a KL where the true reward still
-rises, an answer that can be checked, the customer service of `recipes/tiny`, the small problems of `optimum.py`. Hacked
-runs are paid for something else: words of a list, length, a phrase, shortness; or for a reward model's errors, with
-hardly any charge for the KL. No run may stop itself. The conditions are computed from the metrics afterwards, so a new
-threshold needs no new run: the same command again reads the runs that are finished.
+Good runs optimise what they should: a reward model of `gold.py` at a KL at which the true reward still rises, an answer
+that can be checked, the customer service of `recipes/tiny`, the small problems of `optimum.py`. Hacked runs are paid
+for something else: words of a list, length, a phrase, shortness; or for the errors of a reward model, with hardly any
+penalty on the KL. No run stops by itself. The conditions are computed from the metrics afterwards, so a new threshold
+needs no new run: run the same command again, and it reads the finished runs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Nothing is lost: every stage is killed at every write and at random moments, run again, and compared bit by bit.
+"""Kills, signals and full disks: does every stage resume from them to the same bits?
 
     python benchmarks/faults.py [--kills N] [--output FILE.json]
 
-A stage runs once undisturbed. Then it is run again and again in a process of its own that is killed (SIGKILL) just
-before a call to the system that changes a file, half-way through a write, or after a random time; or that finds the
-disk full at one of those calls; or that is asked to end (SIGTERM) at a random time. The same command then runs again,
-and must end with the same adapter, heads, metrics (each step once) and samples, to the bit, with nothing left over.
+A stage runs once undisturbed. Then it runs again and again, each time in its own process with one fault: SIGKILL just
+before a system call that changes a file, half-way through a write, or after a random time; a full disk at one of these
+calls; or SIGTERM at a random time. After each fault the same command runs again. It must end with the same adapter,
+heads, metrics (each step once) and samples, to the bit, and leave no other files behind.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The true reward of the learning benchmark, computed from a response's text alone: how cheerful its sentences are.
+"""The true reward of the learning benchmark: how cheerful the sentences of a response are, from its text alone.
 
-A sentence counts its different cheerful words minus its different gloomy ones, held between -2 and 2, so that
-repeating a word, or heaping words into one sentence, gains nothing. A response counts the mean of its sentences.
+A sentence scores its different cheerful words minus its different gloomy ones, limited to -2 and 2, so that repeating a
+word, or putting many words into one sentence, gains nothing. A response scores the mean of its sentences.
 """
 
 from __future__ import annotations

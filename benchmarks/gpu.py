@@ -1,11 +1,12 @@
-"""How near a GPU's limits the tool comes, at the shapes of real models with random weights: nothing is downloaded.
+"""How near the tool comes to the limits of a GPU, at the shapes of real models with random weights.
 
     python benchmarks/gpu.py [--shapes llama-3.1-8b,qwen2.5-0.5b,...] [--budget-seconds 300] [--output DIR|FILE.json]
 
-Ceilings are measured in the same run: a large matrix product and a large copy. Decoding is compared with reading every
-weight, key and value once per token; training with the matrix-product rate at 4 operations a weight and token, and
-attention; a PPO iteration (512 prompts x (512 + 512) tokens, fewer where time is short) with the sum of both, phase by
-phase. What does not fit into the budget, or into memory, is left out and named. Prints Markdown; writes JSON too.
+Nothing is downloaded. The limits are measured in the same run, by a large matrix product and a large copy. Decoding is
+compared with reading every weight, key and value once per token. Training is compared with the matrix-product rate, at
+4 operations per weight and token plus attention. A PPO iteration (512 prompts x (512 + 512) tokens, fewer if time is
+short) is compared with both, phase by phase. What does not fit into the time or into memory is left out and named.
+Prints Markdown, and writes JSON too.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Does it learn the right thing? PPO, RLOO, GRPO, DPO and best-of-n against a true reward that none of them sees.
+"""Does a true reward rise that no method sees? PPO, RLOO, GRPO, DPO and best of n on one reward model.
 
     python benchmarks/learning.py --base MODEL --demonstrations ROWS.jsonl --prompts ROWS.jsonl --output DIR
 
-A story model is fine-tuned, its own continuations are compared by a noisy judge (Bradley-Terry on `gold.py`), a reward
-model learns from the comparisons alone, and every method then optimises that reward model, or the comparisons. What
-counts is the gold reward on prompts nobody trained on: at equal KL to the reference, and at equal seconds of training.
-Every step is an `rlhf` command, so that an interrupted benchmark goes on where it stood. Reference for the curve:
-Gao et al. 2023, "Scaling Laws for Reward Model Overoptimization".
+A story model is fine-tuned. A noisy judge (Bradley-Terry on `gold.py`) compares pairs of its continuations, and a
+reward model learns from these comparisons alone. Every method then optimises that reward model, or learns from the
+comparisons. The result is the gold reward on prompts that nothing was trained on: at equal KL to the reference, and at
+equal seconds of training. Every step is an `rlhf` command, so run the benchmark again to resume it. Reference for the
+curve: Gao et al. 2023, "Scaling Laws for Reward Model Overoptimization".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measures of one model: decoding, training, memory, and a whole PPO iteration."""
+"""The measurements of benchmarks/gpu.py on one model: decoding, training, memory, and a whole PPO iteration."""
 
 from __future__ import annotations
 

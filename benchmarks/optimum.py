@@ -1,10 +1,11 @@
-"""Does PPO, through the real command, come to rest where theory says it must?
-
-Each task is a tiny language model whose responses can all be listed, a reward for every one of them, and a weight beta
-of the KL. There E_pi[R] - beta KL(pi || pi_ref) has one optimum, pi* ~ pi_ref exp(R / beta). What `rlhf ppo` makes of
-it from sampled responses is compared with what exact gradients of that objective make of it on the same adapter.
+"""Does PPO, through the real command, reach the known optimum of small problems?
 
     python benchmarks/optimum.py [--task NAME] [--estimator NAME] [--quick] [--output FILE.json]
+
+Each task is a tiny language model whose responses can all be listed, a reward for each of them, and a weight beta of
+the KL. The objective E_pi[R] - beta KL(pi || pi_ref) then has one optimum, pi* ~ pi_ref exp(R / beta). The policy that
+`rlhf ppo` learns from sampled responses is compared with that optimum, and with what exact gradients of the objective
+reach on the same adapter.
 """
 
 from __future__ import annotations

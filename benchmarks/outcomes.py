@@ -1,4 +1,4 @@
-"""What came out of the learning benchmark: points on paths, interpolated to equal KL and equal seconds, as tables."""
+"""Tables and plots of the learning benchmark: its measured policies, interpolated to equal KL and equal seconds."""
 
 from __future__ import annotations
 

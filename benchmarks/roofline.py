@@ -1,6 +1,6 @@
-"""What a step costs at the least: operations over the matrix-product rate, bytes over the bandwidth; LoRA, frozen base.
+"""The least time of a step with LoRA on a frozen base: operations / matrix-product rate, or bytes / bandwidth.
 
-Weight gradients of the base are not computed, so a token costs 2 operations a weight forward and 2 backward.
+No weight gradients of the base are computed, so a token costs 2 operations per weight forward and 2 backward.
 """
 
 from __future__ import annotations

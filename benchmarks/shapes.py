@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, built on the device on the spot: nothing is downloaded."""
+"""Models of real shapes with random weights, built on the device; nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the alarms benchmark reads off its runs: each signal by update, what every threshold finds, and the tables."""
+"""Tables of the alarms benchmark: each signal of its runs by update, and what every threshold finds and misses."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""How fast and how large: every stage on the same work as a peer, one core, alternately, as ratios with their spread.
+"""Speed and memory of every stage beside a peer's on the same work, on one core.
 
     python benchmarks/speed.py --assets DIR [--peer CMD] [--rounds 3] [--stages sft,reward,dpo,ppo] [--output FILE.json]
 
-`--assets` holds base/, sft256/train.jsonl, pref256/train.jsonl and prompts/train.jsonl; the policy of the ppo runs is
-`--policy` (default: the base). `--peer` is a command that takes a stage's name and prints one JSON line with
-samples_per_cpu_s, tokens_per_cpu_s and peak_rss_mb for 8 rows a step (ppo: 32 rollouts of 64 tokens, 4 epochs).
-Samples per second of CPU time are steadier than per second where cores are shared. Start-up is measured as wall time.
+Both run in turn, several rounds; the results are ratios with their range. `--assets` holds base/, sft256/train.jsonl,
+pref256/train.jsonl and prompts/train.jsonl; the policy of the ppo runs is `--policy` (default: the base). `--peer` is a
+command that takes the name of a stage and prints one JSON line with samples_per_cpu_s, tokens_per_cpu_s and
+peak_rss_mb, for 8 rows per step (ppo: 32 rollouts of 64 tokens, 4 epochs). Samples are counted per second of CPU time,
+which varies less than wall time on shared cores. Start-up is measured in wall time.
 """
 
 from __future__ import annotations

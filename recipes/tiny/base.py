@@ -1,4 +1,4 @@
-"""The tiny world's base model: a small Llama and its tokenizer, trained from nothing on the world's own text."""
+"""The base model of the tiny world: a small Llama and its tokenizer, trained from scratch on text of that world."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY, CONTEXT = 768, 192
 BATCH, LEARNING_RATE, WARMUP = 32, 4e-3, 30
-IGNORED = -100  # cross-entropy's mark for "no target here"
+IGNORED = -100  # marks positions without a target for cross-entropy
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the given texts, so any other text can be written in it too; puts <s> before a text."""
+    """A byte-level BPE of the given texts, so it can encode any other text too; puts <s> before a text."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = byte_level
@@ -47,7 +47,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=CONTEXT,
-            # The usual 0.02 suits wide models; at this width it delays the copying of facts tenfold.
+            # The usual 0.02 suits wide models; at this width copying facts takes ten times as many steps with it.
             initializer_range=0.08,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,

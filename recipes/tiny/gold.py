@@ -1,7 +1,7 @@
 """The gold reward of the tiny world: what a good answer is, in closed form, from the text alone.
 
 The reward model never sees this function. It sees comparisons whose labels were drawn from it, with noise; so the
-gold score of a policy tells whether PPO made the answers better, or only better liked by the reward model.
+gold score of a policy shows whether PPO made the answers better, or only raised the reward model's score.
 
     fact       +1     the answer states what the record says, and nothing else of that kind; otherwise -1
     courtesy   +0.5   for each different kind of courtesy (greeting, thanks, apology, offer, wish), three at most;
@@ -20,8 +20,8 @@ import re
 WORST, BEST = -4.0, 2.5
 MOST_KINDS, MOST_REMARKS, MOST_WORDS = 3, 2, 32
 
-# What can be asked about, and every value it can have. Prices are above and aisles below 10, so that a bare number
-# tells which of the two it is.
+# What can be asked about, and every value it can have. Prices are above and aisles below 10, so that a number alone
+# shows which of the two it is.
 VALUES = {
     "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     "colour": ("red", "blue", "green", "white", "black", "yellow", "brown", "grey"),
@@ -29,7 +29,7 @@ VALUES = {
     "aisle": tuple(str(aisle) for aisle in range(1, 10)),
 }
 PROMPT = re.compile(r"(?P<name>\w+) asks: (?P<question>[^\n]*)\nRecord: (?P<record>[^\n]*)\nAgent:\s*")
-# The words in a question that tell what it asks for, and where the record says it.
+# The words in a question that show what it asks for, and where the record has it.
 ASKED = {
     "day": re.compile(r"\b(?:arrive|come|delivered)\b"),
     "price": re.compile(r"\b(?:cost|price|pay)\b"),
@@ -43,7 +43,7 @@ RECORDED = {
     "colour": re.compile(r"\bcolour (\w+)"),
 }
 
-# Whole sentences without their closing mark: a little freedom inside, none around.
+# Whole sentences without their closing mark; small variations are allowed inside, nothing around.
 SENTENCE = re.compile(r"([^.!?]+)(?:[.!?]|$)")
 THING = r"(?:[Ii]t|(?:[Tt]he|[Yy]our) \w+)"
 ANSWER = {
@@ -67,7 +67,7 @@ COURTESIES = frozenset({"greeting", "thanks", "apology", "offer", "wish"})
 
 
 def score(prompts: list[str], responses: list[str], **columns: list[object]) -> list[float]:
-    """Gold score of every response, each between `WORST` and `BEST`; other columns of the rows are not looked at."""
+    """Gold score of every response, each between `WORST` and `BEST`; other columns of the rows are ignored."""
     return [sum(judge(prompt, response).values()) for prompt, response in zip(prompts, responses, strict=True)]
 
 

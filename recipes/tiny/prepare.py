@@ -20,12 +20,12 @@ from pathlib import Path
 import world
 from gold import BEST, WORST, judge, score
 
-# The base has heard all sorts of agents. Demonstrations are mostly right and mostly curt, so there is something left
-# for preferences to teach; comparisons show every way to be better or worse.
+# The base learns from agents of every kind. Demonstrations are mostly right and mostly curt, so that preferences have
+# something left to teach. Comparisons show every way to be better or worse.
 HEARD = world.Habit(right=0.6, courteous=0.5, rude=0.4, flawed=0.1)
 DEMONSTRATED = world.Habit(right=0.85, courteous=0.35, rude=0.1, flawed=0.02)
 COMPARED = world.Habit(right=0.6, courteous=0.6, rude=0.3, flawed=0.2)
-SHARPNESS = 2.0  # how surely the judge prefers the answer with the higher gold score
+SHARPNESS = 2.0  # the judge prefers a to b with probability sigmoid(SHARPNESS * (gold of a - gold of b))
 
 
 def main() -> None:
@@ -41,14 +41,14 @@ def main() -> None:
     if facts_file.exists() and wanted.items() <= json.loads(facts_file.read_text()).items():
         print(f"{arguments.output} is prepared already")
         return
-    # Everything is written aside; the data's folder with facts.json in it is moved into its place last.
+    # Everything is written to a temporary folder; data/, which holds facts.json, is moved into place last.
     aside = arguments.output / ".prepare"
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "data").mkdir(parents=True)
     texts, facts = write_data(aside / "data", arguments.rows, arguments.seed, arguments.steps)
     facts["base"] = write_base(aside / "base", texts, arguments.seed)
     (aside / "data" / "facts.json").write_text(json.dumps({**wanted, **facts}, indent=2) + "\n")
-    for name in ("data", "base"):  # facts.json goes first and comes last, so it never tells of another base
+    for name in ("data", "base"):  # facts.json is removed first and put back last, so it never describes another base
         shutil.rmtree(arguments.output / name, ignore_errors=True)
     for name in ("base", "data"):
         os.replace(aside / name, arguments.output / name)
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def digest_of_sources() -> str:
-    """Hash of this recipe's Python files: a change in any of them makes another world."""
+    """Hash of the Python files of this recipe; a change in any of them means other data."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 

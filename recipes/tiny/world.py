@@ -1,4 +1,4 @@
-"""The tiny world: customers who ask, records that know, and agents who answer well or badly.
+"""The tiny world: customers who ask, records with the answers, and agents who answer well or badly.
 
 Everything is drawn from a `random.Random`, so one seed gives one world.
 """
@@ -127,7 +127,7 @@ class Habit:
     right: float
     courteous: float
     rude: float  # where not courteous
-    flawed: float  # makes a mess of the form
+    flawed: float  # spoils the form
 
 
 def draw_case(rng: random.Random) -> Case:
@@ -214,7 +214,7 @@ def be_courteous(rng: random.Random, sentences: list[str]) -> list[str]:
 
 
 def spoil(rng: random.Random, text: str, case: Case) -> str:
-    """Make one mess of an answer: cut it off, say a part twice, contradict it, drop it, or speak of something else."""
+    """Spoil an answer in one way: cut it off, repeat a part, contradict it, drop it, or talk about something else."""
     mess = rng.choice(("cut", "twice", "contradict", "drop", "astray"))
     words, sentences = text.split(" "), text.replace("!", "!|").replace(".", ".|").replace("?", "?|").split("|")[:-1]
     if mess == "cut":
