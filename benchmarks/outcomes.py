@@ -192,4 +192,4 @@ def draw(points: list[Point], best_of: dict[int, list[dict]], measure: str, titl
         for method, seed, path in sorted(curves, key=lambda curve: methods.index(curve[0]))
     ]
     label = "KL to the reference, nats per response"
-    return plot.scatter(series, title=title, x_label=label, y_label=f"{measure} reward", x_scale="sqrt")
+    return plot.scatter(series, title=title, x_label=label, y_label=f"{measure} reward")

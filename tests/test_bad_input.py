@@ -478,7 +478,7 @@ ROWS = {
     ),
     "missing function": (
         EARLY, lambda c, p: ppo(c, p, rm=function(p, "return 1").replace(":score", ":scores")),
-        ["has no function `scores`", "it has score"],
+        ["has no function `scores`", "that it has: score"],
     ),
     "a function file that cannot be imported": (
         EARLY, lambda c, p: ppo(c, p, rm=written(p / "f.py", "import re\n1 / 0\n")),

@@ -257,15 +257,15 @@ def test_a_stop_names_number_cause_knob_and_the_way_on():
         walk([HEALTHY, FAR], stop_on=("nan", "kl"))
     assert caught.value.step == 2 and caught.value.exit_code == 3
     words = str(add_resume_advice(caught.value, 1, "runs/x", ["nan", "kl"]))
-    assert words.startswith("stopped at step 2: kl: the sequence KL to the reference is 60.0 nats, 1.50 per token; ")
-    assert "raise --kl-coef" in words and "the state of step 1, before this update, is kept in runs/x" in words
-    assert words.endswith("--stop-on nan goes on from it")
-    assert str(add_resume_advice(caught.value, 1, "x", ["kl"])).endswith("--stop-on none goes on from it")
+    assert words.startswith("stopped at step 2: kl: the sequence KL to the reference is 60.0 nats, 1.50 per token (")
+    assert "raise --kl-coef" in words and "the state before this update (step 1) is saved in runs/x" in words
+    assert words.endswith("with --stop-on nan")
+    assert str(add_resume_advice(caught.value, 1, "x", ["kl"])).endswith("with --stop-on none")
 
 
 def test_one_bad_gradient_is_warned_of_and_does_not_stop():
     lost = HEALTHY | {"nonfinite_steps": 1.0, "nonfinite_in_a_row": 1.0}
     warnings, _ = walk([HEALTHY, lost], stop_on=("nan",))
-    assert len(warnings) == 1 and warnings[0].startswith("update 2: nan: gradients that")
+    assert len(warnings) == 1 and warnings[0].startswith("update 2: nan: non-finite gradients skipped")
     with pytest.raises(TrainingStopped):
         walk([HEALTHY, lost, lost | {"nonfinite_in_a_row": 5.0}], stop_on=("nan",))

@@ -34,7 +34,7 @@ def test_points_and_their_errors_are_drawn_in_order():
 
 def test_a_square_root_axis_starts_at_nought():
     """KL 1 stands half as far from the left as KL 4; noise below 0, and an error that reaches there, ends at 0."""
-    figure = scatter([Series("s", [Point(1, 0, 3), Point(4, 1), Point(-0.5, 1)])], **NAMES, x_scale="sqrt")
+    figure = scatter([Series("s", [Point(1, 0, 3), Point(4, 1), Point(-0.5, 1)])], **NAMES)
     (axes,) = figure.axes
     line, _, (across, _) = axes.containers[0]
     assert line.get_xdata().tolist() == [1, 4, 0] and axes.get_xlim()[0] == 0
@@ -58,9 +58,8 @@ def test_what_is_not_finite_is_left_out():
 
 
 @pytest.mark.parametrize("points", [[Point(0, 0)], [Point(3, 5)], [Point(1e-9, -1e6)], [Point(0, 1), Point(0, 1)]])
-@pytest.mark.parametrize("scale", ["linear", "sqrt"])
-def test_one_value_is_a_plot_too(points, scale, tmp_path):
-    figure = scatter([Series("s", points)], **NAMES, x_scale=scale)
+def test_one_value_is_a_plot_too(points, tmp_path):
+    figure = scatter([Series("s", points)], **NAMES)
     write_plot(tmp_path / "x.svg", figure)
     (axes,) = figure.axes
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()

@@ -34,7 +34,7 @@ def place(tmp_path_factory, model_folder):
     done(*line, "--output", reward, *SMALL)
     ppo = ("ppo", "--model", sft, "--reward", reward, "--dataset", folder / "prompts.jsonl", *SMALL, *SHORT)
     ended = done(*ppo, "--output", folder / "ppo")
-    assert "with DoRA adapters: transformers samples, which is slower" in ended.stderr
+    assert "with DoRA adapters; sampling with transformers, which is slower" in ended.stderr
     return folder
 
 
@@ -112,7 +112,7 @@ def test_our_own_decoder_does_not_take_dora(place, tmp_path):
     line = ("sample", "--model", place / "ppo", "--dataset", place / "prompts.jsonl", "--output", tmp_path / "s.jsonl")
     assert "the native decoder does not support DoRA" in refused(*line, "--rollout-engine", "native", *SHORT)
     ended = done(*line, *SHORT)
-    assert "with DoRA adapters: transformers samples" in ended.stderr
+    assert "with DoRA adapters; sampling with transformers" in ended.stderr
 
 
 REFUSED = {

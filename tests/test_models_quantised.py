@@ -140,7 +140,7 @@ def test_dora_begins_as_the_base_and_learns(opened, architecture):
 def test_transformers_samples_from_it(opened):
     """Our decoder covers the same architecture in full."""
     assert check_engine(opened(four_bit=False), "auto") == ()
-    said = "our own decoder does not cover `llama` in 4 bits: transformers samples, which is slower"
+    said = "the native decoder does not support `llama` in 4 bits; sampling with transformers, which is slower"
     assert check_engine(opened(), "auto") == (said,)
 
 

@@ -94,9 +94,9 @@ def test_a_base_that_is_not_covered_is_said_to_be_sampled_by_transformers(open_t
     covered, other = open_tiny("llama"), open_tiny("gpt2")
     assert check_engine(covered, "auto") == check_engine(covered, "native") == check_engine(other, "transformers") == ()
     assert check_engine(other, "auto") == (
-        "our own decoder does not cover `gpt2`: transformers samples, which is slower",
+        "the native decoder does not support `gpt2`; sampling with transformers, which is slower",
     )
-    with pytest.raises(ModelError, match="does not cover `gpt2`") as caught:
+    with pytest.raises(ModelError, match="does not support `gpt2`") as caught:
         generate(other, PROMPTS[:1], KEYS[:1], NEVER, Sampling(1.0, 2, engine="native"))
     assert caught.value.where == "rollout_engine"
 

@@ -52,7 +52,7 @@ def test_every_token_follows_the_law_of_its_text(tmp_path, name, caches):
 def test_it_is_said_where_every_token_reads_its_text_again(tmp_path):
     base = open_folder(save_model(tmp_path, config_of("rwkv")))
     (said,) = check_engine(base, "auto")
-    assert "`rwkv`" in said and "reads its text again" in said
+    assert "`rwkv`" in said and "the whole text for every token" in said
 
 
 def test_texts_are_read_in_passes_of_a_bounded_size(open_tiny, monkeypatch):

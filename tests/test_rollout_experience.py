@@ -153,7 +153,7 @@ def test_what_sampling_knew_is_read_again_where_it_is_off(roles, text, monkeypat
     rollout = roll(roles, text)
     logprobs, entropy = role_logprobs(roles, "policy", rollout, 0.7, want_entropy=True)
     values = role_values(roles, "policy", "critic", rollout)
-    rollout.known.logprobs[0, 3] -= 0.01  # as if sampling had computed in half precision
+    rollout.sampled_stats.logprobs[0, 3] -= 0.01  # as if sampling had computed in half precision
     seen = passes_of(monkeypatch)
     known, apart = collect_token_stats(roles, rollout, 0.7, head="critic")
     assert seen == [1, 4, 4] and apart == pytest.approx(0.01, abs=1e-5)

@@ -107,9 +107,9 @@ def test_a_missing_function_is_refused_with_those_there_are(tmp_path):
     for name in (f"{path}:lenght", f"{path}"):
         error = refused(name)
         wanted = "lenght" if "lenght" in name else "score"
-        assert error.what == f"{path} has no function `{wanted}`" and error.fix == "it has length"
+        assert error.what == f"{path} has no function `{wanted}`" and error.fix == "name a function that it has: length"
     path.write_text("")
-    assert refused(path).fix == "it has no functions"
+    assert refused(path).fix == "define the function in it"
 
 
 @pytest.mark.parametrize(

@@ -490,7 +490,7 @@ def test_also_where_their_file_is_the_first_to_import_torch(tmp_path):
         "    return made.dtype, made.device.type, torch.is_grad_enabled(), precision\n"
         "assert ours() == (torch.float32, 'cpu', True, 'highest'), ours()\n"
         "for _ in range(2):\n"
-        "    with user_code('f.py', Signals(), score.world):\n"
+        "    with user_code('f.py', Signals(), score.imported):\n"
         "        assert score([], []) == [1.0, 1.0]\n"
         "    assert ours() == (torch.float32, 'cpu', True, 'highest'), ours()\n"
     )

@@ -112,7 +112,7 @@ def test_ratio_where_training_reads_other_log_probabilities(run, monkeypatch):
     assert experience.read_targets is real
     monkeypatch.setattr(clipped, "read_targets", noisy)
     ended, lines = run("vowels", "--max-steps", 2)
-    assert "a probability ratio is off 1 by 0.0" in warned(ended, "ratio")
+    assert "a probability ratio differs from 1 by 0.0" in warned(ended, "ratio")
     assert 0.003 < lines[0]["ratio_first_std"] < 0.03 < 10 * lines[0]["ratio_first_error"]
     assert [line["alarm_ratio"] for line in lines] == [1.0, 1.0]
 
@@ -192,7 +192,7 @@ def test_gradients_that_are_not_finite(run, monkeypatch, tmp_path):
     plant_inf(monkeypatch, 7)
     ended, lines = run("vowels")
     stopped(ended, "nan", 3)
-    assert "warning: update 2: nan: gradients that were not finite and were left out: 1, 1 in a row" in ended.stderr
+    assert "warning: update 2: nan: non-finite gradients skipped: 1 in this update, 1 in a row" in ended.stderr
     assert lines[1]["nonfinite_steps"] == 1.0 and lines[1]["alarm_nan"] == 1.0
     assert "step-000002" in os.listdir(tmp_path / "x" / "state")
 
@@ -225,8 +225,8 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(run, tmp_path):
     whole, expected = run("vowels", *FAR, "--stop-on", "none", folder="whole")
     assert whole.code == 0 and "warning: update 2: kl: " in whole.stderr
     said = stopped(run("vowels", *FAR)[0], "kl", 2)
-    assert f"the state of step 1, before this update, is kept in {tmp_path / 'x'}" in said
-    assert said.rstrip().endswith("--stop-on nan goes on from it")
+    assert f"the state before this update (step 1) is saved in {tmp_path / 'x'}" in said
+    assert said.rstrip().endswith("with --stop-on nan")
     again = run("vowels", *FAR)[0]
     assert stopped(again, "kl", 2) == said and "resuming after step 1 of 4" in again.stderr
     ended, lines = run("vowels", *FAR, "--stop-on", "nan")
@@ -243,7 +243,7 @@ def test_a_run_that_stops_in_its_first_update_goes_on_from_the_start(run, monkey
     with monkeypatch.context() as patch:
         plant_inf(patch, 0)
         said = stopped(run("vowels", "--minibatches", 2)[0], "nan", 1)
-    assert "the state of step 0, before this update, is kept in" in said
+    assert "the state before this update (step 0) is saved in" in said
     assert os.listdir(tmp_path / "x" / "state") == ["step-000000"]
     ended, _ = run("vowels", "--minibatches", 2)
     assert ended.code == 0 and "resuming after step 0 of 4" in ended.stderr

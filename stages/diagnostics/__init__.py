@@ -1,1 +1,1 @@
-"""What tells whether training went well: watched conditions, verdicts, baselines, the curve over KL."""
+"""Diagnostics of training: watched conditions, verdicts, baselines, the curve of score over KL."""

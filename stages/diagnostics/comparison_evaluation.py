@@ -1,4 +1,4 @@
-"""Reward models and implicit rewards on the same comparisons, side by side."""
+"""Evaluation of reward models and implicit rewards on the same comparisons."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from stages.training.comparing import (
 )
 from stages.training.implicit import flatten, summed_logprobs
 
-SIDE_BY_SIDE = ("model", "label", "kind", "agreement")  # what a report has beside others, and not alone
+SIDE_BY_SIDE = ("model", "label", "kind", "agreement")  # keys of a report that only matter beside other reports
 
 
 def kind_of(candidate: Candidate) -> str:
-    """How a candidate scores: the key of its report."""
+    """The key of a candidate's report, by how it scores."""
     return "reward_model" if candidate.stage == "reward" else "implicit_reward"
 
 
 def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenComparison]) -> Tensor:
     """Scores (R,) of every response: a reward model's, or beta x log(policy / reference) of a DPO or PPO policy.
 
-    A PPO policy is read at the temperature that it was trained at, as its KL was.
+    A PPO policy's log-probabilities are at its training temperature, as in its KL.
     Source of the implicit reward: Rafailov et al. 2023, eq. 5.
     """
     base, responses = roles.base, flatten(rows)
@@ -47,30 +47,30 @@ def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenCompari
 def evaluate_on_comparisons(
     roles: Roles, candidates: list[Candidate], rows: list[TokenComparison], reporter: Reporter
 ) -> list[dict[str, object]]:
-    """Each candidate's report on the comparisons, with how often it agrees with the first; the first is always 1."""
+    """Each candidate's report on the comparisons, with its agreement with the first candidate (1 for the first)."""
     reporter.begin("evaluate", len(candidates))
     pairs, first = pairs_of(rows), None
-    found = []
+    reports = []
     for done, (candidate, label) in enumerate(zip(candidates, labels_of(candidates), strict=True), 1):
         if candidate.stage == "ppo" and candidate.knobs.get("kl_target"):
-            reporter.note(f"{candidate.name}: kl_coef moved in training; its margins are scaled by the first one")
+            reporter.note(f"{candidate.name}: kl_coef changed in training; its margins are scaled by the first value")
         scores = candidate_scores(roles, candidate, rows)
         delta = scores[pairs.better] - scores[pairs.worse]
         first = delta if first is None else first
-        about = {"model": candidate.name, "label": label, "kind": kind_of(candidate)}
-        found.append(about | build_comparison_report(scores, rows) | {"agreement": agreement(first, delta)})
-        reporter.log(done, {name: found[-1][name] for name in ("accuracy", "log_loss")})
+        identity = {"model": candidate.name, "label": label, "kind": kind_of(candidate)}
+        reports.append(identity | build_comparison_report(scores, rows) | {"agreement": agreement(first, delta)})
+        reporter.log(done, {name: reports[-1][name] for name in ("accuracy", "log_loss")})
     reporter.end()
-    return found
+    return reports
 
 
 def agreement(one: Tensor, other: Tensor) -> float:
-    """Share of pairs on which two scores prefer the same response; where one of them has none, half."""
+    """Share of pairs on which two scores prefer the same response; a tie in one of them counts half."""
     return float((0.5 + 0.5 * torch.sign(one) * torch.sign(other)).double().mean())
 
 
-def comparison_evaluation_tables(found: list[dict[str, object]]) -> tuple[Table, ...]:
-    """The first one's report in full; before it, if there are more, a row each."""
+def comparison_evaluation_tables(reports: list[dict[str, object]]) -> tuple[Table, ...]:
+    """The first report in full, after a table with a row for each report if there are several."""
     title = {"reward_model": "reward model", "implicit_reward": "implicit reward, beta x log(policy / reference)"}
-    tables = comparison_tables(found[0], title[found[0]["kind"]])
-    return tables if len(found) == 1 else (scorers_table(found), *tables)
+    tables = comparison_tables(reports[0], title[reports[0]["kind"]])
+    return tables if len(reports) == 1 else (scorers_table(reports), *tables)

@@ -1,4 +1,4 @@
-"""Score against KL, policy by policy: rows as `rlhf evaluate` writes them, as a picture and in a sentence. No torch."""
+"""The KL curve, score over KL of several policies: rows of `rlhf evaluate` as a plot and in a sentence. No torch."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ from stages.tables import Row, is_finite
 if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# --- where the gold score turns -------------------------------------------------------------------------------------
+# --- over-optimisation ----------------------------------------------------------------------------------------------
 
 
 def turning_point(rows: list[Row]) -> tuple[Row, Row] | None:
-    """The row of the highest gold score and, at more KL, the one of the highest score that is better only by that.
-
-    None where no row with more KL has a higher score and a lower gold score.
+    """The row of the highest gold score, and the row of the highest score among those with more KL, a higher score
+    and a lower gold score; None if there is no such row.
     """
-    known = [row for row in rows if is_finite(row.get("score")) and is_finite(row.get("gold"))]
-    if not known:
+    complete = [row for row in rows if is_finite(row.get("score")) and is_finite(row.get("gold"))]
+    if not complete:
         return None
-    peak = max(known, key=lambda row: row["gold"])
-    beyond = [r for r in known if r["kl"] > peak["kl"] and r["score"] > peak["score"] and r["gold"] < peak["gold"]]
+    peak = max(complete, key=lambda row: row["gold"])
+    beyond = [r for r in complete if r["kl"] > peak["kl"] and r["score"] > peak["score"] and r["gold"] < peak["gold"]]
     return (peak, max(beyond, key=lambda row: row["score"])) if beyond else None
 
 
 def describe_over_optimisation(rows: list[Row], loss_error: float | None) -> str:
-    """One sentence on over-optimisation; `loss_error` is the standard error of the gold score's fall over prompts."""
+    """One sentence on over-optimisation; `loss_error` is the standard error over prompts of the gold score's fall."""
     turn = turning_point(rows)
     if turn is None:
-        return "the gold score nowhere falls while the score rises: no over-optimisation up to the largest KL measured"
+        return "the gold score never falls while the score rises: no over-optimisation up to the largest KL measured"
     peak, beyond = turn
-    lost = peak["gold"] - beyond["gold"]
+    fall = peak["gold"] - beyond["gold"]
     error = f" ± {loss_error:.3f}" if is_finite(loss_error) else ""
-    unsure = " (less than twice its error: it may be chance)" if error and lost < 2 * loss_error else ""
+    chance = " (less than twice its standard error: it may be chance)" if error and fall < 2 * loss_error else ""
     return (
         f"the gold score peaks at KL {peak['kl']:.2f} ({_name(peak)}); from there to KL {beyond['kl']:.2f} "
         f"({_name(beyond)}) the score still rises by {beyond['score'] - peak['score']:.3f} "
-        f"while gold falls by {lost:.3f}{error}{unsure}"
+        f"while the gold score falls by {fall:.3f}{error}{chance}"
     )
 
 
@@ -47,7 +46,7 @@ def _name(row: Row) -> str:
     return str(row.get("label", row.get("model", "")))
 
 
-# --- the picture ----------------------------------------------------------------------------------------------------
+# --- plot -----------------------------------------------------------------------------------------------------------
 
 
 def plot_kl_curve(rows: list[Row], best_of: list[Row], title: str) -> Figure:
@@ -55,15 +54,14 @@ def plot_kl_curve(rows: list[Row], best_of: list[Row], title: str) -> Figure:
     series = []
     for colour, (kind, points) in enumerate([*by_run(rows).items(), ("best of n", best_of)]):
         for key, dashed in (("score", False), ("gold", True)):
-            found = [_point(row, key) for row in points if is_finite(row.get(key))]
-            if found:
-                series.append(Series(f"{key}, {kind}", found, dashed, colour))
-    return scatter(series, title=title, x_label="KL to the reference, nats (square-root scale)", y_label="score",
-                   x_scale="sqrt")  # fmt: skip
+            finite = [_point(row, key) for row in points if is_finite(row.get(key))]
+            if finite:
+                series.append(Series(f"{key}, {kind}", finite, dashed, colour))
+    return scatter(series, title=title, x_label="KL to the reference, nats (square-root scale)", y_label="score")
 
 
 def by_run(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows that belong to one line, by its name: the states of a run with its checkpoint, and all other checkpoints."""
+    """Rows of each line of the plot, by name: the states of a run with its checkpoint, and all other checkpoints."""
     runs = {str(row["model"]).rpartition("/state/step-")[0] for row in rows} - {""}
     short = {run: PurePath(run).name for run in runs}
     named = {run: name if list(short.values()).count(name) == 1 else run for run, name in short.items()}

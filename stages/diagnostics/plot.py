@@ -16,7 +16,7 @@ from stages.errors import ConfigError
 if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARK = "drawn by rlhf"  # in the metadata of every plot: a file that has it may be overwritten
+MARK = "drawn by rlhf"  # in the metadata of every plot: files with it may be overwritten
 # Okabe and Ito 2008: distinguishable with the common kinds of colour blindness.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 # Metadata by format: the mark, and no date, so that the same numbers always give the same bytes.
@@ -51,20 +51,18 @@ def check_matplotlib(where: str) -> None:
     """Raise ConfigError at `where` if matplotlib cannot be imported."""
     try:
         importlib.import_module("matplotlib.figure")
-    except Exception as error:  # a broken installation fails in any way
+    except Exception as error:  # a broken installation may raise anything
         missing = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("matplotlib")
         raise ConfigError(
             "matplotlib is not installed" if missing else f"matplotlib cannot be imported: {error}",
             where=where,
-            fix=f"pip install 'rlhf[plot]', or leave {where} out: the numbers are printed as a table",
+            fix=f"run pip install 'rlhf[plot]', or remove {where}: the numbers are printed as a table",
         ) from None
 
 
-def scatter(series: list[Series], *, title: str, x_label: str, y_label: str, x_scale: str = "linear") -> Figure:
-    """A figure of all finite points, of which there must be one.
-
-    `x_scale` "sqrt" spaces x by its square root, from 0 on, and draws negative x at 0.
-    """
+def scatter(series: list[Series], *, title: str, x_label: str, y_label: str) -> Figure:
+    """A figure of all finite points (at least one) over the square root of x; negative x is drawn at 0."""
+    import numpy
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -73,19 +71,15 @@ def scatter(series: list[Series], *, title: str, x_label: str, y_label: str, x_s
     assert any(finite), "nothing to draw"
     for number, (one, points) in enumerate(zip(series, finite, strict=True)):
         colour = COLOURS[(number if one.colour is None else one.colour) % len(COLOURS)]
-        low = 0.0 if x_scale == "sqrt" else -math.inf
-        x = [max(p.x, low) for p in points]
-        x_errors = [min(p.x_error, at - low) for at, p in zip(x, points, strict=True)], [p.x_error for p in points]
+        x = [max(p.x, 0.0) for p in points]
+        x_errors = [min(p.x_error, at) for at, p in zip(x, points, strict=True)], [p.x_error for p in points]
         axes.errorbar(
             x, [p.y for p in points], [p.y_error for p in points], x_errors, label=_printable(one.name), color=colour,
             linestyle="--" if one.dashed else "-", marker="o", markerfacecolor="white" if one.dashed else colour,
             markersize=5, elinewidth=1,
         )  # fmt: skip
-    if x_scale == "sqrt":
-        import numpy
-
-        axes.set_xscale("function", functions=(lambda v: numpy.sqrt(numpy.maximum(v, 0)), numpy.square))
-        axes.set_xlim(left=0)
+    axes.set_xscale("function", functions=(lambda v: numpy.sqrt(numpy.maximum(v, 0)), numpy.square))
+    axes.set_xlim(left=0)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     legend = figure.legend(loc="outside right upper", frameon=False)
@@ -100,17 +94,17 @@ def scatter(series: list[Series], *, title: str, x_label: str, y_label: str, x_s
 
 
 def write_plot(path: str | Path, figure: Figure) -> None:
-    """Write a figure whole or not at all, in the format of the suffix, one of METADATA. Raises OutputError."""
+    """Write a figure atomically, in the format of its suffix, one of METADATA. Raises OutputError."""
     import matplotlib
 
     suffix, content = Path(path).suffix, io.BytesIO()
     # Text stays text in SVG; its identifiers are otherwise random.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": MARK}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that the font lacks
+        warnings.simplefilter("ignore")  # about characters that the font lacks
         figure.savefig(content, format=suffix[1:], metadata=METADATA[suffix])
     write_bytes(path, content.getvalue())
 
 
 def _printable(text: str) -> str:
-    """Text for every format: XML and UTF-8 lack some control characters and surrogates."""
+    """Text without the characters that XML or UTF-8 cannot represent."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)

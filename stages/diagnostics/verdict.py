@@ -1,4 +1,4 @@
-"""Whether a reward model is good enough for PPO: a decision from its report, with the reasons. Pure, without torch."""
+"""Decides from its report whether a reward model is good enough for PPO, with the reasons. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 from stages.results import Table
 
-MIN_PAIRS = 20  # held-out pairs without which nothing is decided
-MIN_PROMPTS = 6  # prompts of theirs; of 4 with 5 pairs each that go together, 6.6 % of random models would pass
+MIN_PAIRS = 20  # held-out pairs that a decision needs
+MIN_PROMPTS = 6  # prompts of those pairs; with 4 prompts of 5 equal pairs each, 6.6 % of random models would pass
 OVERCONFIDENT = 0.1  # mean confidence above accuracy
-LENGTH_CORRELATION = 0.5
-BEYOND_LABELS = 0.2  # of the scores' correlation with length beyond the labels'
-MIN_STD_RATIO = 0.1  # of sampled scores, in standard deviations of held-out scores
-FARTHEST = 3.0  # of the mean sampled score from the demonstrations', in their standard deviations
+LENGTH_CORRELATION = 0.5  # of scores and lengths
+BEYOND_LABELS = 0.2  # difference between that correlation and the labels'
+MIN_STD_RATIO = 0.1  # std of the scores of sampled responses, as a share of that within held-out pairs
+FARTHEST = 3.0  # mean score of sampled responses, in standard deviations from the demonstrations
+MORE_PAIRS = "raise --eval-fraction, or give an --eval-dataset"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A decision (go, caution, no-go or unknown), what led to it, and what else is worth knowing."""
+    """A decision (go, caution, no-go or unknown), its reasons, and further notes."""
 
     decision: str
     reasons: tuple[str, ...]
@@ -32,108 +33,88 @@ class Verdict:
 
     def table(self) -> Table:
         """For a person."""
-        rows = [("because", reason) for reason in self.reasons] + [("also", note) for note in self.notes]
-        return Table(f"verdict: {self.decision}", ("", "the reward model on what it was not trained on"), tuple(rows))
+        rows = [("reason", reason) for reason in self.reasons] + [("note", note) for note in self.notes]
+        return Table(f"verdict: {self.decision}", ("", "the reward model on held-out data"), tuple(rows))
 
 
 def reach_verdict(report: dict[str, Any]) -> Verdict:
     """The verdict on a report: that of `build_comparison_report`, and what the reward stage adds.
 
     no-go: at least MIN_PAIRS held-out pairs of MIN_PROMPTS prompts, and the 95 % interval of the accuracy includes a
-    half or lies below. unknown: fewer. caution: anything else that speaks against it. go: nothing does.
+    half or lies below. unknown: fewer. caution: another measure is beyond its limit. go: none is.
     """
     notes = tuple(_notes(report))
     pairs = report.get("pairs", 0)
-    if pairs < MIN_PAIRS:
-        how = "raise --eval-fraction, or give an --eval-dataset"
-        return Verdict(
-            "unknown", (f"{pairs} held-out pairs are too few to tell, {MIN_PAIRS} are needed: {how}",), notes
-        )
     prompts = report.get("clusters", pairs)
+    if pairs < MIN_PAIRS:
+        return Verdict("unknown", (f"{pairs} held-out pairs are too few, {MIN_PAIRS} are needed: {MORE_PAIRS}",), notes)
     if prompts < MIN_PROMPTS:
-        what = f"{pairs} held-out pairs of {prompts} prompts are too few to tell, {MIN_PROMPTS} prompts are needed"
-        return Verdict("unknown", (f"{what}: raise --eval-fraction, or give an --eval-dataset",), notes)
+        reason = f"{pairs} held-out pairs of {prompts} prompts are too few, {MIN_PROMPTS} prompts are needed"
+        return Verdict("unknown", (f"{reason}: {MORE_PAIRS}",), notes)
+    interval = f"95 % interval {report['accuracy_low']:.3f} to {report['accuracy_high']:.3f}"
+    of_prompts = f" of {prompts} prompts" if prompts < pairs else ""
+    accuracy = f"accuracy {report['accuracy']:.3f} ({interval}) on {pairs} held-out pairs{of_prompts}"
+    above_chance = f"{accuracy} is better than chance (0.5)"
     cautions = tuple(_cautions(report))
-    accuracy = _accuracy(report)
     if report["accuracy_low"] <= 0.5:
-        return Verdict("no-go", (f"{accuracy} is no better than chance, 0.5",), cautions + notes)
+        return Verdict("no-go", (f"{accuracy} is no better than chance (0.5)",), cautions + notes)
     if cautions:
-        return Verdict("caution", cautions, (f"{accuracy} is better than chance, 0.5", *notes))
-    return Verdict("go", (f"{accuracy} is better than chance, 0.5", *_lead(report)), notes)
-
-
-def _accuracy(report: dict[str, Any]) -> str:
-    interval = f"[{report['accuracy_low']:.3f}, {report['accuracy_high']:.3f}]"
-    prompts = report.get("clusters", report["pairs"])
-    of_prompts = f" of {prompts} prompts" if prompts < report["pairs"] else ""
-    return f"accuracy {report['accuracy']:.3f} {interval} on {report['pairs']} held-out pairs{of_prompts}"
+        return Verdict("caution", cautions, (above_chance, *notes))
+    return Verdict("go", (above_chance, *_lead(report)), notes)
 
 
 def _cautions(report: dict[str, Any]) -> Iterator[str]:
-    yield from _not_ahead(report)
-    yield from _miscalibrated(report)
-    scores, labels = report["score_length_corr"], report["label_length_corr"]
-    if abs(scores) > LENGTH_CORRELATION and abs(scores - labels) > BEYOND_LABELS:
-        yield (
-            f"scores follow length: correlation {scores:.2f} (limit {LENGTH_CORRELATION:g}), where the labels' is "
-            f"{labels:.2f}"
-        )
-    yield from _odd_on_samples(report)
-
-
-def _best(report: dict[str, Any]) -> tuple[str, dict[str, float]] | None:
-    """The rule without a prompt that is right most often."""
-    return max(report.get("baselines", {}).items(), key=lambda item: item[1]["accuracy"], default=None)
-
-
-def _not_ahead(report: dict[str, Any]) -> Iterator[str]:
-    best = _best(report)
-    if best is not None and best[1]["lead_low"] <= 0:
-        name, found = best
-        yield (
-            f"accuracy {report['accuracy']:.3f} is not clearly above {found['accuracy']:.3f}, that of '{name}': lead "
-            f"{_lead_of(found)}, pair by pair"
-        )
-
-
-def _lead(report: dict[str, Any]) -> Iterator[str]:
-    best = _best(report)
-    if best is not None:
-        yield f"it leads '{best[0]}', accuracy {best[1]['accuracy']:.3f}, by {_lead_of(best[1])}, pair by pair"
-
-
-def _lead_of(found: dict[str, float]) -> str:
-    return f"{found['lead']:.3f} [{found['lead_low']:.3f}, {found['lead_high']:.3f}]"
-
-
-def _miscalibrated(report: dict[str, Any]) -> Iterator[str]:
+    rule = _best_rule(report)
+    if rule is not None and rule[1]["lead_low"] <= 0:
+        yield f"accuracy {report['accuracy']:.3f} is not clearly above that of the {_describe_rule(*rule)}"
     accuracy, confidence = report.get("expected_accuracy", report["accuracy"]), report["confidence"]
     noise = 1.96 * math.sqrt(accuracy * (1 - accuracy) / report.get("effective_pairs", report["pairs"]))
     if confidence - accuracy > max(OVERCONFIDENT, noise):
         yield (
-            f"over-confident: {confidence:.2f} sure on average and right in {accuracy:.2f} (limit {OVERCONFIDENT:g} "
-            f"apart), calibration error {report['calibration_error']:.2f}"
+            f"over-confident: mean confidence {confidence:.2f} but accuracy {accuracy:.2f} (allowed difference "
+            f"{OVERCONFIDENT:g}), calibration error {report['calibration_error']:.2f}"
         )
     if report["log_loss"] > math.log(2):
-        yield f"log-loss {report['log_loss']:.3f} is above {math.log(2):.3f}, that of knowing nothing"
+        yield f"log-loss {report['log_loss']:.3f} is above {math.log(2):.3f}, the log-loss of a constant 0.5"
+    scores, labels = report["score_length_corr"], report["label_length_corr"]
+    if abs(scores) > LENGTH_CORRELATION and abs(scores - labels) > BEYOND_LABELS:
+        yield (
+            f"scores follow length: correlation {scores:.2f} (limit {LENGTH_CORRELATION:g}); the labels' correlation "
+            f"with length is {labels:.2f} (allowed difference {BEYOND_LABELS:g})"
+        )
+    if samples := report.get("samples"):
+        yield from _sample_cautions(report, samples)
 
 
-def _odd_on_samples(report: dict[str, Any]) -> Iterator[str]:
-    samples = report.get("samples")
-    if not samples:
-        return
+def _sample_cautions(report: dict[str, Any], samples: dict[str, float]) -> Iterator[str]:
     std, pair_std = samples["within_std"], score_std_within_pairs(report)
     if std < MIN_STD_RATIO * pair_std:
         yield (
-            f"no spread on samples of the policy: standard deviation {std:.3g} within a prompt, {pair_std:.3g} on "
-            f"comparisons (at least {MIN_STD_RATIO:g} of that)"
+            f"the policy's responses to a prompt score almost alike: standard deviation {std:.3g}, against "
+            f"{pair_std:.3g} within a comparison (minimum {MIN_STD_RATIO:g} of that)"
         )
     distance = distance_from_demonstrations(report)
     if abs(distance) > FARTHEST:
         yield (
-            f"samples of the policy score {samples['mean']:.3g} on average, {distance:+.1f} standard deviations from "
+            f"sampled responses score {samples['mean']:.3g} on average, {distance:+.1f} standard deviations from the "
             f"demonstrations (limit {FARTHEST:g})"
         )
+
+
+def _best_rule(report: dict[str, Any]) -> tuple[str, dict[str, float]] | None:
+    """The most accurate of the rules that do not read the prompt."""
+    return max(report.get("baselines", {}).items(), key=lambda item: item[1]["accuracy"], default=None)
+
+
+def _lead(report: dict[str, Any]) -> Iterator[str]:
+    rule = _best_rule(report)
+    if rule is not None:
+        yield f"it is above the accuracy of the {_describe_rule(*rule)}"
+
+
+def _describe_rule(name: str, rule: dict[str, float]) -> str:
+    interval = f"95 % interval {rule['lead_low']:.3f} to {rule['lead_high']:.3f}"
+    return f"rule '{name}' ({rule['accuracy']:.3f}): difference on the same pairs {rule['lead']:.3f} ({interval})"
 
 
 def score_std_within_pairs(report: dict[str, Any]) -> float:
@@ -142,28 +123,25 @@ def score_std_within_pairs(report: dict[str, Any]) -> float:
 
 
 def distance_from_demonstrations(report: dict[str, Any]) -> float:
-    """Of the mean sampled score, in standard deviations of demonstrations' scores."""
+    """Mean score of sampled responses minus that of demonstrations, in standard deviations of the latter's scores."""
     unit = report["demonstrations_std"] or score_std_within_pairs(report)
     return (report["samples"]["mean"] - report["demonstrations_mean"]) / unit if unit else 0.0
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
-    accuracy = report.get("accuracy")
+    accuracy, samples = report.get("accuracy"), report.get("samples")
     ceiling, agreement = report.get("agreement_ceiling", 1.0), report.get("annotator_agreement")
     if accuracy is not None and ceiling < 1:
-        expected = report.get("expected_accuracy", accuracy)
-        single = f" ({expected:.3f} against single judgements)" if expected != accuracy else ""
         yield (
-            f"labels this uncertain allow an accuracy of {ceiling:.3f}, {ceiling - expected:+.3f} from this one{single}"
+            f"the labels are uncertain: against single judgements the expected accuracy is at most {ceiling:.3f} "
+            f"(this model: {report.get('expected_accuracy', accuracy):.3f})"
         )
     if agreement is not None:
-        away = f", {agreement - accuracy:+.3f} from its accuracy" if accuracy is not None else ""
-        yield f"two annotators agree on {agreement:.3f} of {report['annotator_pairs']} pairs{away}"
-    samples = report.get("samples")
+        comparison = f" (accuracy of this model: {accuracy:.3f})" if accuracy is not None else ""
+        yield f"two annotators agree on {agreement:.3f} of {report['annotator_pairs']} pairs{comparison}"
     if samples and accuracy is not None:
-        distance = distance_from_demonstrations(report)
         yield (
-            f"{samples['count']} samples of the policy score {samples['mean']:.3g} on average, {distance:+.1f} "
-            f"standard deviations from demonstrations; their own is {samples['std']:.3g}, "
-            f"{samples['within_std']:.3g} within a prompt"
+            f"{samples['count']} sampled responses score {samples['mean']:.3g} on average, "
+            f"{distance_from_demonstrations(report):+.1f} standard deviations from the demonstrations; their standard "
+            f"deviation is {samples['std']:.3g} overall and {samples['within_std']:.3g} among responses to one prompt"
         )

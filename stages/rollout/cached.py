@@ -1,4 +1,4 @@
-"""Decoding by transformers' own model and cache, and what takes its place where that cache is not to be trusted."""
+"""Decoding with transformers' model and cache, and without a cache for bases whose cache changes the outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stages.native.limits import tokens_at_once
 
 
 class TransformersDecoder:
-    """Rows being sampled through transformers' own model and cache, padded on the left."""
+    """Decoding with transformers' own model and cache; rows are padded on the left."""
 
     def __init__(self, base: Base, prompts: list[Tensor]):
         from transformers import DynamicCache
@@ -48,8 +48,8 @@ class TransformersDecoder:
         ).last_hidden_state[:, -1]
 
 
-class Together(NamedTuple):
-    """Rows of one band of lengths, by their numbers, and the decoder that they share."""
+class Group(NamedTuple):
+    """The numbers of rows in one band of lengths, and the decoder that they share."""
 
     rows: list[int]
     decoder: TransformersDecoder
@@ -58,54 +58,55 @@ class Together(NamedTuple):
 class BandedDecoder:
     """The same for a base whose rotary embedding depends on the length of a text.
 
-    Rows share a decoder within a band of lengths alone. One that grows into the next band is read again from its
-    beginning, as transformers does for Phi-3: what its cache holds was turned by other factors.
+    Only rows within one band of lengths share a decoder. A row that grows into the next band is recomputed from its
+    beginning, as transformers does for Phi-3: the cached keys were rotated by other factors.
     """
 
     def __init__(self, base: Base, prompts: list[Tensor]):
         self.base, self.texts = base, list(prompts)
-        self.groups: list[Together] = []
+        self.groups: list[Group] = []
 
     def start(self) -> Tensor:
         return _in_order(self._begin(list(range(len(self.texts)))))
 
     def step(self, ids: Tensor) -> Tensor:
         bands, tokens = self.base.bands, ids.cpu()
-        moved = [i for i, t in enumerate(self.texts) if bands.band_of(len(t) + 1) != bands.band_of(len(t))]
+        to_next_band = [i for i, t in enumerate(self.texts) if bands.band_of(len(t) + 1) != bands.band_of(len(t))]
         self.texts = [torch.cat([text, tokens[i : i + 1]]) for i, text in enumerate(self.texts)]
-        self._select([[i for i in group.rows if i not in moved] for group in self.groups])
+        self._select([[i for i in group.rows if i not in to_next_band] for group in self.groups])
         states = [(group.rows, group.decoder.step(ids[group.rows])) for group in self.groups]
-        return _in_order(states + self._begin(moved))
+        return _in_order(states + self._begin(to_next_band))
 
     def keep(self, rows: Tensor) -> None:
         chosen = rows.tolist()
         self._select([[i for i in chosen if i in group.rows] for group in self.groups])
         new = {old: number for number, old in enumerate(chosen)}
-        self.groups = [Together([new[i] for i in group.rows], group.decoder) for group in self.groups]
+        self.groups = [Group([new[i] for i in group.rows], group.decoder) for group in self.groups]
         self.texts = [self.texts[i] for i in chosen]
 
     def _begin(self, rows: list[int]) -> list[tuple[list[int], Tensor]]:
-        """Read rows from their beginning, each band in a group of its own."""
-        found = []
+        """Prefill rows from their beginning, each band in a new group."""
+        states = []
         for same in self.base.bands.group([len(self.texts[i]) for i in rows]):
-            mine = [rows[k] for k in same]
-            self.groups.append(Together(mine, TransformersDecoder(self.base, [self.texts[i] for i in mine])))
-            found.append((mine, self.groups[-1].decoder.start()))
-        return found
+            numbers = [rows[k] for k in same]
+            decoder = TransformersDecoder(self.base, [self.texts[i] for i in numbers])
+            self.groups.append(Group(numbers, decoder))
+            states.append((numbers, decoder.start()))
+        return states
 
     def _select(self, chosen: list[list[int]]) -> None:
-        """Go on with these rows of every group; a group without any is gone."""
+        """Keep these rows of every group, and drop groups without any."""
         groups, self.groups = self.groups, []
         for group, rows in zip(groups, chosen, strict=True):
             if rows and rows != group.rows:
-                places = torch.tensor([group.rows.index(i) for i in rows], device=self.base.device)
-                group.decoder.keep(places)
+                positions = torch.tensor([group.rows.index(i) for i in rows], device=self.base.device)
+                group.decoder.keep(positions)
             if rows:
-                self.groups.append(Together(rows, group.decoder))
+                self.groups.append(Group(rows, group.decoder))
 
 
 class RereadingDecoder:
-    """Rows that are read from their beginning for every token: slow, and right whatever the base is."""
+    """Decoding that recomputes whole texts for every token: slow, and correct for every base."""
 
     def __init__(self, base: Base, prompts: list[Tensor]):
         self.base, self.texts = base, list(prompts)
@@ -138,9 +139,9 @@ def _in_order(states: list[tuple[list[int], Tensor]]) -> Tensor:
 
 
 def cache_works(base: Base) -> bool:
-    """Whether rows of different lengths, decoded side by side with a cache, have the states of whole texts.
+    """Whether rows of different lengths, decoded together with a cache, have the states of whole texts.
 
-    Measured once per base. Recurrent models, and some with positions of their own, do not get on with padded rows.
+    Measured once per base. Recurrent models, and some with their own position scheme, do not support padded rows.
     """
     if base.caches is None:
         with base.lora.using(None):
@@ -150,20 +151,20 @@ def cache_works(base: Base) -> bool:
 
 @torch.no_grad()
 def _probe_cache(base: Base) -> bool:
-    """Two short texts grow by three tokens, and one of them goes on alone."""
+    """Compare two short texts that grow by two tokens, then one of them alone by a third, with and without a cache."""
     texts = [torch.tensor(text) % base.vocabulary for text in PROBE]
-    right = RereadingDecoder(base, texts)
-    expected, found = [right.start()], []
+    exact = RereadingDecoder(base, texts)
+    expected, actual = [exact.start()], []
     try:
         decoder = BandedDecoder(base, texts) if base.bands.differ else TransformersDecoder(base, texts)
-        found.append(decoder.start())
+        actual.append(decoder.start())
         for step, rows in enumerate(((0, 1), (0, 1), (1,))):
             if len(rows) == 1:
-                right.keep(torch.tensor(rows))
+                exact.keep(torch.tensor(rows))
                 decoder.keep(torch.tensor(rows, device=base.device))
             ids = torch.tensor([(5 + 2 * step + row) % base.vocabulary for row in rows], device=base.device)
-            expected.append(right.step(ids))
-            found.append(decoder.step(ids))
+            expected.append(exact.step(ids))
+            actual.append(decoder.step(ids))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError):
-        return False  # an architecture with a cache of its own
-    return all(is_close(a, b, base.dtype) for a, b in zip(found, expected, strict=True))
+        return False  # an architecture with another kind of cache
+    return all(is_close(a, b, base.dtype) for a, b in zip(actual, expected, strict=True))

@@ -1,4 +1,4 @@
-"""PPO's clipped steps: several passes over one batch of experience, cut into minibatches (Schulman et al. 2017)."""
+"""PPO's clipped steps: several passes over one batch of experience in minibatches (Schulman et al. 2017)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from stages.training.seeds import permutation
 from stages.training.session import Session
 
 Terms = tuple[Tensor, dict[str, float]]  # a loss, and named values that add up over the passes of a minibatch
-COUNTED = ("loss", "policy_loss", "kl_loss", "value_loss", "clipped", "values_clipped", "moved", "ratios", "squares",
+SUMMED = ("loss", "policy_loss", "kl_loss", "value_loss", "clipped", "values_clipped", "moved", "ratios", "squares",
            "largest_ratio", "largest_error")  # fmt: skip
 NOT_AVERAGED = ("ratio_max", "ratio_error", "ratio_std", "skipped_steps", "nonfinite_steps", "grad_norm")
 
 
 @dataclass(frozen=True)
 class ExperienceWithAdvantages:
-    """Experience with what is learned from it."""
+    """Experience with its advantages and returns."""
 
     experience: Experience
     advantages: Tensor  # (B, T)
@@ -43,8 +43,20 @@ class Minibatch:
 
     judged: ExperienceWithAdvantages
     rows: tuple[int, ...]
-    tokens: float  # response tokens of the step over all ranks: what losses are divided by
+    tokens: float  # response tokens of the step over all ranks, the divisor of losses
     sequences: float  # responses of the step over all ranks
+
+    def sequences_of(self, rows: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Sequences and targets of some rows."""
+        rollout = self.judged.experience.rollout
+        return [rollout.sequences[i] for i in rows], [rollout.targets[i] for i in rows]
+
+    def select(self, rows: list[int], *tensors: Tensor) -> tuple[list[int], list[Tensor]]:
+        """Response lengths of some rows, and the rows of tensors (B, T), as long as the longest of them."""
+        experience = self.judged.experience
+        lengths = [experience.rollout.lengths[i] for i in rows]
+        index = torch.tensor(rows, device=experience.mask.device)
+        return lengths, [x[index, : max(lengths)] for x in tensors]
 
 
 def clipped_steps(
@@ -56,41 +68,43 @@ def clipped_steps(
 ) -> dict[str, float]:
     """`ppo_epochs` passes of `minibatches` steps each; ends early once the policy has moved too far.
 
-    A minibatch is not learned from if its mean probability ratio exceeds `ratio_limit`, or if the policy has moved more
-    than 1.5 x `target_approx_kl` from the one that sampled. `add_extra_gradient(number)` adds that of another loss, of
-    this rank's rows, to optimiser step `number` of the update. Returns the update's mean statistics.
+    A minibatch is skipped if its mean probability ratio exceeds `ratio_limit`, or if approx_kl to the policy that
+    sampled exceeds 1.5 x `target_approx_kl`. `add_extra_gradient(number)` adds this rank's gradient of another loss to
+    optimiser step `number` of the update. Returns the update's mean statistics.
     """
     config, ranks = session.config, session.ranks
     history: list[dict[str, float]] = []
     for epoch in range(config.ppo_epochs):
         for rows in minibatches_of(config, ranks, judged, step, epoch):
-            own = {"tokens": float(judged.experience.mask[list(rows)].sum()), "sequences": float(len(rows))}
-            counts = ranks.sum_floats(own, session.base.device)
+            counts = {"tokens": float(judged.experience.mask[list(rows)].sum()), "sequences": float(len(rows))}
+            counts = ranks.sum_floats(counts, session.base.device)
             if counts["tokens"] == 0:  # more minibatches than there are responses
                 continue
-            minibatch = Minibatch(judged, rows, counts["tokens"], counts["sequences"])
-            found = backward_minibatch(session, minibatch)
-            moved_too_far = config.target_approx_kl and found["approx_kl"] > 1.5 * config.target_approx_kl
-            if moved_too_far or found["ratio_mean"] > config.ratio_limit:
+            minibatch = Minibatch(judged, rows, **counts)
+            metrics = backward_minibatch(session, minibatch)
+            moved_too_far = config.target_approx_kl and metrics["approx_kl"] > 1.5 * config.target_approx_kl
+            if moved_too_far or metrics["ratio_mean"] > config.ratio_limit:
                 session.progress.zero_gradients()
-                found |= {"skipped_steps": 1.0}
+                metrics |= {"skipped_steps": 1.0}
             else:
                 if judged.train_policy and add_extra_gradient is not None:
                     again = partial(add_minibatch, config, session.roles, minibatch)
-                    found |= session.add_gradients(partial(add_extra_gradient, len(history)), again=again)
+                    metrics |= session.add_gradients(partial(add_extra_gradient, len(history)), again=again)
                 rates = learning_rates(session, rate, train_policy=judged.train_policy)
-                found |= session.apply_gradients(rates, step, patience=math.inf)
-            history.append(found)
+                metrics |= session.apply_gradients(rates, step, patience=math.inf)
+            history.append(metrics)
             if moved_too_far:
                 return {"lr": rate, "early_stop": 1.0, **over_steps(history)}
     return {"lr": rate, "early_stop": 0.0, **over_steps(history)}
 
 
 def learning_rates(session: Session, rate: float, *, train_policy: bool) -> dict[str, float]:
-    """Learning rates of what is trained, for a policy's of `rate`; the critic's follows the same schedule."""
+    """Learning rates by optimiser if the policy's is `rate`; the critic's follows the same schedule."""
     config = session.config
-    of_critic = rate * (config.critic_learning_rate or config.learning_rate) / config.learning_rate
-    rates = {"policy": rate, "critic": of_critic}
+    rates = {
+        "policy": rate,
+        "critic": rate * (config.critic_learning_rate or config.learning_rate) / config.learning_rate,
+    }
     return {name: rates[name] for name in session.progress.optimizers if name == "critic" or train_policy}
 
 
@@ -101,12 +115,11 @@ def minibatches_of(
 
     All ranks' responses are shuffled as one list, so that a minibatch holds the same ones however many ranks there are.
     """
-    mine, several = len(judged.experience.rollout.responses), config.responses_per_prompt
-    whole = int(ranks.sum_floats({"responses": float(mine)}, judged.experience.mask.device)["responses"])
-    places = [(ranks.rank + ranks.size * (i // several)) * several + i % several for i in range(mine)]
-    row_at = dict(zip(places, range(mine), strict=True))
-    order = permutation(whole, config.seed, "ppo", step, epoch, 0)
-    ends = [part * whole // config.minibatches for part in range(config.minibatches + 1)]
+    count, group = len(judged.experience.rollout.responses), config.responses_per_prompt
+    total = int(ranks.sum_floats({"responses": float(count)}, judged.experience.mask.device)["responses"])
+    row_at = {(ranks.rank + ranks.size * (i // group)) * group + i % group: i for i in range(count)}
+    order = permutation(total, config.seed, "ppo", step, epoch, 0)
+    ends = [part * total // config.minibatches for part in range(config.minibatches + 1)]
     return [tuple(row_at[i] for i in order[a:b] if i in row_at) for a, b in pairwise(ends)]
 
 
@@ -132,19 +145,19 @@ def backward_minibatch(session: Session, minibatch: Minibatch) -> dict[str, floa
 def add_minibatch(config: PpoConfig, roles: Roles, minibatch: Minibatch) -> dict[str, float]:
     """Add the gradient of this rank's rows of a minibatch; returns their named values.
 
-    A critic with an adapter of its own is a second pass under its own role; a shared one reads the policy's states,
-    and while only the critic warms up its head alone learns from them.
+    A critic with its own adapter is a second pass under its own role. A shared critic is a head on the policy's states;
+    while only the critic warms up, its head alone is trained.
     """
     sizes = [minibatch.judged.experience.rollout.sizes[i] for i in minibatch.rows]
 
     def accumulate(role: str, forward: Callable[..., Terms]) -> dict[str, float]:
         return roles.accumulate(role, minibatch.rows, partial(forward, config, roles, minibatch), sizes)
 
-    values = dict.fromkeys(COUNTED, 0.0)
-    learns, critic = minibatch.judged.train_policy, config.critic if config.advantage == "gae" else None
+    values = dict.fromkeys(SUMMED, 0.0)
+    train_policy, critic = minibatch.judged.train_policy, config.critic if config.advantage == "gae" else None
     if critic == "shared":
-        return values | accumulate("policy", both_losses if learns else value_loss_of_frozen_states)
-    if learns:
+        return values | accumulate("policy", both_losses if train_policy else value_loss_of_frozen_states)
+    if train_policy:
         values |= accumulate("policy", policy_loss_alone)
     if critic == "adapter":
         values |= accumulate("critic", value_loss_alone)
@@ -160,101 +173,91 @@ def policy_loss_alone(config: PpoConfig, roles: Roles, minibatch: Minibatch, row
 
 
 def value_loss_alone(config: PpoConfig, roles: Roles, minibatch: Minibatch, rows: list[int]) -> Terms:
-    """The loss of a critic with an adapter of its own."""
-    return value_terms(config, minibatch, rows, read_values(roles, "critic", *_sequences(minibatch, rows)))
+    """The loss of a critic with its own adapter."""
+    return value_terms(config, minibatch, rows, read_values(roles, "critic", *minibatch.sequences_of(rows)))
 
 
 def both_losses(config: PpoConfig, roles: Roles, minibatch: Minibatch, rows: list[int]) -> Terms:
-    """Policy and value loss from one forward pass: the shared critic's head reads the policy's states."""
+    """Policy and value loss from one forward pass: the shared critic's head takes the policy's states."""
     outputs = read_policy(config, roles, minibatch, rows)
-    policy, counted = policy_terms(config, minibatch, rows, outputs)
-    value, more = value_terms(config, minibatch, rows, roles.heads["critic"](outputs.hidden))
-    return policy + value, counted | more
+    policy, policy_sums = policy_terms(config, minibatch, rows, outputs)
+    value, value_sums = value_terms(config, minibatch, rows, roles.heads["critic"](outputs.hidden))
+    return policy + value, policy_sums | value_sums
 
 
 def value_loss_of_frozen_states(config: PpoConfig, roles: Roles, minibatch: Minibatch, rows: list[int]) -> Terms:
-    """Value loss of a shared critic's head alone: the policy's states are taken as they are."""
-    sequences, targets = _sequences(minibatch, rows)
+    """Value loss of a shared critic's head alone: no gradient reaches the policy's states."""
+    sequences, targets = minibatch.sequences_of(rows)
     with torch.no_grad():
         hidden = roles.base.hidden(sequences, predictors(targets))
     return value_terms(config, minibatch, rows, roles.heads["critic"](hidden))
 
 
 def read_policy(config: PpoConfig, roles: Roles, minibatch: Minibatch, rows: list[int]) -> TargetOutputs:
-    """Log-probabilities of the responses under the policy as it is now, with entropies if they are paid for."""
-    sequences, targets = _sequences(minibatch, rows)
-    paid = config.entropy_coef > 0
-    return read_targets(roles.base, sequences, targets, temperature=config.temperature, want_entropy=paid)
-
-
-def _sequences(minibatch: Minibatch, rows: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    rollout = minibatch.judged.experience.rollout
-    return [rollout.sequences[i] for i in rows], [rollout.targets[i] for i in rows]
+    """Log-probabilities of the responses under the current policy, with entropies if entropy_coef needs them."""
+    sequences, targets = minibatch.sequences_of(rows)
+    want_entropy = config.entropy_coef > 0
+    return read_targets(roles.base, sequences, targets, temperature=config.temperature, want_entropy=want_entropy)
 
 
 # --- losses
 
 
 def policy_terms(config: PpoConfig, minibatch: Minibatch, rows: list[int], outputs: TargetOutputs) -> Terms:
-    """The clipped surrogate of some rows, with the KL and entropy terms that are asked for; and what is counted."""
+    """The clipped surrogate loss of some rows, plus KL and entropy terms if configured; and values to add up."""
     judged, experience = minibatch.judged, minibatch.judged.experience
-    lengths = [experience.rollout.lengths[i] for i in rows]
-    index = torch.tensor(rows, device=experience.mask.device)
-    old, reference, advantages, mask = (
-        x[index, : max(lengths)]
-        for x in (experience.logprobs, experience.reference_logprobs, judged.advantages, experience.mask)
+    lengths, (old, reference, advantages, mask) = minibatch.select(
+        rows, experience.logprobs, experience.reference_logprobs, judged.advantages, experience.mask
     )
     logprobs = pad(outputs.logprobs, lengths)
     counts = {"tokens": minibatch.tokens, "sequences": minibatch.sequences, "max_length": config.max_response_tokens}
     weights = token_weights(mask, config.loss_aggregation, **counts)
     clips = {"clip_high": config.clip_range_high, "dual_clip": config.dual_clip}
-    found = policy_loss(logprobs, old, advantages, mask, config.clip_range, weights=weights, **clips)
-    off = (found.ratio - 1)[mask]
-    counted = {
-        "policy_loss": found.loss.item(),
-        "clipped": float(found.clipped_count),
-        "moved": float(found.approx_kl_sum),
-        "ratios": float(found.ratio.sum()),
-        "squares": float(off.square().sum()),
-        "largest_ratio": float(found.ratio.max()),
-        "largest_error": float(off.abs().max()),
+    loss = policy_loss(logprobs, old, advantages, mask, config.clip_range, weights=weights, **clips)
+    ratio_error = (loss.ratio - 1)[mask]
+    sums = {
+        "policy_loss": loss.loss.item(),
+        "clipped": float(loss.clipped_count),
+        "moved": float(loss.approx_kl_sum),
+        "ratios": float(loss.ratio.sum()),
+        "squares": float(ratio_error.square().sum()),
+        "largest_ratio": float(loss.ratio.max()),
+        "largest_error": float(ratio_error.abs().max()),
     }
-    total = found.loss
+    total = loss.loss
     if config.kl_place == "loss":
-        distance = kl_loss(logprobs, reference, mask, config.kl_kind, weights=weights)
-        total = total + judged.kl_coef * distance
-        counted["kl_loss"] = distance.item()
+        kl = kl_loss(logprobs, reference, mask, config.kl_kind, weights=weights)
+        total = total + judged.kl_coef * kl
+        sums["kl_loss"] = kl.item()
     if config.entropy_coef > 0:
         total = total - config.entropy_coef * aggregate(pad(outputs.entropy, lengths), mask, weights=weights)
-    return total, counted | {"loss": total.item()}
+    return total, sums | {"loss": total.item()}
 
 
 def value_terms(config: PpoConfig, minibatch: Minibatch, rows: list[int], values: Tensor) -> Terms:
-    """value_coef x the clipped value loss of some rows, whose values (M,) lie end to end; and what is counted."""
+    """value_coef x the clipped value loss of some rows, whose values (M,) lie end to end; and values to add up."""
     judged, experience = minibatch.judged, minibatch.judged.experience
-    lengths = [experience.rollout.lengths[i] for i in rows]
-    index = torch.tensor(rows, device=experience.mask.device)
-    old, returns, mask = (x[index, : max(lengths)] for x in (experience.values, judged.returns, experience.mask))
-    found = value_loss(pad(values, lengths), old, returns, mask, config.value_clip_range, minibatch.tokens)
-    return config.value_coef * found.loss, {
-        "value_loss": found.loss.item(),
-        "values_clipped": float(found.clipped_count),
+    lengths, (old, returns, mask) = minibatch.select(rows, experience.values, judged.returns, experience.mask)
+    loss = value_loss(pad(values, lengths), old, returns, mask, config.value_clip_range, minibatch.tokens)
+    return config.value_coef * loss.loss, {
+        "value_loss": loss.loss.item(),
+        "values_clipped": float(loss.clipped_count),
     }
 
 
 def over_steps(history: list[dict[str, float]]) -> dict[str, float]:
-    """An update's statistics: means over its steps, the largest and the first ratio, and how many were skipped."""
-    names = {name: None for found in history for name in found if name not in NOT_AVERAGED}
+    """An update's statistics: means over its steps, the largest and first ratio, and the number of skipped steps."""
+    names = {name: None for metrics in history for name in metrics if name not in NOT_AVERAGED}
     out = {}
     for name in names:  # a step that was skipped lacks some
-        values = [found[name] for found in history if name in found]
+        values = [metrics[name] for metrics in history if name in metrics]
         out[name] = sum(values) / len(values)
-    norms = [found["grad_norm"] for found in history if "grad_norm" in found]
+    norms = [metrics["grad_norm"] for metrics in history if "grad_norm" in metrics]
     return out | {
-        "ratio_max": max(found["ratio_max"] for found in history),
+        "ratio_max": max(metrics["ratio_max"] for metrics in history),
         "ratio_first": history[0]["ratio_max"],
         "ratio_first_error": history[0]["ratio_error"],
         "ratio_first_std": history[0]["ratio_std"],
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
-        **{n: sum(found.get(n, 0.0) for found in history) for n in ("skipped_steps", "nonfinite_steps")},
+        **{n: sum(metrics.get(n, 0.0) for metrics in history) for n in ("skipped_steps", "nonfinite_steps")},
     }

@@ -1,4 +1,4 @@
-"""From scores to advantages: what every token of a rollout is worth, by the estimator that was chosen."""
+"""From scores to the advantages and returns of every token, by the configured estimator."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ def estimate_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns (B, T) of a rollout; returns are zero without a critic.
 
-    `score` (B,) as charged; `groups` (B,) is the number of each response's prompt; `reduce` sums over ranks.
+    `score` (B,) after `charge_scores`; `groups` (B,) is the number of each response's prompt; `reduce` sums over ranks.
     """
     mask = experience.mask
-    charged = kl_coef if config.kl_place == "reward" else 0.0
     kl = ESTIMATORS[config.kl_kind](experience.logprobs, experience.reference_logprobs)
-    rewards = shape_rewards(score, kl, mask, charged)
+    rewards = shape_rewards(score, kl, mask, kl_coef if config.kl_place == "reward" else 0.0)
     if config.whiten_rewards:
         rewards = scale_to_unit_variance(rewards, mask, reduce)
     advantages, returns = _advantages(config, rewards, experience, groups)
@@ -43,8 +42,8 @@ def _advantages(config: PpoConfig, rewards: Tensor, experience: Experience, grou
         if config.critic_lambda is not None:
             _, returns = gae(rewards, values, mask, config.gamma, config.critic_lambda)
         return advantages, returns
-    nothing = torch.zeros_like(rewards)
+    no_returns = torch.zeros_like(rewards)
     if config.advantage == "reinforce++":
-        return reinforce_pp(rewards, mask, config.gamma), nothing
-    of_group = {"rloo": rloo, "grpo": group_relative, "reinforce++-baseline": reinforce_pp_baseline}
-    return broadcast(of_group[config.advantage](sequence_sum(rewards, mask), groups), mask), nothing
+        return reinforce_pp(rewards, mask, config.gamma), no_returns
+    estimators = {"rloo": rloo, "grpo": group_relative, "reinforce++-baseline": reinforce_pp_baseline}
+    return broadcast(estimators[config.advantage](sequence_sum(rewards, mask), groups), mask), no_returns

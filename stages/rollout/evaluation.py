@@ -1,4 +1,4 @@
-"""Measures policies on prompts: responses sampled with the same noise for each, scored, with their KL."""
+"""Measures of policies on prompts: score, KL and repetition of responses, sampled with the same noise for each."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DEFAULT_RESPONSE_TOKENS = 128
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """What every policy is measured with."""
+    """Models, prompts and sampling that all policies are measured with."""
 
-    roles: Roles  # with the role "reference" where KL is measured
+    roles: Roles  # with the role "reference" if KL is measured
     text: Text
     prompts: list[PromptRow]
     sampling: Sampling
-    judges: dict[str, RewardSources]  # "score" and "gold", as far as they are given
+    judges: dict[str, RewardSources]  # by "score" and "gold", if given
     seed: int
 
     @property
@@ -38,15 +38,21 @@ class EvaluationSetup:
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """Responses and what is known of each."""
+    """Responses with their scores and KL."""
 
     rollout: Rollout
     scores: dict[str, Tensor]  # by judge, (B,) fp32 on the CPU
     kl: Tensor | None  # (B,) log-ratio of policy and reference, estimator k1, float64 on the CPU
 
+    def by_prompt(self, prompts: int) -> dict[str, Tensor]:
+        """Named measures as (prompts, responses to each) float64."""
+        measures = self.scores | ({} if self.kl is None else {"kl": self.kl})
+        measures |= {"length": torch.tensor(self.rollout.lengths), "eos_rate": self.rollout.ended}
+        return {name: values.double().view(prompts, -1) for name, values in measures.items()}
+
 
 def sampling_of(source: ModelRef, config: EvaluateConfig) -> Sampling:
-    """How to sample: as asked, else as the policy was trained, else temperature 1 and 128 tokens."""
+    """Sampling as configured, else as in the policy's training, else temperature 1 and 128 tokens."""
     trained = source.manifest.config if source.manifest is not None else {}
     default = min(DEFAULT_RESPONSE_TOKENS, source.context // 2)
     tokens = config.max_response_tokens or trained.get("max_response_tokens") or default
@@ -57,12 +63,12 @@ def sampling_of(source: ModelRef, config: EvaluateConfig) -> Sampling:
 def measure(setup: EvaluationSetup, draws: list[int]) -> ScoredRollout:
     """Responses of the role "policy": number `k` to every prompt, for each k of `draws`, prompt by prompt.
 
-    Noise depends on prompt and k alone, so every policy answers with the same.
+    The noise depends on prompt and k alone, so it is the same for every policy.
     """
     rows = [(i, k) for i in range(len(setup.prompts)) for k in draws]
     keys = [(setup.seed, "evaluate", i, k) if k else (setup.seed, "evaluate", i) for i, k in rows]
-    asked = [setup.prompts[i] for i, _ in rows]
-    rollout = sample_rollout(setup.roles, "policy", setup.text, asked, keys, setup.sampling)
+    prompts = [setup.prompts[i] for i, _ in rows]
+    rollout = sample_rollout(setup.roles, "policy", setup.text, prompts, keys, setup.sampling)
     scores = {
         name: judge.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
         for name, judge in setup.judges.items()
@@ -72,7 +78,7 @@ def measure(setup: EvaluationSetup, draws: list[int]) -> ScoredRollout:
 
 
 def summarise_responses(measured: ScoredRollout) -> dict[str, float]:
-    """Means over one response to each prompt, with standard errors, and how much responses repeat themselves."""
+    """Means over one response to each prompt, with standard errors, and repetition within and across responses."""
     rollout = measured.rollout
     out: dict[str, float] = {}
     for name, values in measured.scores.items():
@@ -85,14 +91,14 @@ def summarise_responses(measured: ScoredRollout) -> dict[str, float]:
 
 
 def split_texts_and_tokens(rollout: Rollout) -> list[tuple[str, list[int]]]:
-    """Text and tokens of every response, without the token that ends it."""
+    """Text and tokens of every response, without its stop token."""
     ends = rollout.ended.tolist()
     tokens = [response.tolist()[: -1 if end else None] for response, end in zip(rollout.responses, ends, strict=True)]
     return list(zip(rollout.texts, tokens, strict=True))
 
 
 def repetition(responses: list[tuple[str, list[int]]]) -> dict[str, float]:
-    """Share of responses that repeat another, and of their tokens and pairs of tokens those that differ."""
+    """Share of responses that repeat another, and shares of distinct tokens and of distinct pairs of tokens."""
     tokens = [ids for _, ids in responses]
     return {
         "duplicate_rate": 1 - len({text for text, _ in responses}) / len(responses),
@@ -105,22 +111,22 @@ def repetition(responses: list[tuple[str, list[int]]]) -> dict[str, float]:
 
 
 def best_of_rows(setup: EvaluationSetup, first: ScoredRollout, counts: list[int]) -> list[dict[str, float]]:
-    """What the best of n responses by score is like, for every n of `counts`, from max(counts) responses per prompt.
+    """Measures of the best of n responses by score, for every n of `counts`, from max(counts) responses per prompt.
 
-    `first` holds response number 0 to every prompt. Means take every response into account (`best_of_weights`).
+    `first` holds response number 0 to every prompt. Means count every response (`best_of_weights`).
     """
-    size = max(counts)
+    size, prompts = max(counts), len(setup.prompts)
     groups = [first] if size == 1 else [first, measure(setup, list(range(1, size)))]
-    columns = {name: _column_by_response(groups, name) for name in ("score", "gold", "kl", "length", "ended")}
-    measures = {name: values for name, values in columns.items() if values is not None}
+    columns = [group.by_prompt(prompts) for group in groups]
+    measures = {name: torch.cat([column[name] for column in columns], dim=1) for name in columns[0]}
     return [best_of_row(n, measures) | _repetition_of_best(n, groups, measures["score"]) for n in sorted(set(counts))]
 
 
 def best_of_row(n: int, measures: dict[str, Tensor]) -> dict[str, float]:
-    """One row from measures (P, N) of N responses to each of P prompts; "score" is what the best is chosen by.
+    """One row from measures (P, N) of N responses to each of P prompts; "score" decides which is best.
 
-    `kl` is an upper bound: of the choice, ln n - (n - 1) / n, plus the log-ratio of policy and reference on what was
-    chosen, since KL(best || reference) = KL(best || policy) + E_best[log policy / reference].
+    `kl` is an upper bound: ln n - (n - 1) / n for the choice, plus the log-ratio of policy and reference on the chosen
+    responses, since KL(best || reference) = KL(best || policy) + E_best[log policy / reference].
     """
     weights = best_of_weights(measures["score"], n)
     row: dict[str, float] = {"n": n, "kl": best_of_kl(n), "kl_choice": best_of_kl(n)}
@@ -131,23 +137,8 @@ def best_of_row(n: int, measures: dict[str, Tensor]) -> dict[str, float]:
         elif name in ("score", "gold"):
             row |= {name: mean, f"{name}_error": error}
         else:
-            row[{"ended": "eos_rate"}.get(name, name)] = mean
+            row[name] = mean
     return row
-
-
-def _column_by_response(groups: list[ScoredRollout], name: str) -> Tensor | None:
-    """A measure as (P, N) float64, response number 0 in the first column; None where it was not taken."""
-    prompts = len(groups[0].rollout.texts)
-    parts = []
-    for group in groups:
-        if name == "length":
-            values = torch.tensor(group.rollout.lengths)
-        else:
-            values = {"kl": group.kl, "ended": group.rollout.ended}.get(name, group.scores.get(name))
-        if values is None:
-            return None
-        parts.append(values.double().view(prompts, -1))
-    return torch.cat(parts, dim=1)
 
 
 def _repetition_of_best(n: int, groups: list[ScoredRollout], scores: Tensor) -> dict[str, float]:
@@ -155,12 +146,12 @@ def _repetition_of_best(n: int, groups: list[ScoredRollout], scores: Tensor) -> 
     prompts, size = scores.shape
     per_prompt: list[list[tuple[str, list[int]]]] = [[] for _ in range(prompts)]
     for group in groups:
-        responses = split_texts_and_tokens(group.rollout)
-        each = len(responses) // prompts
-        for i, mine in enumerate(per_prompt):
-            mine += responses[i * each : (i + 1) * each]
-    found = []
+        texts = split_texts_and_tokens(group.rollout)
+        each = len(texts) // prompts
+        for i, responses in enumerate(per_prompt):
+            responses += texts[i * each : (i + 1) * each]
+    sets = []
     for start in range(0, size - n + 1, n):
         best = (start + scores[:, start : start + n].argmax(dim=1)).tolist()
-        found.append(repetition([mine[k] for mine, k in zip(per_prompt, best, strict=True)]))
-    return {name: sum(f[name] for f in found) / len(found) for name in found[0]}
+        sets.append(repetition([responses[k] for responses, k in zip(per_prompt, best, strict=True)]))
+    return {name: sum(one[name] for one in sets) / len(sets) for name in sets[0]}

@@ -1,4 +1,4 @@
-"""Rollouts and what the frozen roles think of them."""
+"""Rollouts, and the log-probabilities, values and scores of their responses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stages.models.roles import Roles
 from stages.models.tokens import PromptRow, Text
 from stages.rollout.generate import Sampling, respond
 
-CHECKED = 16  # one response in so many is read again, to see whether sampling and training agree
-AGREE = 1e-4  # nats per token up to which what sampling knew is taken for what training would say
+CHECK_EVERY = 16  # one response in so many is recomputed, to measure how far sampling and training differ
+TOLERANCE = 1e-4  # nats per token up to which the statistics recorded while sampling are used
 
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What the policy said of each response token, (B, T) fp32 each, zero off-mask."""
+    """Log-probability, entropy and value of each response token under the policy, (B, T) fp32 each, zero off-mask."""
 
-    logprobs: Tensor  # tempered
+    logprobs: Tensor  # at the sampling temperature
     entropy: Tensor
     values: Tensor  # of the state before the token, by a head on the policy's states; zeros without one
 
@@ -39,7 +39,7 @@ class Rollout:
     sequences: list[Tensor]  # B of (P_i + L_i,) int64: prompt and response
     targets: list[Tensor]  # B of (P_i + L_i,) bool: True on the response
     mask: Tensor  # (B, T) bool
-    known: TokenStats | None = None  # what sampling knew of each token
+    sampled_stats: TokenStats | None = None  # recorded while sampling
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -54,16 +54,16 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout and how it was judged when it was sampled; everything on the base's device, fp32."""
+    """A rollout with its log-probabilities, values and scores; everything on the base's device, fp32."""
 
     rollout: Rollout
     mask: Tensor  # (B, T) bool
-    logprobs: Tensor  # (B, T) under the policy that sampled them, tempered
+    logprobs: Tensor  # (B, T) under the policy that sampled them, at the sampling temperature
     reference_logprobs: Tensor  # (B, T)
     values: Tensor  # (B, T) of the state before each token
-    score: Tensor  # (B,) what the reward sources say
+    score: Tensor  # (B,) of the reward sources
     entropy: Tensor  # (B, T) of the policy's distribution at each token
-    mismatch: float = 0.0  # nats by which sampling and training differ at a token, the most that was found
+    mismatch: float = 0.0  # largest difference found between the log-probabilities of sampling and training, nats
 
 
 def sample_rollout(
@@ -78,50 +78,49 @@ def sample_rollout(
 ) -> Rollout:
     """Sample one response per prompt under a role; `keys[i]` is the noise of response i.
 
-    `head` names one that reads values off the same states.
+    `head` names a head that computes values from the same states.
     """
     value_head = roles.heads[head] if head is not None else None
     with roles.use(role):
-        found = respond(roles.base, [p.ids for p in prompts], keys, text.stop_ids, sampling, head=value_head)
-    facts = zip(*((r.logprobs, r.entropy, r.values) for r in found), strict=True)
-    known = TokenStats(*(pad_sequence(list(column), batch_first=True).to(roles.base.device) for column in facts))
-    responses = [r.tokens for r in found]
+        sampled = respond(roles.base, [p.ids for p in prompts], keys, text.stop_ids, sampling, head=value_head)
+    columns = zip(*((r.logprobs, r.entropy, r.values) for r in sampled), strict=True)
+    stats = TokenStats(*(pad_sequence(list(column), batch_first=True).to(roles.base.device) for column in columns))
+    responses = [r.tokens for r in sampled]
     texts = [text.response_text(p.ids, r) for p, r in zip(prompts, responses, strict=True)]
     stops = set(text.stop_ids)
     ended = torch.tensor([int(r[-1]) in stops for r in responses], dtype=torch.bool)
-    return lay_out(prompts, responses, texts, ended, known)
+    return lay_out(prompts, responses, texts, ended, stats)
 
 
 def lay_out(
-    prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor, known: TokenStats | None = None
+    prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor, stats: TokenStats | None = None
 ) -> Rollout:
-    """A rollout from its parts: sequences, targets and mask follow."""
+    """A rollout from its parts, with sequences, targets and mask."""
     sequences = [torch.cat([p.ids, r]) for p, r in zip(prompts, responses, strict=True)]
     targets = [torch.arange(len(s)) >= len(p.ids) for p, s in zip(prompts, sequences, strict=True)]
     mask = pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in responses], batch_first=True)
-    return Rollout(prompts, responses, texts, ended, sequences, targets, mask, known)
+    return Rollout(prompts, responses, texts, ended, sequences, targets, mask, stats)
 
 
 def collect_token_stats(
     roles: Roles, rollout: Rollout, temperature: float, *, head: str | None = None
 ) -> tuple[TokenStats, float]:
-    """What the role "policy" says of its rollout, with the values of `head`; and how far sampling was from it (nats).
+    """Log-probabilities, entropies and `head` values of the role "policy" on its rollout, and how far sampling differs.
 
-    Sampling knew it already. A few responses are read again: where they agree to `AGREE`, nothing else is.
+    That is the largest difference of a log-probability (nats) over one response in CHECK_EVERY. Up to TOLERANCE the
+    statistics recorded while sampling are used, and no other response is recomputed.
     """
-    known, rows = rollout.known, list(range(0, len(rollout.responses), CHECKED))
+    sampled, rows = rollout.sampled_stats, list(range(0, len(rollout.responses), CHECK_EVERY))
     mismatch = 0.0
-    if known is not None:
-        again, _ = role_logprobs(roles, "policy", rollout, temperature, rows)
-        width = again.shape[1]
-        mask = rollout.mask[rows, :width].to(again.device)
-        mismatch = float((known.logprobs[rows, :width] - again).masked_fill(~mask, 0).abs().max())
-        if mismatch <= AGREE:
-            return known, mismatch
+    if sampled is not None:
+        recomputed, _ = role_logprobs(roles, "policy", rollout, temperature, rows)
+        width = recomputed.shape[1]
+        mask = rollout.mask[rows, :width].to(recomputed.device)
+        mismatch = float((sampled.logprobs[rows, :width] - recomputed).masked_fill(~mask, 0).abs().max())
+        if mismatch <= TOLERANCE:
+            return sampled, mismatch
     logprobs, entropy = role_logprobs(roles, "policy", rollout, temperature, want_entropy=True)
-    values = torch.zeros_like(logprobs)
-    if head is not None:
-        values = role_values(roles, "policy", head, rollout)
+    values = torch.zeros_like(logprobs) if head is None else role_values(roles, "policy", head, rollout)
     return TokenStats(logprobs, entropy, values), mismatch
 
 
@@ -136,7 +135,7 @@ def role_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (B, T) of the responses under a role, without gradient, zero off-mask.
 
-    With `chosen` of those rows alone. Entropies are zeros if they are not wanted.
+    `chosen` limits them to these rows. Without want_entropy entropies are zeros.
     """
     picked = list(range(len(rollout.responses))) if chosen is None else chosen
 

@@ -1,4 +1,4 @@
-"""Samples responses: noise per (prompt, position), finished rows leave the batch, two ways to run the model."""
+"""Sampling of responses: noise per (prompt, position); finished rows leave the batch; two decoders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.maths.tensors import at_least_fp32, entropy_of
 from stages.models.base import Base
 from stages.models.quantised import is_four_bit
 from stages.native.decode import Layer, NativeDecoder, layers_of
-from stages.native.graphs import Capture, capture_for
+from stages.native.graphs import capture_for
 from stages.native.limits import out_of_memory
 from stages.rollout.cached import BandedDecoder, RereadingDecoder, TransformersDecoder, cache_works
 from stages.training.seeds import noise
@@ -24,18 +24,18 @@ ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
 
 @dataclass(frozen=True)
 class Sampling:
-    """The sampling law. Log-probabilities of a rollout follow it only where nothing is filtered (top_p 1)."""
+    """How responses are sampled. A rollout's log-probabilities match the sampling distribution only if top_p is 1."""
 
     temperature: float
     max_tokens: int
     top_p: float = 1.0
     rollout_batch_size: int | str = "auto"
-    engine: str = "auto"  # "native", "transformers", or the first of them that the base can do
+    engine: str = "auto"  # "native", "transformers", or the first of them that supports the base
 
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response and what was known when each of its tokens was drawn, fp32 on the CPU."""
+    """One sampled response, with measures taken when each token was drawn, fp32 on the CPU."""
 
     tokens: Tensor  # (L,) int64, the first stop token included
     logprobs: Tensor  # (L,) under softmax(logits / temperature), before any filter
@@ -44,7 +44,7 @@ class Response:
 
 
 class Decoder(Protocol):
-    """A batch of rows that grow by a token at a time."""
+    """A batch of rows that grow by one token at a time."""
 
     def start(self) -> Tensor:
         """States (R, H) of every prompt's last token."""
@@ -53,7 +53,7 @@ class Decoder(Protocol):
         """States (R, H) after one more token (R,) of every row."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Drop all other rows."""
 
 
 def generate(
@@ -83,13 +83,13 @@ def respond(
     head: nn.Module | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Response]:
-    """As `generate`, with log-probabilities, entropies, and the values that a head reads off the same states.
+    """As `generate`, with log-probabilities, entropies, and the values that a head computes from the same states.
 
-    Prompts are taken in order of length. Raises ModelError where the native engine is asked for and cannot be had,
-    NotFiniteError where the active role gives log-probabilities that are no numbers.
+    The longest prompts come first. Raises ModelError if the native engine is required and does not support the base,
+    NotFiniteError if log-probabilities under the active role are not finite.
     """
-    rows = sampling.rollout_batch_size
-    size = rows if isinstance(rows, int) else ROWS_AT_ONCE[base.device.type]
+    size = sampling.rollout_batch_size
+    size = ROWS_AT_ONCE[base.device.type] if size == "auto" else size
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     out: list[Response | None] = [None] * len(prompts)
     layers: list[Layer] | None = None
@@ -124,23 +124,24 @@ def respond(
 
 @torch.no_grad()
 def native_layers(base: Base, engine: str) -> list[Layer] | None:
-    """The base's layers under the active role for our own decoder; None where transformers is to run it."""
+    """The base's layers under the active role for the native decoder; None if transformers samples."""
     check_engine(base, engine)
     return None if engine == "transformers" or base.native is None else layers_of(base.native)
 
 
 def check_engine(base: Base, engine: str) -> tuple[str, ...]:
-    """What there is to say of the engine that will sample; raises ModelError where ours is asked for in vain."""
+    """Notes on the engine that will sample; raises ModelError if the native one is required but not supported."""
     if base.native is not None or engine == "transformers":
         return ()
-    held = " in 4 bits" if any(is_four_bit(layer) for layer in base.layers.values()) else ""
-    held += " with DoRA adapters" if base.has_dora else ""
-    why = f"our own decoder does not cover `{base.source.config['model_type']}`{held}"
+    variant = " in 4 bits" if any(is_four_bit(layer) for layer in base.layers.values()) else ""
+    variant += " with DoRA adapters" if base.has_dora else ""
+    reason = f"the native decoder does not support `{base.source.config['model_type']}`{variant}"
     if engine == "native":
-        raise ModelError(why, where="rollout_engine", fix="leave --rollout-engine out")
+        raise ModelError(reason, where="rollout_engine", fix="remove --rollout-engine")
     if not cache_works(base):
-        return (f"{why}, and its numbers do not hold with transformers' cache: every token reads its text again",)
-    return (f"{why}: transformers samples, which is slower",)
+        slower = "recomputing the whole text for every token, since transformers' cache changes its outputs"
+        return (f"{reason}; sampling with transformers, {slower}",)
+    return (f"{reason}; sampling with transformers, which is slower",)
 
 
 @torch.inference_mode()
@@ -155,15 +156,11 @@ def _sample_batch(
 ) -> list[Response]:
     """Prefill, then one token at a time; a row leaves the batch once enough rows have ended."""
     device, limit = base.device, sampling.max_tokens
-    decoder: Decoder = (
-        _decoder_of_transformers(base, prompts)
-        if layers is None
-        else NativeDecoder(base.native, layers, prompts, limit, _capture_for(base, limit))
-    )
+    decoder = _open_decoder(base, layers, prompts, limit)
     stops = torch.tensor(stop_ids, device=device)
     tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
     recorded = torch.zeros(3, len(prompts), limit, device=device)  # log-probabilities, entropies, values
-    active = torch.arange(len(prompts), device=device)  # rows still in the batch
+    active = torch.arange(len(prompts), device=device)  # numbers of the rows still in the batch
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     states = decoder.start()
     for step in range(limit):
@@ -172,28 +169,29 @@ def _sample_batch(
         drawn = draw(log_probs, uniform[active, step], sampling.temperature, sampling.top_p)
         logprobs, entropy = log_probs.gather(-1, drawn[:, None])[:, 0], entropy_of(log_probs)
         values = head(states) if head is not None else torch.zeros_like(logprobs)
-        tokens[active, step] = drawn  # what a row that has ended draws is cut off in the end
+        tokens[active, step] = drawn  # _cut drops what a finished row draws
         recorded[:, active, step] = torch.stack([logprobs.float(), entropy.float(), values.float()])
         ended[active] |= torch.isin(drawn, stops)
-        going = ~ended[active]
-        left = int(going.sum())
+        unfinished = ~ended[active]
+        left = int(unfinished.sum())
         if left == 0 or step + 1 == limit:
             break
         if left <= len(active) * 3 // 4:
-            kept = going.nonzero().squeeze(-1)
-            decoder.keep(kept)
-            active, drawn = active[kept], drawn[kept]
+            rows = unfinished.nonzero().squeeze(-1)
+            decoder.keep(rows)
+            active, drawn = active[rows], drawn[rows]
         states = decoder.step(drawn)
     return _cut(tokens, recorded, ended, stops, step + 1)
 
 
-def _capture_for(base: Base, tokens: int) -> Capture | None:
-    """How decoding steps are captured; None where they are not, or where an earlier capture failed."""
-    return None if base.native.capture_failure is not None else capture_for(base.device, tokens)
+def _open_decoder(base: Base, layers: list[Layer] | None, prompts: list[Tensor], limit: int) -> Decoder:
+    """The native decoder if there are layers for it, else one with transformers' cache if it is exact, or without.
 
-
-def _decoder_of_transformers(base: Base, prompts: list[Tensor]) -> Decoder:
-    """With transformers' cache, wherever that gives the states of whole texts."""
+    Decoding steps of the native one are captured, unless an earlier capture failed.
+    """
+    if layers is not None:
+        capture = capture_for(base.device, limit) if base.native.capture_failure is None else None
+        return NativeDecoder(base.native, layers, prompts, limit, capture)
     if not cache_works(base):
         return RereadingDecoder(base, prompts)
     return BandedDecoder(base, prompts) if base.bands.differ else TransformersDecoder(base, prompts)
@@ -214,10 +212,10 @@ def compute_log_probs(logits: Tensor, temperature: float) -> Tensor:
 
 
 def draw(log_probs: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """One token per row (B,) by inverting the cumulative distribution at `uniform`, which is summed in fp64.
+    """One token per row (B,), by inverting the cumulative distribution (summed in fp64) at `uniform`.
 
-    law (B, V) log-probabilities, uniform (B,) in [0, 1). Temperature 0 takes the likeliest token. With top_p < 1 the
-    smallest set of likeliest tokens whose probability reaches top_p is kept and renormalised (Holtzman et al. 2020).
+    log_probs (B, V); uniform (B,) in [0, 1). Temperature 0 takes the likeliest token. With top_p < 1 only the smallest
+    set of likeliest tokens whose probability reaches top_p remains, renormalised (Holtzman et al. 2020).
     """
     if temperature == 0:
         return log_probs.argmax(-1)

@@ -1,4 +1,4 @@
-"""How PPO's policy does on held-out prompts."""
+"""PPO's policy on held-out prompts: scores, KL, lengths and responses."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from stages.rollout.generate import Sampling
 from stages.rollout.reward_sources import RewardSources
 from stages.training.session import Session
 
-HELD_OUT = ("score", "kl", "length", "eos_rate")  # what is measured of every response
+HELD_OUT = ("score", "kl", "length", "eos_rate")  # measures of every response
 
 
 def respond_to_held_out(
     session: Session, rewards: RewardSources, sampling: Sampling, prompts: list[PromptRow]
 ) -> tuple[dict[str, list[float]], list[dict]]:
-    """Named columns with a number for each response to this rank's prompts, and the responses."""
+    """Columns HELD_OUT with a number for each response to this rank's prompts, and the rows of samples.jsonl."""
     config = session.config
-    mine = session.ranks.share(list(range(len(prompts))))
-    if not mine:
+    numbers = session.ranks.share(list(range(len(prompts))))
+    if not numbers:
         return {name: [] for name in HELD_OUT}, []
-    keys = [(config.seed, "ppo", "held-out", i) for i in mine]
-    rollout = sample_rollout(session.roles, "policy", session.text, [prompts[i] for i in mine], keys, sampling)
+    keys = [(config.seed, "ppo", "held-out", i) for i in numbers]
+    rollout = sample_rollout(session.roles, "policy", session.text, [prompts[i] for i in numbers], keys, sampling)
     kl = rollout_kl(session.roles, rollout, config.temperature).tolist()
     score = rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended).tolist()
     lengths = [float(n) for n in rollout.lengths]

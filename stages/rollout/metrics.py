@@ -1,4 +1,4 @@
-"""The metrics of a PPO update's rollout, over all ranks."""
+"""Metrics of a PPO update's rollout, over all ranks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stages.rollout.experience import Experience, Rollout
 from stages.training.devices import Ranks
 from stages.training.session import Session
 
-REPEATED_RUN, REPEATED_WITHIN = 3, 64  # tokens: runs that a response repeats, and how soon
+REPEATED_RUN, REPEATED_WITHIN = 3, 64  # tokens: length of a repeated n-gram, and the distance within which it counts
 
 
 def summarise_rollout(
     session: Session, judged: ExperienceWithAdvantages, score: Tensor, groups: Tensor
 ) -> dict[str, float]:
-    """Everything that is logged of a rollout; `score` (B,) as charged, `groups` (B,) the number of each prompt."""
+    """A rollout's metrics; `score` (B,) after `charge_scores`, `groups` (B,) the number of each response's prompt."""
     experience, ranks, config = judged.experience, session.ranks, session.config
     rollout, kl_coef = experience.rollout, session.progress.facts["kl_coef"]
     texts, prompts, columns = gather_columns(ranks, rollout, numbers_by_response(experience, score))
@@ -73,8 +73,8 @@ def numbers_by_response(experience: Experience, score: Tensor) -> dict[str, list
 def gather_columns(
     ranks: Ranks, rollout: Rollout, columns: dict[str, list[float]]
 ) -> tuple[tuple[str, ...], tuple[int, ...], dict[str, Tensor]]:
-    """Texts, a number for each prompt, and the columns (N,) float64, of all ranks' responses."""
-    prompts = [hash(tuple(p.ids.tolist())) for p in rollout.prompts]  # integers hash alike everywhere
+    """Texts, a hash of each prompt, and the columns (N,) float64, of all ranks' responses."""
+    prompts = [hash(tuple(p.ids.tolist())) for p in rollout.prompts]  # hashes of integers are the same on every rank
     rows = [list(row) for row in zip(rollout.texts, prompts, *columns.values(), strict=True)]
     texts, prompts, *values = zip(*ranks.gather(rows), strict=True)
     return texts, prompts, {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(columns, values, strict=True)}
@@ -82,6 +82,6 @@ def gather_columns(
 
 def measure_explained_variance(ranks: Ranks, experience: Experience, returns: Tensor) -> float:
     """Share of the returns' variance that the critic's values explain, over the tokens of all ranks."""
-    of_tokens = (x[experience.mask].tolist() for x in (experience.values, returns))
-    values, goals = (torch.tensor(ranks.gather(numbers), dtype=torch.float64) for numbers in of_tokens)
+    columns = (x[experience.mask].tolist() for x in (experience.values, returns))
+    values, goals = (torch.tensor(ranks.gather(numbers), dtype=torch.float64) for numbers in columns)
     return explained_variance(values, goals, torch.ones_like(values, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Scores responses: reward models on the shared base and Python functions, added up with their weights."""
+"""Scores of responses: the weighted sum of reward models on the shared base and Python functions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from stages.models.templates import stored_template
 from stages.models.tokens import PromptRow, Text
 from stages.results import Reporter
 from stages.rollout.reward_specs import RewardSpec, UserFunction, python_file, reason_of
-from stages.rollout.user_code import ClosedFiles, TookTooLong, too_slow, user_code
+from stages.rollout.user_code import TookTooLong, too_slow, user_code
 from stages.training.signals import Signals
 
 SHOWN_VALUE = 500  # characters of a value in a message
 LARGEST_SCORE = torch.finfo(torch.float32).max
-CULPRIT_SECONDS = 30.0  # spent at most on finding the response at which a function fails
+CULPRIT_SECONDS = 30.0  # limit of the search for the response at which a function fails
 
 
 def check_templates(specs: list[RewardSpec], text: Text, prompts: list[PromptRow], reporter: Reporter) -> None:
@@ -35,8 +35,8 @@ def check_templates(specs: list[RewardSpec], text: Text, prompts: list[PromptRow
         theirs = stored_template(spec.checkpoint.tokenizer) if spec.checkpoint is not None else None
         if isinstance(theirs, str) and theirs.strip() != str(text.tokenizer.chat_template).strip():
             reporter.warn(
-                f"{spec.flag} {spec.name} was trained with another chat template than the policy's, so it reads "
-                "conversations in a form that it does not know; train it on the policy, without --chat-template"
+                f"{spec.flag} {spec.name} was trained with another chat template than the policy's, so it scores "
+                "conversations in an unfamiliar format; train it on the policy, without --chat-template"
             )
 
 
@@ -52,22 +52,21 @@ class RewardSources:
         signals: Signals | None = None,
     ):
         self.specs, self.roles, self.timeout, self.signals = specs, roles, timeout, signals or Signals()
-        self.names = {id(s): f"{prefix}{i or ''}" for i, s in enumerate(x for x in specs if x.checkpoint)}
-        for spec in specs:
+        self.role_names = [f"{prefix}{i or ''}" for i in range(len(specs))]
+        for spec, role in zip(specs, self.role_names, strict=True):
             if spec.checkpoint is not None:
                 adapter = adapter_of(roles.base, spec.checkpoint, trainable=False)
-                roles.add(self.names[id(spec)], adapter, head_of(roles.base, spec.checkpoint.folder))
+                roles.add(role, adapter, head_of(roles.base, spec.checkpoint.folder))
 
     def score(self, prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor) -> Tensor:
         """Weighted scores (B,) fp32 on the CPU.
 
-        responses: token ids (L_i,); texts: the same without special tokens, for functions; ended (B,): True where the
-        response stopped by itself, in which case reward models read the prompt's own end token in its place.
+        responses: token ids (L_i,); texts: the same without special tokens, for functions; ended (B,): True if the
+        response ends with a stop token, which is replaced by the prompt's own end token for reward models.
         """
         total = torch.zeros(len(prompts))
-        for spec in self.specs:
+        for spec, role in zip(self.specs, self.role_names, strict=True):
             if spec.checkpoint is not None:
-                role = self.names[id(spec)]
                 total += spec.weight * model_scores(self.roles, role, prompts, responses, ended)
             else:
                 total += spec.weight * call_function(spec, prompts, texts, self.signals, timeout=self.timeout)
@@ -92,69 +91,59 @@ def call_function(
 ) -> Tensor:
     """Scores (B,) from a user's function.
 
-    Raises RewardError, with the prompt, where the function raises, takes longer than `timeout` seconds (0: no limit),
-    or returns anything but one finite number for each response.
+    Raises RewardError, with the prompt, if the function raises, takes longer than `timeout` seconds (0: no limit), or
+    returns anything but one finite number for each response.
     """
     where = f"{spec.flag} {spec.name}"
     try:
         numbers = _call(spec, prompts, texts, signals, timeout)
-    except (StopRequested, ClosedFiles):
+    except (StopRequested, RewardError):
         raise
     except TookTooLong:
-        slow = _culprit(spec, prompts, texts, signals, timeout)
-        raise too_slow(where, timeout, f"for {len(prompts)} responses{slow}") from None
-    except _NotNumbers as error:
-        told = error.what if error.place is None else f"{error.what}{_for(prompts[error.place], texts[error.place])}"
-        raise RewardError(told, where=where, fix=error.fix) from None
-    except BaseException as error:  # whatever user code raises, to end the process too, must not end the run unsaid
-        guilty = _culprit(spec, prompts, texts, signals, timeout)
+        culprit = _culprit(spec, prompts, texts, signals, timeout)
+        raise too_slow(where, timeout, f"for {len(prompts)} responses{culprit}") from None
+    except BaseException as error:  # also what would end the process: it is reported as the function's error
+        culprit = _culprit(spec, prompts, texts, signals, timeout)
         reason = reason_of(error, python_file(spec.name))
-        raise RewardError(f"it raised {reason}{guilty}", where=where, fix="mend the function") from None
+        raise RewardError(f"it raised {reason}{culprit}", where=where, fix="fix the function") from None
     return torch.tensor(numbers, dtype=torch.float32)
 
 
 def _call(
     spec: RewardSpec, prompts: list[PromptRow], texts: list[str], signals: Signals, timeout: float
 ) -> list[float]:
-    """What the function returns, as plain numbers; it gets copies, so whatever it does to them is its own affair."""
-    function = spec.function
+    """What the function returns, as plain numbers; it gets copies of the rows, so it cannot change them."""
+    function, where = spec.function, f"{spec.flag} {spec.name}"
     columns = {key: [p.columns.get(key) for p in prompts] for key in sorted({k for p in prompts for k in p.columns})}
-    asked, columns = copy.deepcopy(([p.text for p in prompts], columns))
-    world = function.world if isinstance(function, UserFunction) else None
-    with user_code(f"{spec.flag} {spec.name}", signals, world, timeout=timeout):
-        result = function(asked, list(texts), **_accepted(function, columns))
-        return _numbers(result, len(prompts))
+    prompt_texts, columns = copy.deepcopy(([p.text for p in prompts], columns))
+    imported = function.imported if isinstance(function, UserFunction) else None
+    with user_code(where, signals, imported, timeout=timeout):
+        values = _read_list(function(prompt_texts, list(texts), **_accepted(function, columns)), len(prompts), where)
+        numbers = [_number(value) for value in values]
+        if None in numbers:
+            i = numbers.index(None)
+            what = f"it returned {_shown(values[i])}{_for(prompts[i], texts[i])}"
+            raise RewardError(what, where=where, fix="return a finite number for every response")
+        return numbers  # type: ignore[return-value]
 
 
-class _NotNumbers(Exception):
-    """What a function returned cannot be used; `place` is the response's, where it is about one."""
-
-    def __init__(self, what: str, fix: str, place: int | None = None):
-        self.what, self.fix, self.place = what, fix, place
-
-
-def _numbers(result: object, count: int) -> list[float]:
-    """A finite number for each of `count` responses; raises _NotNumbers for anything else. Runs code of the values."""
-    fix = "return a list with one number each"
+def _read_list(result: object, count: int, where: str) -> list:
+    """The `count` values that a function returned; raises RewardError for anything else. Runs code of `result`."""
     try:
         values = result.tolist() if hasattr(result, "tolist") else result
         values = list(values) if isinstance(values, (list, tuple)) else values
     except (Exception, SystemExit) as error:
-        what = f"it returned a {type(result).__name__} that cannot be read: {type(error).__name__}: {words_of(error)}"
-        raise _NotNumbers(what, fix) from None
-    if not isinstance(values, list) or len(values) != count:
+        got = f"a {type(result).__name__} that cannot be read: {type(error).__name__}: {words_of(error)}"
+    else:
+        if isinstance(values, list) and len(values) == count:
+            return values
         got = f"{len(values)} numbers" if isinstance(values, list) else type(values).__name__
-        raise _NotNumbers(f"it returned {got} for {count} responses", fix)
-    numbers = [_number(value) for value in values]
-    for place, number in enumerate(numbers):
-        if number is None:
-            what = f"it returned {_shown(values[place])}"
-            raise _NotNumbers(what, "return a finite number for every response", place)
-    return numbers  # type: ignore[return-value]
+        got += f" for {count} responses"
+    raise RewardError(f"it returned {got}", where=where, fix="return a list with one number for each response")
 
 
 def _number(value: object) -> float | None:
-    """A value as a finite number that float32 holds; None where it is none."""
+    """A value as a finite number within the range of float32, else None."""
     try:
         if not isinstance(value, (Real, Decimal)):
             value = value.item()  # type: ignore[attr-defined]  a tensor or an array of one number
@@ -179,18 +168,18 @@ def _for(prompt: PromptRow, text: str) -> str:
 
 
 def _culprit(spec: RewardSpec, prompts: list[PromptRow], texts: list[str], signals: Signals, timeout: float) -> str:
-    """The first response at which a function fails by itself, in words; nothing where each by itself is well."""
+    """The first response at which a function fails if it gets that one alone, in words; else nothing."""
     limit = min(timeout or CULPRIT_SECONDS, CULPRIT_SECONDS)
-    began = now = time.monotonic()
+    began = started = time.monotonic()
     for prompt, text in zip(prompts, texts, strict=True):
-        now = time.monotonic()
+        started = time.monotonic()
         try:
-            _call(spec, [prompt], [text], signals, max(0.001, limit - (now - began)))
+            _call(spec, [prompt], [text], signals, max(0.001, limit - (started - began)))
         except StopRequested:
             raise
-        except TookTooLong:  # the one that hangs, unless it only came last
-            return _for(prompt, text) if time.monotonic() - now > 0.5 * limit else ""
-        except _NotNumbers:
+        except TookTooLong:  # at this response, unless others used up the time
+            return _for(prompt, text) if time.monotonic() - started > 0.5 * limit else ""
+        except RewardError:
             continue
         except BaseException:
             return _for(prompt, text)

@@ -1,4 +1,4 @@
-"""What --reward names, found and checked before torch is imported: reward checkpoints and Python functions."""
+"""Reward checkpoints and Python functions that --reward names, opened and checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from stages.errors import ConfigError, RewardError, StopRequested, words_of
 from stages.models.model_ref import ModelRef, open_model, same_base
 from stages.places import absolute, describe_special
 from stages.recipe import is_function
-from stages.rollout.settings import World, noting_changes
+from stages.rollout.settings import ImportChanges, recording_changes
 from stages.rollout.user_code import ClosedFiles, user_code
 from stages.training.signals import Signals
 
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A --reward flag taken apart: a checkpoint, or a function in a file, and its weight."""
+    """A --reward flag: a checkpoint, or a function in a file, and its weight."""
 
     name: str
     weight: float
     checkpoint: ModelRef | None
     function: Callable[..., object] | None
     digest: str  # of the checkpoint, or of the function's file
-    flag: str = "--reward"  # where it was named
+    flag: str = "--reward"  # that names it
 
 
 def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
-    """Split `source=weight`; the weight is 1 where none is given."""
+    """Name and weight of `source=weight`; the weight is 1 if none is given."""
     name, equals, weight = flag.rpartition("=")
     if not equals:
         return flag, 1.0
@@ -54,18 +54,17 @@ def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
 def open_rewards(
     flags: list[str], policy: ModelRef | None, *, what: str = "--reward", trust_remote_code: bool = False
 ) -> list[RewardSpec]:
-    """Find and check every reward source before a model loads.
+    """Every reward source, checked before a model loads.
 
-    Raises CheckpointError where a reward checkpoint does not share the policy's base, RewardError where a function
-    cannot be loaded.
+    Raises CheckpointError if a reward checkpoint does not share the policy's base, RewardError if a function cannot be
+    loaded.
     """
     specs = []
     for flag in flags:
         name, weight = parse_reward(flag, what)
         if is_function(name):
-            specs.append(
-                RewardSpec(name, weight, None, load_function(name, what), file_digest(python_file(name)), what)
-            )
+            function = load_function(name, what)
+            specs.append(RewardSpec(name, weight, None, function, file_digest(python_file(name)), what))
             continue
         source = open_model(name, stages=("reward",), what=what, trust_remote_code=trust_remote_code)
         if source.manifest is None:
@@ -86,11 +85,11 @@ def python_file(name: str) -> Path:
 
 
 class UserFunction:
-    """A function from a file of the user's, which sees the process as importing that file left it."""
+    """A function from a user's file, which runs with the settings of the process that importing the file changed."""
 
-    def __init__(self, function: Callable[..., object], world: World):
+    def __init__(self, function: Callable[..., object], imported: ImportChanges):
         functools.update_wrapper(self, function)  # so that its signature is the function's
-        self.world = world
+        self.imported = imported
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the function itself."""
@@ -98,30 +97,28 @@ class UserFunction:
 
 
 def load_function(name: str, what: str) -> UserFunction:
-    """Import `path/to/file.py:function` (function `score` where none is named); raises RewardError where that fails."""
-    path, function_name = python_file(name), "score" if name.endswith(".py") else name.rpartition(".py:")[2] or "score"
-    place = absolute(path, what)
+    """Import `path/to/file.py:function` (function `score` if none is named); raises RewardError if that fails."""
+    path = python_file(name)
+    function_name = ("" if name.endswith(".py") else name.rpartition(":")[2]) or "score"
+    place, where = absolute(path, what), f"{what} {name}"
     if not place.is_file():
-        why = f"is {describe_special(place)}" if describe_special(place) else "does not exist"
-        why = "is a folder" if place.is_dir() else why
-        raise RewardError(f"{path} {why}", where=what, fix="give path/to/file.py:function")
-    where = f"{what} {name}"
-    world = World()
-    module = None
+        special = describe_special(place)
+        state = "is a folder" if place.is_dir() else f"is {special}" if special else "does not exist"
+        raise RewardError(f"{path} {state}", where=what, fix="give path/to/file.py:function")
+    imported = ImportChanges()
     try:
-        with user_code(where, Signals()), noting_changes(world):
+        with user_code(where, Signals()), recording_changes(imported):
             module = _import(path)
             function = getattr(module, function_name, None)
     except (StopRequested, ClosedFiles):
         raise
     except BaseException as error:
-        raise RewardError(f"importing it failed: {reason_of(error, path)}", where=where, fix="mend the file") from None
+        raise RewardError(f"importing it failed: {reason_of(error, path)}", where=where, fix="fix the file") from None
     if not callable(function):
-        found = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
-        raise RewardError(
-            f"{path} has no function `{function_name}`", where=what, fix=f"it has {', '.join(found) or 'no functions'}"
-        )
-    return UserFunction(function, world)
+        names = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
+        fix = f"name a function that it has: {', '.join(names)}" if names else "define the function in it"
+        raise RewardError(f"{path} has no function `{function_name}`", where=what, fix=fix)
+    return UserFunction(function, imported)
 
 
 def _import(path: Path) -> ModuleType:
@@ -135,7 +132,7 @@ def _import(path: Path) -> ModuleType:
 
 
 def _module_name(path: Path) -> str:
-    """The file's own name, under which processes that it starts can import it too, unless another module has it."""
+    """The file's own name, by which its worker processes can import it, unless another module has that name."""
     name = path.stem
     if name.isidentifier() and name not in sys.modules:
         other = importlib.util.find_spec(name)
@@ -146,10 +143,9 @@ def _module_name(path: Path) -> str:
 
 
 def reason_of(error: BaseException, path: Path) -> str:
-    """An exception in a line: its type, its words, and the line of the user's file that raised it."""
-    lines = [
-        f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename and Path(f.filename).name == path.name
-    ]
+    """An exception in one line: its type, its text, and the line of the user's file that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).name == path.name]
     line = f" ({path}:{lines[-1]})" if lines else ""
     words = words_of(error)
     return f"{type(error).__name__}{': ' if words else ''}{words}{line}"

@@ -1,8 +1,9 @@
-"""Runs code that is not ours, such as a reward function: it may be stopped, and leaves no trace in the process."""
+"""Runs a user's code, such as a reward function: it can be interrupted, and the process is the same afterwards."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -13,15 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stages.errors import RewardError, StopRequested
-from stages.rollout.descriptors import Descriptor, kept_descriptors
-from stages.rollout.settings import World, kept_settings, no_alarm_left
+from stages.rollout.descriptors import Descriptor, restoring_descriptors
+from stages.rollout.settings import ImportChanges, restoring_alarm, restoring_settings
 from stages.training.children import adopt_orphans, end_children
 from stages.training.signals import ASKING, Signals, handling
 
-RING = signal.SIGURG  # what the watching thread interrupts with: ignored by default, and hardly ever used
-RING_AGAIN = 2.0  # seconds between two attempts to interrupt: cleaning up may wait for what hangs
-LOOK_UP = 1.0  # seconds after which the watching thread looks whether what it waits for can still come
-PATIENCE = 10.0  # seconds of such attempts before the process ends without its main thread's consent
+RING = signal.SIGURG  # the watching thread interrupts with it: ignored by default, and hardly ever used
+RING_AGAIN = 2.0  # seconds between two interrupts: the block's cleaning up may wait for what hangs
+LOOK_UP = 1.0  # seconds between two checks that the pipe is still open
+PATIENCE = 10.0  # seconds of interrupts before the process is ended
 
 
 class TookTooLong(BaseException):
@@ -29,37 +30,40 @@ class TookTooLong(BaseException):
 
 
 class ClosedFiles(RewardError):
-    """The code closed, or replaced, files that are not its own."""
+    """The code closed, or replaced, files that it did not open."""
 
     def __init__(self, who: str):
         super().__init__(
-            "it closed files that it has not opened", where=who, fix="close only what the function itself has opened"
+            "it closed files that it has not opened",
+            where=who,
+            fix="close only what the function itself has opened",
         )
 
 
 @contextmanager
-def user_code(who: str, signals: Signals, world: World | None = None, *, timeout: float = 0) -> Iterator[None]:
-    """Run a block of code that is not ours; `who` names it where it has to be ended by force.
+def user_code(
+    who: str, signals: Signals, imported: ImportChanges | None = None, *, timeout: float = 0
+) -> Iterator[None]:
+    """Run a block of a user's code; `who` names it in the message if it has to be ended by force.
 
     SIGTERM and Ctrl-C raise StopRequested in it at once; after `timeout` seconds (0: never) TookTooLong is raised.
-    Both are raised again while the block does not end, and after PATIENCE the process ends: a call into C that never
-    returns can be left in no other way. (One that holds Python's lock all the time cannot be left at all.)
+    Both are raised again until the block ends, and after PATIENCE the process ends: a call into C that never returns
+    can be left in no other way. (One that holds Python's lock all the time cannot be left at all.)
 
-    Afterwards the settings of the process, and torch's, are what they were; its standard descriptors lead where they
-    did, and ClosedFiles is raised where the block closed other files of ours. With a `world` the block starts from it.
-    A process that the block forks and that comes out of it ends here.
+    Afterwards the settings of the process, of torch and the standard descriptors are as before; ClosedFiles is raised
+    if the block closed other files of ours. The block starts with the changes of `imported`, if given. A process that
+    the block forks and that leaves the block ends here.
     """
     process = os.getpid()
     with (
-        kept_descriptors(),
-        kept_settings(),
+        restoring_descriptors(),
+        restoring_settings(),
         watching(who, signals, timeout),
         signals.acting_at_once(),
-        no_alarm_left(),
+        restoring_alarm(),
     ):
-        for change, value in world.changes if world else ():
-            with contextlib.suppress(Exception):
-                change(value)
+        if imported is not None:
+            imported.apply()
         try:
             yield
         finally:
@@ -72,21 +76,20 @@ def user_code(who: str, signals: Signals, world: World | None = None, *, timeout
 
 @contextmanager
 def watching(who: str, signals: Signals, timeout: float) -> Iterator[None]:
-    """Let a thread interrupt the main thread where it stays in the block for too long, after a signal or by `timeout`.
+    """Have a thread interrupt the block if it goes on for too long after a signal, or beyond `timeout` seconds.
 
-    Outside the main thread, and where the system has no such signals, there is no limit.
+    Outside the main thread there is no limit.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_kill"):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     adopt_orphans()
     watch = _Watch(who, signals, timeout)
     with handling({RING: watch.interrupt}):
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        pipe = Descriptor(reader), Descriptor(writer)
-        outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        thread = threading.Thread(target=watch.run, args=(pipe[0],), daemon=True)
+        pipe = reader, writer = [Descriptor(number) for number in os.pipe()]
+        os.set_blocking(writer.number, False)
+        outer = signal.set_wakeup_fd(writer.number, warn_on_full_buffer=False)
+        thread = threading.Thread(target=watch.run, args=(reader,), daemon=True)
         thread.start()
         try:
             yield
@@ -98,7 +101,7 @@ def watching(who: str, signals: Signals, timeout: float) -> Iterator[None]:
                 signal.set_wakeup_fd(-1)
             intact = all(end.intact() for end in pipe)
             if intact:
-                os.write(writer, b"\0")
+                os.write(writer.number, b"\0")
             thread.join()
             for end in pipe:
                 end.close()
@@ -107,75 +110,65 @@ def watching(who: str, signals: Signals, timeout: float) -> Iterator[None]:
 
 
 class _Watch:
+    """The thread that waits for signals or the end of the time, then interrupts the main thread until it leaves."""
+
     def __init__(self, who: str, signals: Signals, timeout: float):
         self.who, self.signals, self.timeout = who, signals, timeout
         self.over = False
-        self.asked: int | None = None  # the signal that asks the block to end; RING: its time is up
-        self.began = time.monotonic()
+        self.stop_signal: int | None = None  # the signal that the block has to end for; RING at the time limit
+        self.stop_time = math.inf
+        self.next_ring = time.monotonic() + timeout if timeout else math.inf
 
     def interrupt(self, number: int, frame: object) -> None:
         """In the main thread: leave the block."""
-        if self.over or self.asked is None:
+        if self.over or self.stop_signal is None:
             return
-        raise TookTooLong if self.asked == RING else StopRequested(self.asked)
+        raise TookTooLong if self.stop_signal == RING else StopRequested(self.stop_signal)
 
     def run(self, reader: Descriptor) -> None:
-        """In the thread: read the numbers of signals as they come, and a zero at the end."""
-        began = self.began
+        """In the thread: read the numbers of signals as they come, and interrupt when it is time."""
         while not self.over:
-            wait = RING_AGAIN if self.asked else self._left()
-            numbers = self._read(reader, wait)
-            if self.over or 0 in numbers:
-                return
-            if numbers:
-                came = next((number for number in numbers if number in ASKING), None)
-                if came is not None and self.asked in (None, RING):
-                    self.asked, began = came, time.monotonic()
-            elif self.asked is None:
-                self.asked, began = RING, time.monotonic()
-                self._ring()
-            elif time.monotonic() - began < PATIENCE:
-                self._ring()
-            elif not self.over:
-                self._give_up()
+            numbers = self._read(reader, min(LOOK_UP, max(0.0, self.next_ring - time.monotonic())))
+            signals = [number for number in numbers if number in ASKING]
+            if signals and self.stop_signal in (None, RING):
+                self._stop(signals[0])
+                self.next_ring = self.stop_time + RING_AGAIN  # the signal's own handler comes first
+            elif time.monotonic() >= self.next_ring and not self.over:
+                if self.stop_signal is None:
+                    self._stop(RING)
+                if time.monotonic() - self.stop_time >= PATIENCE:
+                    self._give_up()
+                signal.pthread_kill(threading.main_thread().ident, RING)
+                self.next_ring = time.monotonic() + RING_AGAIN
 
-    def _read(self, reader: Descriptor, seconds: float | None) -> bytes:
-        """What comes within so many seconds (None: ever); the block may have closed `reader`, and then nothing does."""
-        until = float("inf") if seconds is None else time.monotonic() + seconds
-        while not self.over:
-            left = max(0.0, min(LOOK_UP, until - time.monotonic()))
-            lost = not reader.intact()
-            if not lost:
-                with contextlib.suppress(OSError, ValueError):
-                    if select.select([reader.number], [], [], left)[0] and reader.intact():
-                        if numbers := os.read(reader.number, 512):
-                            return numbers
-                        lost = True
-            if time.monotonic() >= until:
-                return b""
-            if lost:
-                time.sleep(min(left, 0.05))
-        return b""
+    def _stop(self, number: int) -> None:
+        self.stop_signal, self.stop_time = number, time.monotonic()
 
-    def _left(self) -> float | None:
-        return max(0.0, self.began + self.timeout - time.monotonic()) if self.timeout else None
-
-    def _ring(self) -> None:
-        signal.pthread_kill(threading.main_thread().ident, RING)
+    def _read(self, reader: Descriptor, seconds: float) -> bytes:
+        """The numbers of signals that come within so many seconds; none if the block has closed `reader`."""
+        numbers = b""
+        with contextlib.suppress(OSError, ValueError):
+            if reader.intact() and select.select([reader.number], [], [], seconds)[0] and reader.intact():
+                numbers = os.read(reader.number, 512)
+        if not numbers:
+            time.sleep(min(seconds, 0.05))  # a closed pipe is read at once
+        return numbers
 
     def _give_up(self) -> None:
-        """End the process, state saved where there is any: its main thread does not come back."""
+        """End the process, after saving the state if there is any: its main thread does not return."""
         saved = False
-        with contextlib.suppress(Exception):  # what was saved last stays
+        with contextlib.suppress(Exception):  # the last saved state stays
             saved = self.signals.save()
-        if self.asked == RING:
-            told = f"error: {too_slow(self.who, self.timeout, 'and cannot be interrupted')}"
+        if self.stop_signal == RING:
+            message = f"error: {too_slow(self.who, self.timeout, 'and cannot be interrupted')}"
         else:
-            told = f"interrupted; {self.who} does not return{', state saved' if saved else ''}; run the command again"
+            message = (
+                f"interrupted; {self.who} does not return{', state saved' if saved else ''}; run the command again"
+            )
         with contextlib.suppress(OSError, ValueError):
-            print(told, file=sys.stderr, flush=True)
+            print(message, file=sys.stderr, flush=True)
         end_children()
-        os._exit(RewardError.exit_code if self.asked == RING else 128 + self.asked)
+        os._exit(RewardError.exit_code if self.stop_signal == RING else 128 + self.stop_signal)
 
 
 def too_slow(who: str, timeout: float, more: str) -> RewardError:
@@ -183,5 +176,5 @@ def too_slow(who: str, timeout: float, more: str) -> RewardError:
     return RewardError(
         f"it took longer than {timeout:g} seconds {more}",
         where=who,
-        fix="mend the function, or give it longer with --reward-timeout",
+        fix="fix the function, or raise --reward-timeout",
     )
