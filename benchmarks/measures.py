@@ -164,14 +164,14 @@ def free_beside_base(model: Model, work: Work) -> float | None:
     """What was free before the roles were there: the plan counts them itself."""
     free, held = (
         free_memory(model.device),
-        resident_bytes(work.stage, model.config, model.base.source, model.shapes, model.width),
+        resident_bytes(work.stage, model.config, model.base.ref, model.shapes, model.width),
     )
     return None if free is None else free + held.adapters + held.moments
 
 
 def planned(model: Model, work: Work) -> PassPlan:
     """Passes as the plan cuts them for this device; activations are recomputed from here on where it says so."""
-    passes = choose_passes(model.config, work, model.base.source, model.shapes, free_beside_base(model, work))
+    passes = choose_passes(model.config, work, model.base.ref, model.shapes, free_beside_base(model, work))
     if passes.checkpointing and not model.base.checkpoints:
         model.base.checkpoint_activations()
     model.base.passes.tokens = passes.tokens
@@ -217,7 +217,7 @@ def iterate(model: Model, it: Iteration, limit: Ceilings) -> dict[str, object]:
     """Sample, judge and learn once: seconds of each phase beside the least, peak of memory beside the plan's."""
     device, roles, config = model.device, model.roles, replace(model.config, batch_size=it.prompts)
     work = work_of(model, it)
-    rows = rollout_rows(config, work, model.base.source, model.shapes, free_beside_base(model, work))
+    rows = rollout_rows(config, work, model.base.ref, model.shapes, free_beside_base(model, work))
     passes = planned(model, work)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -256,7 +256,7 @@ def iterate(model: Model, it: Iteration, limit: Ceilings) -> dict[str, object]:
     phase("update", update)
     at_once = work.at_once if rows == "auto" else rows
     least = iteration_seconds(model.shapes, replace(it, at_once=at_once), limit, model.width)
-    parts = memory_by_part(config, work, model.base.source, model.shapes, passes=passes)
+    parts = memory_by_part(config, work, model.base.ref, model.shapes, passes=passes)
     parts["adapters (weights)"] *= 4 / 3  # the reference, which the plan leaves out where there is no checkpoint
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {

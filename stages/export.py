@@ -118,11 +118,11 @@ def end_where_scored(text: Text, reporter: Reporter) -> None:
     """
     template = text.tokenizer.get_chat_template()
     judged = text.judged(Demonstration("", "", "", PROBE), 2**30).ids.tolist()
-    ids, _ = text.encode(text.render(PROBE), rendered=True)
+    ids = text.encode(text.render(PROBE), rendered=True).ids
     if ids == judged:
         return
     text.tokenizer.chat_template = scored_template(template, writes_end=judged == ids[: len(judged)])
-    if text.encode(text.render(PROBE), rendered=True)[0] != judged:
+    if text.encode(text.render(PROBE), rendered=True).ids != judged:
         last = text.tokenizer.convert_ids_to_tokens(judged[-1])
         reporter.warn(f"the score of a conversation is read at {last}; cut what the chat template writes after it")
 

@@ -207,7 +207,7 @@ def publish_checkpoint(
     folder: Path, base: Base, stage: str, adapter: Adapter, *, head: ScalarHead | None = None, stops: tuple = (2,)
 ) -> Path:
     """A finished checkpoint of a stage, as if trained."""
-    source = base.source
+    source = base.ref
     files = save_adapter(folder, base, adapter, head)
     manifest = Manifest(
         stage=stage, base=source.base_ref, parents=(), tokenizer_digest=source.tokenizer_digest,

@@ -104,7 +104,7 @@ def test_a_head_of_another_shape_is_refused(chain, tmp_path, shape):
     save_tensors(tmp_path / "reward" / "head.safetensors", {"weight": torch.zeros(shape), "bias": torch.zeros(())})
     relist(tmp_path / "reward")
     line = ("evaluate", "--model", chain().sft, "--dataset", chain().prompts, "--reward", tmp_path / "reward", *SHORT)
-    assert "the scalar head does not fit the base" in refused(*line)
+    assert "the scalar head's weights do not fit the base" in refused(*line)
 
 
 # --- a run that is not finished -----------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def test_any_evaluation_is_reported_or_refused(checkpoint, data):
 def test_any_config_of_a_base_is_read_or_refused(model_folder, place, data, name):
     import shutil
 
-    from stages.models.base import stop_ids_of
+    from stages.models.model_ref import stop_ids_of
 
     folder = place / "base"
     if not folder.exists():

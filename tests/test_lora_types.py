@@ -67,7 +67,7 @@ def test_peft_gives_the_same_numbers(place, model_folder, stage, open_tiny):
 
     base = open_tiny("llama")
     roles = Roles(base)
-    roles.add("policy", adapter_of(base, base.source, trainable=False, folder=place / stage))
+    roles.add("policy", adapter_of(base, base.ref, trainable=False, folder=place / stage))
     theirs = PeftModel.from_pretrained(whole_model(model_folder("llama")), place / stage).eval()
     with torch.no_grad(), roles.use("policy"):
         ours = base.logits(base.hidden([IDS]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.maths.advantages import gae
-from stages.maths.rewards import RunningMoments, charge_missing_eos, clip_score, length_penalty, shape_rewards
+from stages.maths.rewards import RunningMoments, charge_missing_eos, length_penalty, shape_rewards
 from tests.test_maths_tensors import in_shards
 
 
@@ -82,12 +82,6 @@ def test_score_at_the_last_token_or_in_a_slot_behind_it(gae_lambda):
     assert ours[0, 1].item() == score - 1.0  # V_{e+1} = 0, and the score is all that comes
     expected = (1 - gae_lambda) * (value_behind - score)
     assert abs((theirs - ours)[0, 1].item() - expected) < 1e-12
-
-
-def test_clipped_scores_stay_within_the_limit():
-    score = double(-30.0, -10.0, 0.5, 10.5)
-    assert clip_score(score, 10.0).tolist() == [-10.0, -10.0, 0.5, 10.0]
-    assert score.tolist() == [-30.0, -10.0, 0.5, 10.5]
 
 
 def test_length_is_charged_beyond_the_limit_only():

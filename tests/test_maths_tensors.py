@@ -7,7 +7,7 @@ from threading import Barrier
 import torch
 
 from stages.maths.tensors import (
-    entropy,
+    entropy_of,
     last_index,
     masked_moments,
     masked_sum,
@@ -150,7 +150,7 @@ def test_logprobs_are_fp32_even_under_autocast():
     truth = logits.double().log_softmax(-1)
     chosen = truth.gather(-1, tokens[..., None])[..., 0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, spread = token_logprobs(logits, tokens), entropy(logits)
+        found, spread = token_logprobs(logits, tokens), entropy_of(logits.float().log_softmax(-1))
     assert found.dtype == spread.dtype == torch.float32
     assert (found - chosen).abs().max() < 1e-5
     assert (spread + (truth.exp() * truth).sum(-1)).abs().max() < 1e-5
@@ -166,12 +166,12 @@ def test_token_logprobs_send_back_one_hot_minus_probability():
 
 def test_entropy_by_hand():
     logits = torch.tensor([[0.0, 0.0, 0.0], [math.log(2), 0.0, 0.0], [0.0, -math.inf, -math.inf]], dtype=torch.float64)
-    torch.testing.assert_close(entropy(logits).tolist(), [math.log(3), 1.5 * math.log(2), 0.0])
+    torch.testing.assert_close(entropy_of(logits.log_softmax(-1)).tolist(), [math.log(3), 1.5 * math.log(2), 0.0])
 
 
 def test_entropy_has_a_finite_gradient_where_a_token_is_impossible():
     logits = torch.tensor([math.log(3), 0.0, -math.inf, -2000.0], dtype=torch.float64, requires_grad=True)
-    entropy(logits).backward()
+    entropy_of(logits.log_softmax(-1)).backward()
     spread = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     expected = [-p * (math.log(p) + spread) for p in (0.75, 0.25)] + [0.0, 0.0]  # dH/dz = -p (log p + H)
     torch.testing.assert_close(logits.grad.tolist(), expected)

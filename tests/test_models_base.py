@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stages.errors import ModelError
-from stages.models.base import Base, load_base, stop_ids_of
-from stages.models.model_ref import open_model
+from stages.models.base import Base, load_base
+from stages.models.model_ref import open_model, stop_ids_of
 from stages.models.outputs import read_targets
 from stages.models.roles import Roles
 from stages.native import attention
@@ -185,9 +185,9 @@ def test_activations_really_are_recomputed(open_tiny, monkeypatch, architecture)
     if base.native is None:
         base.layers["transformer.h.0.mlp.c_fc"].register_forward_hook(lambda *_: calls.append(1))
     else:
-        block = native._block
+        block = native._run_block
         first = base.native.blocks[0]
-        monkeypatch.setattr(native, "_block", lambda b, *rest: (b is first and calls.append(1)) or block(b, *rest))
+        monkeypatch.setattr(native, "_run_block", lambda b, *rest: (b is first and calls.append(1)) or block(b, *rest))
 
     def passes():
         calls.clear()
@@ -246,7 +246,7 @@ def test_a_readout_that_is_not_understood_is_refused(tmp_path):
     import transformers as t
 
     folder = save_model(tmp_path, t.BertConfig(**SHAPE, intermediate_size=48, max_position_embeddings=64))
-    with pytest.raises(ModelError, match="`bert` has an output layer that does more") as caught:
+    with pytest.raises(ModelError, match="`bert` has an output layer of an unsupported kind") as caught:
         open_folder(folder)
     assert caught.value.where == "--model"
 

@@ -56,7 +56,7 @@ def said(place, stages=POLICIES) -> str:
 def test_a_state_knows_its_run(stopped, chain):
     (one,) = opened(stopped / "state" / "step-000001")
     assert (one.stage, one.step, one.label, one.is_unfinished) == ("sft", 1, "x step 1", True)
-    assert one.source.base == chain().base and one.knobs["lora_targets"] == ["q_proj"] and one.knobs["lora_rank"] == 4
+    assert one.ref.base == chain().base and one.knobs["lora_targets"] == ["q_proj"] and one.knobs["lora_rank"] == 4
     assert [c.step for c in opened(stopped / "state")] == [1, 2]
 
 
@@ -102,7 +102,7 @@ def test_what_is_wrong_with_a_state_is_said(mine):
     changed = json.loads(record)
     changed["inputs"]["model"] = "0" * 64
     (mine / "run.json").write_text(json.dumps(changed))
-    assert "was trained from another" in said(mine / "state" / "step-000001")
+    assert "has changed since" in said(mine / "state" / "step-000001")
     (mine / "run.json").write_text("{}")
     assert "neither checkpoint.json nor a sound run.json" in said(mine / "state" / "step-000001")
     (mine / "state" / "step-000001" / "state.json").write_text("[]")

@@ -171,7 +171,7 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path, name, dtype):
         "bert-generation": lambda: t.BertGenerationConfig(**MANY),
         "xlm": lambda: t.XLMConfig(vocab_size=300, emb_dim=32, n_layers=2, n_heads=4),
     }[name]()
-    assert f"`{name}` lets a token see those that come after it" in refusal(save_model(tmp_path, config), dtype)
+    assert f"`{name}` is no causal language model" in refusal(save_model(tmp_path, config), dtype)
 
 
 def test_the_same_architecture_as_a_decoder_is_taken(tmp_path):
@@ -221,7 +221,7 @@ def test_where_neither_ours_nor_the_fused_one_is_right_the_plain_one_runs(model_
     model = AutoModelForCausalLM.from_pretrained(model_folder("llama")).eval()
     assert model.config._attn_implementation == "sdpa"
     seen = iter((True, False, False))  # the plain one's logits, then the two that are compared with them
-    monkeypatch.setattr(base, "_close", lambda *_: next(seen) and False)
+    monkeypatch.setattr(base, "is_close", lambda *_: next(seen) and False)
     attention.register()
     base._choose_attention(model)
     assert model.config._attn_implementation == "eager"
@@ -239,7 +239,7 @@ def test_an_adapter_or_a_head_that_is_no_number_is_refused(open_tiny, tmp_path, 
         weights.data.view(-1)[-1] = number
         save_adapter(tmp_path, opened, adapter)
         with pytest.raises(CheckpointError, match=f"weights for {adapter.paths[0]} are not finite numbers"):
-            adapter_of(opened, opened.source, trainable=False, folder=tmp_path)
+            adapter_of(opened, opened.ref, trainable=False, folder=tmp_path)
         weights.data.copy_(kept)
     for tensor in (head.weight, head.bias):
         kept = tensor.data.clone()
@@ -336,7 +336,7 @@ def test_an_adapter_beside_the_base_is_not_loaded_with_it(model_folder, tmp_path
     assert torch.equal(logits_of(opened, SEQUENCES), logits_of(open_folder(plain), SEQUENCES))
     assert not any("lora" in name for name, _ in opened.model.named_parameters())
     (said,) = adapter_beside(folder)
-    assert str(folder) in said and "left out" in said and adapter_beside(plain) == ()
+    assert str(folder) in said and "is not used" in said and adapter_beside(plain) == ()
 
 
 def test_the_weights_of_an_adapter_are_no_part_of_the_bases_digest(model_folder, tmp_path):

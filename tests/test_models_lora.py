@@ -355,7 +355,7 @@ def test_peft_loads_the_folder_with_equal_logits(model_folder, open_tiny, tmp_pa
     with torch.no_grad():
         assert (theirs(IDS[None]).logits[0] - ours).abs().max() <= 1e-5 * ours.abs().max()
     theirs.save_pretrained(tmp_path / "again")  # and the other way round
-    again = adapter_of(base, base.source, trainable=False, folder=tmp_path / "again")
+    again = adapter_of(base, base.ref, trainable=False, folder=tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters(), strict=True))
 
 

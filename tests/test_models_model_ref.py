@@ -28,7 +28,7 @@ def folder(model_folder, tmp_path):
 def checkpoint(folder, open_tiny, tmp_path):
     """An SFT checkpoint on that base."""
     base = open_tiny("llama")
-    base.source = open_ref(folder)
+    base.ref = open_ref(folder)
     return publish_checkpoint(tmp_path / "runs" / "sft", base, "sft", random_adapter(base, 1))
 
 
@@ -141,7 +141,7 @@ def test_a_folder_without_a_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "config.json cannot be read"), ("[]", "names no model_type"), ("{}", "names no model_type")],
+    [("{", "config.json cannot be read"), ("[]", "config.json cannot be read"), ("{}", "names no model_type")],
 )
 def test_a_config_that_says_nothing(folder, text, said):
     (folder / "config.json").write_text(text)

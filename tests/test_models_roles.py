@@ -130,7 +130,7 @@ def test_what_is_saved_and_loaded_is_the_same_to_the_bit(base, tmp_path):
         HEAD,
     ]
     again = Roles(base)
-    again.add("again", adapter_of(base, base.source, trainable=False, folder=tmp_path), head_of(base, tmp_path))
+    again.add("again", adapter_of(base, base.ref, trainable=False, folder=tmp_path), head_of(base, tmp_path))
     assert torch.equal(states(again, "again"), states(roles, "reward"))
     hidden = states(roles, "reward")
     assert torch.equal(again.heads["again"](hidden), roles.heads["reward"](hidden))
@@ -140,7 +140,7 @@ def test_what_is_saved_and_loaded_is_the_same_to_the_bit(base, tmp_path):
 
 
 def test_a_plain_base_has_no_adapter(base):
-    assert adapter_of(base, base.source, trainable=True) is None
+    assert adapter_of(base, base.ref, trainable=True) is None
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}", '{"r": "x", "lora_alpha": 1}', "[]"])
@@ -150,7 +150,7 @@ def test_an_adapter_config_that_cannot_be_read_is_refused(base, tmp_path, config
     if config is not None:
         (tmp_path / ADAPTER_CONFIG).write_text(config)
     with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read") as caught:
-        adapter_of(base, base.source, trainable=False, folder=tmp_path)
+        adapter_of(base, base.ref, trainable=False, folder=tmp_path)
     assert caught.value.where == str(tmp_path)
 
 
@@ -159,9 +159,9 @@ def test_a_damaged_adapter_or_head_is_refused_by_name(base, tmp_path):
     whole = (tmp_path / ADAPTER).read_bytes()
     (tmp_path / ADAPTER).write_bytes(whole[:-10])
     with pytest.raises(CheckpointError, match=ADAPTER):
-        adapter_of(base, base.source, trainable=False, folder=tmp_path)
+        adapter_of(base, base.ref, trainable=False, folder=tmp_path)
     save_file({"weight": torch.zeros(3), "bias": torch.zeros(())}, tmp_path / HEAD)
-    with pytest.raises(CheckpointError, match=f"{HEAD}: the scalar head does not fit the base"):
+    with pytest.raises(CheckpointError, match=f"{HEAD}: the scalar head's weights do not fit the base"):
         head_of(base, tmp_path)
     (tmp_path / HEAD).unlink()
     with pytest.raises(CheckpointError, match="head.safetensors is missing"):
@@ -204,7 +204,7 @@ def test_a_smaller_rank_than_the_checkpoints_is_refused(base, stored):
 
 
 def test_a_base_starts_with_a_fresh_adapter(base):
-    started = start_adapter(base, base.source, sft_config(lora_targets=["q_proj"]), seed=0)
+    started = start_adapter(base, base.ref, sft_config(lora_targets=["q_proj"]), seed=0)
     assert (started.config.r, len(started.paths)) == (32, 2)
     assert started.is_zero
 
@@ -212,7 +212,7 @@ def test_a_base_starts_with_a_fresh_adapter(base):
 def test_the_config_names_the_base_by_an_absolute_path(base, tmp_path):
     save_adapter(tmp_path, base, random_adapter(base, 1))
     named = json.loads((tmp_path / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    assert named == str(base.source.base)
+    assert named == str(base.ref.base)
 
 
 def test_other_layers_than_the_checkpoints_are_refused(base, stored, tmp_path):

@@ -101,7 +101,7 @@ def test_our_templates_write_what_the_tokenizer_puts_before_text(tmp_path, added
     assert_as_served(text, served, before)
     plain = text.prompt(Prompt("p:1", "the cat"), 100).ids.tolist()
     assert plain == [*before, *text.tokenizer("the cat", add_special_tokens=False).input_ids]
-    assert text.warnings == ()
+    assert text.warnings == []
 
 
 @pytest.mark.parametrize("template", ["chatml", "plain"])

@@ -43,8 +43,8 @@ def qkv(length, heads=4, kv_heads=4, seed=0):
     return [torch.randn(shape, generator=generator) * 1.5 for shape in shapes]
 
 
-def segments_of(*trees):
-    with packed(list(trees), torch.device("cpu")):
+def segments_of(*groups):
+    with packed(list(groups), torch.device("cpu")):
         return make_mask()
 
 
@@ -68,31 +68,31 @@ def test_segments_attend_causally_to_themselves_alone(kv_heads, window, softcap,
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
-    "trees",
+    "groups",
     [
         [PrefixGroup(4, (3, 1, 5))],
         [PrefixGroup(2), PrefixGroup(3, (2, 2)), PrefixGroup(3, (2, 2)), PrefixGroup(1, (1,))],
     ],
 )
-def test_continuations_attend_to_their_beginning_and_to_themselves(kv_heads, window, softcap, trees):
-    total = sum(tree.size for tree in trees)
+def test_continuations_attend_to_their_beginning_and_to_themselves(kv_heads, window, softcap, groups):
+    total = sum(group.size for group in groups)
     q, k, v = qkv(total, kv_heads=kv_heads)
     layer, options = Layer(4 // kv_heads), {"scaling": 0.4, "sliding_window": window, "softcap": softcap}
-    found, _ = attention_forward(layer, q, k, v, segments_of(*trees), **options)
+    found, _ = attention_forward(layer, q, k, v, segments_of(*groups), **options)
     expected, start = [], 0
-    for tree in trees:
-        beginning = list(range(start, start + tree.prefix))
-        ends = [start + tree.prefix + sum(tree.suffixes[:i]) for i in range(len(tree.suffixes) + 1)]
+    for group in groups:
+        beginning = list(range(start, start + group.prefix))
+        ends = [start + group.prefix + sum(group.suffixes[:i]) for i in range(len(group.suffixes) + 1)]
         for own in [[], *(list(range(a, b)) for a, b in zip(ends, ends[1:], strict=False))]:
             rows = beginning + own  # the sequence as it would be by itself
             alone = by_hand(q[0, :, rows], k[0, :, rows], v[0, :, rows], scale=0.4, window=window, softcap=softcap)
             expected.append(alone[-len(own) :] if own else alone)
-        start += tree.size
+        start += group.size
     assert (found[0] - torch.cat(expected)).abs().max() < 1e-5
 
 
 def test_the_kernels_bounds_of_shared_beginnings():
-    """Worked out by hand: a tree of 2 with continuations of 1 and 2, then a sequence of 3."""
+    """Worked out by hand: a group of 2 with continuations of 1 and 2, then a sequence of 3."""
     segments = segments_of(PrefixGroup(2, (1, 2)), PrefixGroup(3))
     assert segments.offsets.tolist() == [0, 2, 3, 5, 8]
     assert segments.key_offsets.tolist() == [0, 2, 5, 9, 12]
@@ -139,7 +139,7 @@ def test_plain_attention_is_transformers_own():
 def test_a_packed_block_says_where_segments_lie_and_ends_even_after_an_error():
     with packed([PrefixGroup(2), PrefixGroup(3)], torch.device("cpu")):
         mask = make_mask()
-        assert mask.trees == (PrefixGroup(2), PrefixGroup(3))
+        assert mask.groups == (PrefixGroup(2), PrefixGroup(3))
         assert mask.offsets.tolist() == [0, 2, 5] and mask.offsets.dtype == torch.int32
     with pytest.raises(KeyError), packed([PrefixGroup(2)], torch.device("cpu")):
         raise KeyError
@@ -196,16 +196,16 @@ def flash_kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, *, softmax_scale
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize(
-    "trees",
+    "groups",
     [[PrefixGroup(5), PrefixGroup(1), PrefixGroup(7)], [PrefixGroup(2), PrefixGroup(3, (2, 4)), PrefixGroup(1, (1,))]],
 )
-def test_the_kernel_is_given_what_belongs_together(monkeypatch, version, kv_heads, window, trees):
+def test_the_kernel_is_given_what_belongs_together(monkeypatch, version, kv_heads, window, groups):
     """Heads, keys and bounds as they would be on CUDA."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", version)
     monkeypatch.setattr(attention, "_flash_attn", lambda: version if version is flash_kernel else None)
     q, k, v = qkv(13, kv_heads=kv_heads)
-    segments = segments_of(*trees)
-    found = attention._attend_varlen(q, k, v, segments, 0.4, window)
+    segments = segments_of(*groups)
+    found = attention._attend_varlen(q, k, v, segments, attention.Rule(0.4, window))
     expected, _ = attention_forward(Layer(4 // kv_heads), q, k, v, segments, scaling=0.4, sliding_window=window)
     assert found.shape == expected.shape == (1, 13, 4, 8)
     assert (found - expected).abs().max() < 1e-5

@@ -20,9 +20,9 @@ def rows(*texts):
 
 def test_a_pair_lies_in_the_row_as_prompt_response_response():
     found = pack(rows("prompt:yes", "prompt:nope"), share=True)
-    assert "".join(map(chr, found.ids)) == "prompt:nopeyes" and found.trees == [PrefixGroup(7, (4, 3))]
+    assert "".join(map(chr, found.ids)) == "prompt:nopeyes" and found.groups == [PrefixGroup(7, (4, 3))]
     assert found.positions.tolist() == [*range(7), 7, 8, 9, 10, 7, 8, 9]
-    assert found.places.tolist() == [*range(7), 11, 12, 13, *range(7), 7, 8, 9, 10]
+    assert found.indices.tolist() == [*range(7), 11, 12, 13, *range(7), 7, 8, 9, 10]
 
 
 def test_groups_are_those_that_save_most():
@@ -34,14 +34,14 @@ def test_groups_are_those_that_save_most():
 def test_each_sequence_keeps_a_token_to_itself():
     """Also where one is the beginning of another, or the same."""
     found = pack(rows("abcdefg", "abcdefg", "abcdefgh"), share=True)
-    assert [(tree.prefix, sorted(tree.suffixes)) for tree in found.trees] == [(6, [1, 1, 2])]
+    assert [(group.prefix, sorted(group.suffixes)) for group in found.groups] == [(6, [1, 1, 2])]
 
 
 def test_what_shares_nothing_is_laid_end_to_end():
     sequences = rows("abc", "abd", "xyzxyz")  # two letters in common are too few
     found = pack(sequences, share=True)
-    assert found.places is None and found.trees == [PrefixGroup(3), PrefixGroup(3), PrefixGroup(6)]
-    assert pack(rows("prompt:yes", "prompt:nope"), share=False).places is None
+    assert found.indices is None and found.groups == [PrefixGroup(3), PrefixGroup(3), PrefixGroup(6)]
+    assert pack(rows("prompt:yes", "prompt:nope"), share=False).indices is None
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -49,10 +49,10 @@ def test_what_shares_nothing_is_laid_end_to_end():
 def test_every_sequence_can_be_read_off_the_row(texts):
     sequences = rows(*texts)
     found = pack(sequences, share=True)
-    assert sum(tree.size for tree in found.trees) == len(found.ids) == len(found.positions)
-    places = torch.arange(len(found.ids)) if found.places is None else found.places
-    assert found.ids[places].tolist() == torch.cat(sequences).tolist()
-    assert found.positions[places].tolist() == [i for s in sequences for i in range(len(s))]
+    assert sum(group.size for group in found.groups) == len(found.ids) == len(found.positions)
+    indices = torch.arange(len(found.ids)) if found.indices is None else found.indices
+    assert found.ids[indices].tolist() == torch.cat(sequences).tolist()
+    assert found.positions[indices].tolist() == [i for s in sequences for i in range(len(s))]
 
 
 @pytest.mark.parametrize("architecture", [*PACKING, "qwen2", "gemma"])

@@ -81,7 +81,7 @@ def test_a_response_may_end_with_the_very_last_token_it_has_room_for(roles, text
     whole = roll(roles, text, tokens=10).responses
     places = [r.tolist().index(int(r[9])) for r in whole]
     row = next(i for i, place in enumerate(places) if place == 9)
-    text = open_tiny_text(roles.base.source.base, stop_ids=(int(whole[row][9]),))
+    text = open_tiny_text(roles.base.ref.base, stop_ids=(int(whole[row][9]),))
     rollout = roll(roles, text, tokens=10)
     assert len(rollout.responses[row]) == 10 and rollout.ended[row]
     assert rollout.ended.tolist() == [r.tolist()[-1] in text.stop_ids for r in rollout.responses]

@@ -156,7 +156,7 @@ def reward(base, tmp_path):
 def test_sources_are_opened_in_order_with_weights_and_digests(base, reward, tmp_path):
     path = tmp_path / "f.py"
     path.write_text(SCORE)
-    first, second = open_rewards([f"{path}:score=0.25", str(reward)], base.source)
+    first, second = open_rewards([f"{path}:score=0.25", str(reward)], base.ref)
     assert (first.name, first.weight, first.checkpoint) == (f"{path}:score", 0.25, None)
     assert first.function(["p"], ["r"]) == [1.0] and first.digest == file_digest(path)
     assert (second.name, second.weight, second.function) == (str(reward), 1.0, None)
@@ -165,14 +165,14 @@ def test_sources_are_opened_in_order_with_weights_and_digests(base, reward, tmp_
 
 def test_a_base_is_no_reward(base, model_folder):
     with pytest.raises(RewardError, match="is a base model, not a reward source") as caught:
-        open_rewards([str(model_folder("llama"))], base.source, what="--gold")
+        open_rewards([str(model_folder("llama"))], base.ref, what="--gold")
     assert caught.value.where == "--gold"
 
 
 def test_an_sft_checkpoint_is_no_reward(base, tmp_path):
     folder = publish_checkpoint(tmp_path / "sft", base, "sft", random_adapter(base, 1))
     with pytest.raises(CheckpointError, match="is a `sft` checkpoint"):
-        open_rewards([str(folder)], base.source)
+        open_rewards([str(folder)], base.ref)
 
 
 def test_a_reward_on_another_base_is_refused(reward, model_folder):

@@ -36,10 +36,10 @@ def responses_of(candidate, prompts: list[str], draws: int, temperature: float) 
     """What `rlhf evaluate --seed 0` samples, `draws` responses to each prompt."""
     from transformers import AutoTokenizer
 
-    base = load_base(candidate.source, device=torch.device("cpu"), dtype=torch.float32)
+    base = load_base(candidate.ref, device=torch.device("cpu"), dtype=torch.float32)
     roles = Roles(base)
     roles.add("policy", candidate_adapter(base, candidate))
-    words = AutoTokenizer.from_pretrained(candidate.source.tokenizer)
+    words = AutoTokenizer.from_pretrained(candidate.ref.tokenizer)
     out = []
     for i, prompt in enumerate(prompts):
         ids = torch.tensor(words(prompt).input_ids)

@@ -160,7 +160,7 @@ def test_optimisers_have_the_configs_constants(open_tiny):
 def session_on(run, config, roles, text):
     """A session whose training is over."""
     data = Dataset([1, 2, 3], "prompt", "p.jsonl", "d1", 0, [])
-    over = Session("ppo", config, SimpleNamespace(run=run, source=roles.base.source, data=data), Silent())
+    over = Session("ppo", config, SimpleNamespace(run=run, source=roles.base.ref, data=data), Silent())
     over.text, over.roles, over.ranks = text, roles, Ranks(torch.device("cpu"))
     return over
 
@@ -194,7 +194,7 @@ def test_a_published_checkpoint_says_what_it_is(published):
     assert manifest.throughput["tokens_per_second"] == 16.0 and manifest.throughput["samples_per_second"] == 1.6
     assert manifest.stop_token_ids == (2, 6) and manifest.dtype == "float32" and manifest.device == "cpu"
     assert manifest.parents == ()  # the base is no checkpoint
-    assert manifest.base.digest == roles.base.source.base_digest
+    assert manifest.base.digest == roles.base.ref.base_digest
     assert manifest.datasets == {"train": {"source": "p.jsonl", "digest": "d1", "rows": 3}}
     assert manifest.metrics == {"loss": 1.5} and manifest.inputs == {"model": "abc"}
     for name in ("adapter_model.safetensors", "critic/head.safetensors", "tokenizer.json", "config.yaml"):

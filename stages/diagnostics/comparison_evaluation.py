@@ -34,8 +34,8 @@ def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenCompari
     """
     base, responses = roles.base, flatten(rows)
     if candidate.stage == "reward":
-        adapter = adapter_of(base, candidate.source, trainable=False)
-        roles.add("reward", adapter, head_of(base, candidate.source.folder))
+        adapter = adapter_of(base, candidate.ref, trainable=False)
+        roles.add("reward", adapter, head_of(base, candidate.ref.folder))
         return score_rows(roles, "reward", responses)
     temperature = float(candidate.knobs.get("temperature") or 1.0)
     roles.add("policy", candidate_adapter(base, candidate))

@@ -1,7 +1,7 @@
 """Estimators of the KL from the policy to the reference, and the controller of its weight.
 
-With q = log(policy / reference) of a token sampled from the policy: k1 = q and k3 = exp(-q) - 1 + q have the KL as
-their mean, k2 = q^2 / 2 has the KL's gradient as the mean of its own. None is masked: off-mask entries mean nothing.
+With q = log(policy / reference) of a token sampled from the policy: the means of k1 = q and k3 = exp(-q) - 1 + q are
+the KL, the mean gradient of k2 = q^2 / 2 is the KL's gradient. None is masked: off-mask entries mean nothing.
 Source: Schulman 2020, "Approximating KL Divergence".
 """
 
@@ -14,12 +14,12 @@ from stages.maths.tensors import sequence_sum
 
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """q per token (B, T): unbiased, may be negative; the one that belongs in the reward."""
+    """q per token (B, T): unbiased, may be negative; for the KL in the reward."""
     return logprobs - reference_logprobs
 
 
 def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """q^2 / 2 per token (B, T): biased; the one whose gradient is right where the KL is a loss term."""
+    """q^2 / 2 per token (B, T): biased; has the right gradient if the KL is a loss term."""
     return 0.5 * (logprobs - reference_logprobs).square()
 
 
@@ -35,7 +35,7 @@ def sequence_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> T
 
 
 def next_kl_coef(kl_coef: float, observed_kl: float, target: float, episodes: int, horizon: int) -> float:
-    """The KL weight after `episodes` responses whose mean sequence KL was `observed_kl` nats where `target` is wanted.
+    """The KL weight after `episodes` responses with a mean sequence KL of `observed_kl` nats instead of `target`.
 
     Source: `AdaptiveKLController` of lm-human-preferences (Ziegler 2019): the error is held within +-0.2.
     """

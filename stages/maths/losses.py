@@ -1,9 +1,9 @@
 """Losses of PPO and its relatives, supervised fine-tuning and reward modelling.
 
-A token loss (any but `pair_loss`) is a masked sum over `denominator`: the number of tokens of the whole optimiser
-step, over all its micro-batches and ranks, so that how a batch is cut up cannot change its gradient. None means the
-mask's own count. Where tokens are not all to count alike, `weights` (B, T) from `token_weights` replace it.
-Nothing under the padding reaches a loss or a gradient.
+A token loss (any but `pair_loss`) is a masked sum divided by `denominator`: the number of tokens of the whole optimiser
+step, over all micro-batches and ranks, so that the cut of a batch cannot change its gradient. None means the number of
+masked tokens. If tokens are to count unequally, `weights` (B, T) from `token_weights` replace it. Padding reaches no
+loss and no gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stages.maths.tensors import at_least_fp32, masked_sum
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The policy's loss, with gradient, and what to report about it, without."""
+    """The policy's loss, with gradient, and its measures to report, without."""
 
     loss: Tensor  # scalar
     ratio: Tensor  # (B, T) new over old probability, 0 off-mask
@@ -31,7 +31,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """The critic's loss, with gradient, and how often the clip decided it."""
+    """The critic's loss, with gradient, and the number of clipped tokens."""
 
     loss: Tensor  # scalar
     clipped_count: Tensor  # scalar, masked tokens whose loss the clip raised
@@ -42,11 +42,11 @@ def token_weights(
 ) -> Tensor:
     """The weight of each token (B, T) in a loss that is a plain sum, 0 off-mask.
 
-    `tokens`, `sequences` count the whole optimiser step, over all its micro-batches and ranks, so that its parts add
-    up; `max_length` is a constant of the run. `how` is "token", 1 / tokens: every token counts alike (PPO, DAPO);
-    "sequence", 1 / (sequences L) for a response of L tokens: every response counts alike, each of its tokens less the
-    longer it is (GRPO); or "constant", 1 / (sequences max_length): every token counts alike, and no other response's
-    length changes by how much (Dr. GRPO). Raises ValueError for another `how`.
+    `tokens`, `sequences` count the whole optimiser step, over all micro-batches and ranks, so that its parts add up;
+    `max_length` is a constant of the run. `how` is "token", 1 / tokens: all tokens have equal weight (PPO, DAPO);
+    "sequence", 1 / (sequences L) for a response of L tokens: all responses have equal weight (GRPO); or "constant",
+    1 / (sequences max_length): all tokens have equal weight, whatever the lengths of other responses (Dr. GRPO).
+    Raises ValueError for another `how`.
     """
     if how == "token":
         weight = 1 / torch.as_tensor(tokens, device=mask.device)
@@ -62,10 +62,10 @@ def token_weights(
 def aggregate(
     losses: Tensor, mask: Tensor, denominator: float | Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """Masked sum of `losses` (B, T), over `denominator` or with `weights`; a scalar. Weights have no gradient.
+    """Masked sum of `losses` (B, T), divided by `denominator` or with `weights`; a scalar. Weights have no gradient.
 
-    For any loss per token that has no function of its own here, such as minus the entropy.
-    Raises ValueError where both are given: weights say already what to divide by.
+    For any loss per token without a function here, such as minus the entropy.
+    Raises ValueError if both are given, since weights include the divisor.
     """
     if weights is None:
         count = mask.sum().clamp(min=1) if denominator is None else denominator
@@ -89,15 +89,15 @@ def policy_loss(
 ) -> PolicyLoss:
     """PPO's clipped surrogate max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_high)); all tensors (B, T).
 
-    `clip_high` None is `clip_range`. With `dual_clip` c the loss of a negative advantage is -cA at most, so that a
-    ratio gone astray cannot rule a batch; ValueError unless c > 1.
-    The log-ratio is held within +-20, where exp is still finite in fp32.
-    Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; the upper range apart from the
-    lower: Yu et al. 2025, "DAPO"; dual clip: Ye et al. 2020, "Mastering Complex Control in MOBA Games".
+    `clip_high` None is `clip_range`. With `dual_clip` c the loss of a negative advantage A is -cA at most, so that one
+    extreme ratio cannot dominate the batch; ValueError unless c > 1.
+    The log-ratio is clamped to +-20, so that exp is finite in fp32.
+    Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; separate upper range: Yu et al.
+    2025, "DAPO"; dual clip: Ye et al. 2020, "Mastering Complex Control in MOBA Games".
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"a dual clip of {dual_clip} would cap the loss of an unchanged policy")
-    # Under padding the change is 0, where neither clip acts and nothing is counted.
+    # Under padding the change is 0, so neither clip acts there and nothing is counted.
     change = (logprobs - old_logprobs).masked_fill(~mask, 0)
     ratio = change.clamp(-20, 20).exp()
     unclipped = -advantages * ratio
@@ -127,9 +127,9 @@ def kl_loss(
     """The KL to the reference as a loss term: an estimator of it per token (B, T), aggregated; a scalar.
 
     Its mean gradient over tokens sampled from the policy depends on `how`: "k2" has that of KL(policy || reference),
-    the one meant; "k3" that of KL(reference || policy), GRPO's; "k1" has none at all, only noise. Each token answers
-    for its own KL, not for what it makes of later ones; that is what the KL in the reward does. For k3 the log-ratio
-    is held within +-20, where exp is still finite in fp32. Raises ValueError for another `how`.
+    as intended; "k3" that of KL(reference || policy), as in GRPO; "k1" has a mean gradient of 0, only noise. A token's
+    effect on the KL of later tokens has no gradient here; it has in the reward. For k3 the log-ratio is clamped to
+    +-20, so that exp is finite in fp32. Raises ValueError for another `how`.
 
     Source: Schulman 2020, "Approximating KL Divergence"; Tang and Munos 2025, "On a few pitfalls in KL divergence
     gradient estimation for RL".
@@ -151,14 +151,13 @@ def value_loss(
     clip_range: float,
     denominator: float | Tensor | None = None,
 ) -> ValueLoss:
-    """Half the larger of two squared errors: of `values`, and of `values` held within clip_range of `old_values`.
+    """Half the larger of two squared errors: of `values`, and of `values` clipped to within clip_range of `old_values`.
 
     All tensors (B, T). Source: the value loss of lm-human-preferences (Ziegler 2019).
     """
     values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
-    held = torch.clamp(values, old_values - clip_range, old_values + clip_range)
     unclipped = (values - returns).square()
-    clipped = (held - returns).square()
+    clipped = (torch.clamp(values, old_values - clip_range, old_values + clip_range) - returns).square()
     return ValueLoss(
         loss=0.5 * aggregate(torch.maximum(unclipped, clipped), mask, denominator),
         clipped_count=((clipped > unclipped) & mask).sum(),
@@ -179,8 +178,8 @@ def pair_loss(
 ) -> Tensor:
     """Bradley-Terry losses (N,) of the scores (N,) of N comparisons, in fp32 at least.
 
-    `probability` that `better` really is the better one (1 for a hard label); `margin` that its lead is to exceed;
-    `centre_coef` weighs (better + worse)^2, which keeps scores near 0.
+    `probability` that `better` is the better one (1 for a hard label); `margin` for its lead to exceed; `centre_coef`
+    weighs (better + worse)^2, which keeps scores near 0.
     Sources: Ouyang 2022, eq. 1; margin: Llama 2, eq. 2; centring: Eisenstein 2023, "Helping or Herding?".
     """
     better, worse = at_least_fp32(better), at_least_fp32(worse)

@@ -12,10 +12,10 @@ from stages.maths.tensors import Reduce, at_least_fp32, identity, last_index, ma
 
 
 def charge_missing_eos(score: Tensor, ended: Tensor, penalty: float, how: str) -> Tensor:
-    """Scores (B,) with `penalty` charged where a response did not end (`ended` (B,) is False); penalty 0 charges none.
+    """Scores (B,) with `penalty` charged to responses that did not end (`ended` (B,) is False); 0 charges nothing.
 
     `how` is "subtract" (score - penalty), "replace" (-penalty, whatever the score) or "floor" (the lower of the two,
-    because plain replacement would reward never ending wherever the score is below -penalty).
+    because plain replacement would reward never ending if the score is below -penalty).
     Raises ValueError for another `how`.
 
     Source: "replace" with penalty 1 is Ziegler 2019 and Huang 2024; "subtract" is TRL's `missing_eos_penalty`.
@@ -44,22 +44,17 @@ def shape_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Te
     return penalty + torch.where(at_last, score[:, None], 0)
 
 
-def clip_score(score: Tensor, limit: float) -> Tensor:
-    """`score` (B,) held within +-`limit`."""
-    return score.clamp(-limit, limit)
-
-
 def length_penalty(lengths: Tensor, limit: float, coef: float) -> Tensor:
-    """What to subtract from the scores: `coef` per token of `lengths` (B,) beyond `limit`, 0 up to it; (B,) in fp32.
+    """Penalty to subtract from the scores: `coef` per token of `lengths` (B,) beyond `limit`; (B,) in fp32.
 
-    Source: the soft overlong punishment of Yu et al. 2025, "DAPO", eq. 13, where coef is 1 / (longest - limit).
+    Source: the soft overlong punishment of Yu et al. 2025, "DAPO", eq. 13, with coef = 1 / (longest - limit).
     """
     return coef * (at_least_fp32(lengths) - limit).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """Moments of every score seen so far; three floats, which is all that has to be stored.
+    """Moments of every score so far, in three floats.
 
     Source of `updated`: Chan, Golub, LeVeque 1979, "Updating Formulae and a Pairwise Algorithm".
     """
@@ -74,10 +69,7 @@ class RunningMoments:
         return math.sqrt(self.m2 / self.count) if self.count else 0.0
 
     def updated(self, score: Tensor, reduce: Reduce = identity) -> RunningMoments:
-        """These moments with the scores (B,) of one more batch, of all ranks.
-
-        Infinite scores and nan are left out: one of them would spoil everything that follows.
-        """
+        """The moments after one more batch of scores (B,), over all ranks. Infinite scores and nan are left out."""
         score = at_least_fp32(score)
         mean, variance, count = (moment.item() for moment in masked_moments(score, score.isfinite(), reduce))
         if count == 0:
@@ -87,10 +79,10 @@ class RunningMoments:
         return RunningMoments(total, self.mean + step * count / total, m2)
 
     def normalise(self, score: Tensor) -> Tensor:
-        """`score` (B,) shifted to mean 0 and scaled to variance 1; only shifted while nothing has varied yet.
+        """`score` (B,) shifted to mean 0 and scaled to variance 1; only shifted while all scores were equal.
 
         Source: the reward normalisation of Zheng et al. 2023, "Secrets of RLHF I" (PPO-max).
         """
-        # The deviation of equal scores is what rounding their mean left over: not a scale to blow up to 1.
+        # Equal scores have a tiny deviation from rounding their mean, which must not be scaled up to 1.
         varied = self.deviation > 1e-6 * abs(self.mean)
         return (score - self.mean) / (self.deviation if varied else 1.0)

@@ -1,8 +1,8 @@
-"""Numbers for reports: intervals, correlations, and what the scores of a reward model say about its comparisons.
+"""Statistics for reports: intervals, correlations, and measures of a reward model's scores on comparisons.
 
-Everything is computed in float64 and comes back as Python floats. `delta` (N,) is always the score of the response
-that won a comparison minus the score of the one that lost; `probability` (N,), a half at least, is how likely it really
-won (None: certain), and at exactly a half the comparison is a tie. What has no answer, such as a mean of nothing, is
+Everything is computed in float64 and returned as Python floats. `delta` (N,) is the score of the response that won a
+comparison minus the score of the one that lost; `probability` (N,), at least a half, is the probability that it is the
+better one (None: 1), and at exactly a half the comparison is a tie. Undefined results, such as a mean of nothing, are
 nan.
 """
 
@@ -26,18 +26,18 @@ def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float,
         return 0.0, 1.0
     p = successes / n
     centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    half_width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
 
 
 def clustered_interval(x: Tensor, clusters: Sequence[int], z: float = 1.96) -> tuple[float, float, float]:
-    """Wilson's interval for the mean of `x` (N,), each from 0 to 1, and how many independent ones the N are worth.
+    """Wilson's interval for the mean of `x` (N,), each from 0 to 1, and the effective number of independent ones.
 
-    Numbers of one cluster (pairs of one prompt) may depend on each other in any way; clusters (N,) may not. Where every
-    number is a cluster of its own this is `wilson_interval`. Elsewhere its n is N / deff x (z / t)^2: deff is the
-    variance of the mean by `cluster_error` over p (1 - p) / N, one at least, and t is the quantile of Student's
-    distribution that belongs to z. Where all are 0 or all are 1, and deff cannot be told, n is `effective_clusters`.
+    Numbers of one cluster (pairs of one prompt) may depend on each other in any way; clusters (N,) may not. If every
+    number is a cluster of its own, this is `wilson_interval`. Else its n is N / deff x (z / t)^2: deff is the variance
+    of the mean by `cluster_error` over p (1 - p) / N, at least one, and t is the quantile of Student's distribution for
+    z. If all are 0 or all are 1, so that deff is undefined, n is `effective_clusters`.
     Sources: Korn and Graubard 1998, "Confidence intervals for proportions with small expected number of positive
     counts estimated from survey data", for n and t; with Wilson's interval: Dean and Pagano 2015, "Evaluating
     confidence interval methods for binomial proportions in clustered surveys".
@@ -57,8 +57,8 @@ def clustered_interval(x: Tensor, clusters: Sequence[int], z: float = 1.96) -> t
 def cluster_error(x: Tensor, clusters: Sequence[int]) -> float:
     """Standard error of the mean of `x` (N,) from the means without each cluster in turn; inf for a single cluster.
 
-    The jackknife over clusters, CV3: where clusters are few or uneven it is less optimistic than the usual sandwich,
-    and where each has one number it is `mean_with_error`'s. Source: Cameron and Miller 2015, "A Practitioner's Guide
+    The jackknife over clusters, CV3: less optimistic than the usual sandwich if clusters are few or uneven, and that of
+    `mean_with_error` if each has one number. Source: Cameron and Miller 2015, "A Practitioner's Guide
     to Cluster-Robust Inference", section VI.
     """
     x = _numbers(x)
@@ -74,18 +74,19 @@ def cluster_error(x: Tensor, clusters: Sequence[int]) -> float:
 
 
 def effective_clusters(clusters: Sequence[int]) -> float:
-    """How many clusters of one size would weigh as these do: N^2 / sum of squared sizes, their number where all equal.
+    """The effective number of clusters: N^2 / sum of squared sizes, which is their number if all sizes are equal.
 
     Source: Carter, Schnepel and Steigerwald 2017, "Asymptotic Behavior of a t-Test Robust to Cluster Heterogeneity",
-    for clusters whose members go together.
+    for clusters with fully correlated members.
     """
     return len(clusters) ** 2 / sum(size * size for size in Counter(clusters).values())
 
 
 def student_quantile(z: float, freedom: float) -> float:
-    """The quantile of Student's distribution that the normal one has at `z`; within 1 % from 2 degrees of freedom on.
+    """The quantile of Student's distribution at the probability of the normal quantile `z`.
 
-    Fewer than one degree count as one. Source: Abramowitz and Stegun 1964, 26.7.5.
+    Within 1 % from 2 degrees of freedom on; fewer than one degree count as one.
+    Source: Abramowitz and Stegun 1964, 26.7.5.
     """
     v = max(freedom, 1.0)
     terms = (
@@ -107,7 +108,7 @@ def mean_with_error(x: Tensor) -> tuple[float, float]:
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation of `x` and `y`; 0 where one of them does not vary."""
+    """Pearson's correlation of `x` and `y`; 0 if one of them does not vary."""
     x, y = _numbers(x), _numbers(y)
     if _is_constant(x) or _is_constant(y):
         return 0.0
@@ -116,61 +117,59 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 
 def distinct_ngrams(sequences: Iterable[Sequence[int]], n: int) -> float:
-    """Share of all runs of n tokens that differ from each other, over all sequences; nan where there is none.
+    """Share of distinct n-grams among all n-grams of tokens in all sequences; nan if there is none.
 
-    It falls as sequences are added, so compare like numbers of them. Source: Li et al. 2016, "A Diversity-Promoting
+    It falls as sequences are added, so compare equal numbers of them. Source: Li et al. 2016, "A Diversity-Promoting
     Objective Function for Neural Conversation Models" (distinct-1, distinct-2).
     """
-    runs = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
-    return len(set(runs)) / len(runs) if runs else math.nan
+    ngrams = [ngram for sequence in sequences for ngram in _ngrams(sequence, n)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
 
 
 def repeated_ngrams(sequence: Sequence[int], n: int, window: int) -> tuple[int, int]:
-    """How many runs of n tokens end at most `window` tokens after an equal run of the same sequence, and of how many.
+    """The number of n-grams that end at most `window` tokens after an equal n-gram of the sequence, and of all n-grams.
 
     The window keeps their share independent of the sequence's length. Source: rep-n of Welleck et al. 2020, "Neural
-    Text Generation with Unlikelihood Training", here of runs rather than single tokens.
+    Text Generation with Unlikelihood Training", here of n-grams rather than single tokens.
     """
-    runs = [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
+    ngrams = _ngrams(sequence, n)
     last: dict[tuple[int, ...], int] = {}
     repeated = 0
-    for place, run in enumerate(runs):
-        repeated += place - last.get(run, -window - 1) <= window
-        last[run] = place
-    return repeated, len(runs)
+    for position, ngram in enumerate(ngrams):
+        repeated += position - last.get(ngram, -window - 1) <= window
+        last[ngram] = position
+    return repeated, len(ngrams)
 
 
 def shared_response_rate(responses: Sequence[str], prompts: Sequence[object]) -> float:
-    """Share of responses that equal a response to a different prompt; `prompts[i]` is what response i answers."""
-    answered: dict[str, set[object]] = {}
+    """Share of responses that equal a response to a different prompt; `prompts[i]` is the prompt of response i."""
+    prompts_of: dict[str, set[object]] = {}
     for response, prompt in zip(responses, prompts, strict=True):
-        answered.setdefault(response, set()).add(prompt)
-    return sum(len(answered[response]) > 1 for response in responses) / len(responses)
+        prompts_of.setdefault(response, set()).add(prompt)
+    return sum(len(prompts_of[response]) > 1 for response in responses) / len(responses)
 
 
 def log_loss_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
-    """Mean of -p log sigmoid(delta) - (1 - p) log sigmoid(-delta), in nats; ln 2 is what knowing nothing costs."""
+    """Mean of -p log sigmoid(delta) - (1 - p) log sigmoid(-delta), in nats; ln 2 if all scores are equal."""
     delta = _numbers(delta)
-    if probability is None:
-        return -logsigmoid(delta).mean().item()
-    p = _numbers(probability)
+    p = 1.0 if probability is None else _numbers(probability)
     return -(p * logsigmoid(delta) + (1 - p) * logsigmoid(-delta)).mean().item()
 
 
 def accuracy_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
-    """Share of comparisons whose likelier winner scores higher; a tie, of scores or of the judgement, counts half."""
+    """Share of comparisons whose likelier winner scores higher; a tie, of scores or in the label, counts half."""
     return _wins(delta, probability).mean().item()
 
 
 def accuracy_interval(delta: Tensor, probability: Tensor | None, clusters: Sequence[int]) -> tuple[float, float, float]:
-    """The 95 % interval of `accuracy_of_pairs` and the independent pairs it is worth, by `clustered_interval`."""
+    """The 95 % interval of `accuracy_of_pairs` and its effective number of pairs, by `clustered_interval`."""
     return clustered_interval(_wins(delta, probability), clusters)
 
 
 def expected_accuracy_of_pairs(delta: Tensor, probability: Tensor | None = None) -> float:
-    """Expected share of single judgements, drawn with `probability`, that the scores agree with; ties count half.
+    """Expected share of labels drawn with `probability` that agree with the scores; ties count half.
 
-    The mean of `probability` is the most that any scores can reach: the ceiling that noisy labels leave.
+    Its upper limit, for any scores, is the mean of `probability`.
     """
     return _expected_wins(delta, probability).mean().item()
 
@@ -183,15 +182,15 @@ def lead_of_pairs(
     *,
     z: float = 1.96,
 ) -> tuple[float, float, float]:
-    """How much more accurate `delta` (N,) is than `other` (N,) on the same pairs, and the ends of its interval.
+    """The accuracy of `delta` (N,) minus that of `other` (N,) on the same pairs, and the ends of its interval.
 
-    Of the differences pair by pair, mean and mean +- z standard errors; z 1.96 covers 95 %. Where several pairs are of
+    Mean and mean +- z standard errors of the differences pair by pair; z 1.96 covers 95 %. If several pairs share
     one of the `clusters` (N,), the error is `cluster_error` and z becomes the quantile of Student's distribution.
     """
-    ahead = _wins(delta, probability) - _wins(other, probability)
-    mean, error = mean_with_error(ahead)
+    difference = _wins(delta, probability) - _wins(other, probability)
+    mean, error = mean_with_error(difference)
     if clusters is not None and len(set(clusters)) < len(clusters):
-        error = cluster_error(ahead, clusters)
+        error = cluster_error(difference, clusters)
         z = student_quantile(z, effective_clusters(clusters) - 1)
     if error == math.inf:
         return mean, -1.0, 1.0
@@ -204,11 +203,10 @@ def calibration_bins(
     *,
     probability: Tensor | None = None,
 ) -> list[dict[str, float | int]]:
-    """How often the predicted winner won, per bin of how sure the prediction was.
+    """Share of predicted winners that won, per bin of the prediction's confidence sigmoid(|delta|).
 
-    The prediction is folded to its winner: its confidence is sigmoid(|delta|). Bins are [low, high), the last one
-    closed. A dict each: `low`, `high`, `count`, `predicted` (mean confidence), `observed` (expected share of wins, a
-    tie counts half); the last two nan in an empty bin.
+    Bins are [low, high), the last one closed. A dict each: `low`, `high`, `count`, `predicted` (mean confidence),
+    `observed` (expected share of wins, a tie counts half); the last two nan in an empty bin.
     """
     confidence = _numbers(delta).abs().sigmoid()
     wins = _expected_wins(delta, probability)
@@ -225,7 +223,7 @@ def calibration_bins(
 
 
 def calibration_error(bins: Sequence[dict[str, float | int]]) -> float:
-    """Expected calibration error of `calibration_bins`: mean distance of predicted from observed, bins by their count.
+    """Expected calibration error of `calibration_bins`: mean |predicted - observed|, weighted by the bins' counts.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 5.
     """
@@ -239,7 +237,7 @@ def accuracy_by_length_difference(
 ) -> list[dict[str, float | int]]:
     """`accuracy_of_pairs` per bin of `length_difference` (N,), winner's length minus loser's; no pair is a tie.
 
-    Bins are [low, high), the last one closed; what lies outside `edges` is left out, so they may be infinite.
+    Bins are [low, high), the last one closed; pairs outside `edges`, which may be infinite, are left out.
     A dict each: `low`, `high`, `count`, `accuracy` (nan in an empty bin).
     """
     delta = _numbers(delta)
@@ -250,11 +248,15 @@ def accuracy_by_length_difference(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the masked tokens of (B, T); nan where the returns do not vary."""
+    """1 - Var(returns - values) / Var(returns) over the masked tokens of (B, T); nan if the returns do not vary."""
     values, returns = _numbers(values[mask]), _numbers(returns[mask])
     if _is_constant(returns):
         return math.nan
     return 1 - ((returns - values).var() / returns.var()).item()
+
+
+def _ngrams(sequence: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
 
 
 def _numbers(x: Tensor) -> Tensor:
@@ -270,14 +272,12 @@ def _wins(delta: Tensor, probability: Tensor | None = None) -> Tensor:
 
 def _expected_wins(delta: Tensor, probability: Tensor | None) -> Tensor:
     wins = _wins(delta)
-    if probability is None:
-        return wins
-    p = _numbers(probability)
+    p = 1.0 if probability is None else _numbers(probability)
     return p * wins + (1 - p) * (1 - wins)
 
 
 def _is_constant(x: Tensor) -> bool:
-    # A variance of equal numbers need not be exactly 0 once their mean is rounded.
+    # The variance of equal numbers need not be exactly 0, since their mean is rounded.
     return x.numel() == 0 or bool(x.min() == x.max())
 
 

@@ -1,7 +1,7 @@
 """Masked sums, whitening and log-probabilities.
 
-A mask is True where a token counts. Whatever stands where it is False, infinities included, changes nothing:
-it is replaced before the arithmetic, not multiplied by zero after it.
+A mask is True where a token counts. Numbers where it is False, infinities included, change nothing: they are replaced
+before the arithmetic, not multiplied by zero after it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of each row of `x` (B, T) where `mask`: (B,). Of log-probabilities, that of the whole response."""
+    """Sum of each row of `x` (B, T) where `mask`: (B,); of log-probabilities, that of the whole response."""
     return x.masked_fill(~mask, 0).sum(dim=1)
 
 
@@ -33,7 +33,7 @@ def masked_moments(x: Tensor, mask: Tensor, reduce: Reduce = identity) -> tuple[
     """Mean, population variance and count of `x` where `mask`, over all ranks; three scalars.
 
     Two passes, so two calls of `reduce`: a sum of squares minus a squared mean would cancel in fp32. `x` is fp32 or
-    wider, because the count travels in its dtype. An empty mask gives 0, 0, 0.
+    wider, because the count is reduced in its dtype. An empty mask gives 0, 0, 0.
     """
     total, count = reduce(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)])).unbind()
     divisor = count.clamp(min=1)
@@ -62,13 +62,13 @@ def scale_to_unit_variance(x: Tensor, mask: Tensor, reduce: Reduce = identity, e
 
 
 def last_index(mask: Tensor) -> Tensor:
-    """Index (B,) of the last True in each row of `mask` (B, T), wherever the padding is; -1 where there is none."""
+    """Index (B,) of the last True in each row of `mask` (B, T), padded on either side; -1 if there is none."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, positions, -1).amax(dim=1)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32, or as it is where it is wider."""
+    """`x` in fp32, or unchanged if it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -83,13 +83,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return chosen - wide.logsumexp(dim=-1)
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy (...) in nats of the distributions with `logits` (..., V), in fp32 at least; -inf logits are fine."""
-    return entropy_of(at_least_fp32(logits).log_softmax(dim=-1))
-
-
 def entropy_of(logprobs: Tensor) -> Tensor:
-    """Entropy (...) in nats of distributions given as log-probabilities (..., V)."""
+    """Entropy (...) in nats of distributions given as log-probabilities (..., V), which may be -inf."""
     probabilities = logprobs.exp()
     # An impossible token contributes lim p log p = 0, not 0 * -inf.
     return -(probabilities * logprobs.masked_fill(probabilities == 0, 0)).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""What --model and --also name beside finished checkpoints: the resume states of a run, read as the policies they hold.
+"""Models to measure, as --model and --also name them: bases, checkpoints, and the policies in a run's resume states.
 
 Checked on disk before torch is imported.
 """
@@ -19,49 +19,49 @@ from stages.recipe import damaged_knob
 
 POLICIES = ("sft", "ppo", "dpo")
 ADAPTERS = (*POLICIES, "reward")
-IMPLICIT = ("dpo", "ppo")  # policies that are optimal for a reward of their own: beta x log(policy / reference)
+IMPLICIT = ("dpo", "ppo")  # policies with an implicit reward, for which they are optimal: beta log(policy / reference)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A model to measure beside others."""
 
-    name: str  # as the user gave it; a state by its own folder
-    source: ModelRef  # of a state: its run's checkpoint once that is finished, else what the run started from
+    name: str  # as the user gave it; for a state its folder
+    ref: ModelRef  # for a state its run's checkpoint if that is finished, else what the run started from
     stage: str | None  # that trained it; None for a plain base
     knobs: dict[str, Any] = field(default_factory=dict)  # of that stage
     state: Path | None = None
     step: int | None = None  # of a state
-    reference: ModelRef | None = None  # where its implicit reward is measured from
+    reference: ModelRef | None = None  # of its implicit reward
 
     @property
     def is_unfinished(self) -> bool:
-        """True for a state whose run has no checkpoint: `source` is what it started from."""
+        """True for a state whose run has no checkpoint: `ref` is what it started from."""
         return self.state is not None and not is_checkpoint(run_of(self.state))
 
     @property
     def beta(self) -> float:
-        """The weight of the KL that it was trained with; 0 where there was none."""
+        """The weight of the KL in its training; 0 without one."""
         return float(self.knobs.get("beta" if self.stage == "dpo" else "kl_coef") or 0.0)
 
     @property
     def label(self) -> str:
-        """A short name, not always the only one of its kind."""
+        """A short name, not always unique."""
         if self.state is not None:
             return f"{run_of(self.state).name} step {self.step}"
         return Path(self.name).name or self.name
 
 
 def labels_of(candidates: list[Candidate]) -> list[str]:
-    """Short names that tell candidates apart; where they do not, what the user gave."""
+    """Short names of candidates; those with equal ones get the names that the user gave."""
     short = [candidate.label for candidate in candidates]
     return [c.name if short.count(label) > 1 else label for c, label in zip(candidates, short, strict=True)]
 
 
-def candidate_of(name: str, source: ModelRef) -> Candidate:
-    """A base or checkpoint that is open already."""
-    manifest = source.manifest
-    return Candidate(name, source, manifest.stage if manifest else None, dict(manifest.config) if manifest else {})
+def candidate_of(name: str, ref: ModelRef) -> Candidate:
+    """A candidate that is an open base or checkpoint."""
+    manifest = ref.manifest
+    return Candidate(name, ref, manifest.stage if manifest else None, dict(manifest.config) if manifest else {})
 
 
 def open_candidates(
@@ -89,14 +89,13 @@ def open_candidates(
 def open_beside(
     names: list[str], first: ModelRef, stages: tuple[str, ...], advice: str, *, trust_remote_code: bool = False
 ) -> list[Candidate]:
-    """What --also names: candidates on the base of --model, from `stages` (with "sft", a plain base too).
+    """The candidates that --also names, on the base of --model and from `stages` (with "sft", a plain base too).
 
     Raises CheckpointError for another stage or base; in `advice`, {} is the name.
     """
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     for name in names:
-        opened = open_candidates(name, ADAPTERS, "--also", trust_remote_code=trust_remote_code)
-        for candidate in opened:
+        for candidate in open_candidates(name, ADAPTERS, "--also", trust_remote_code=trust_remote_code):
             if candidate.stage not in stages and not (candidate.stage is None and "sft" in stages):
                 what = f"a `{candidate.stage}` checkpoint" if candidate.stage else "a base model"
                 policy = "which has no score of its own, and cannot be measured on comparisons"
@@ -105,20 +104,20 @@ def open_beside(
                     where="--also",
                     fix=advice.format(name),
                 )
-            same_base(first, candidate.source, first_flag="--model", second_flag="--also")
-        found += opened
-    return found
+            same_base(first, candidate.ref, first_flag="--model", second_flag="--also")
+            candidates.append(candidate)
+    return candidates
 
 
 def with_reference(candidate: Candidate, given: ModelRef | None, *, trust_remote_code: bool = False) -> Candidate:
-    """A candidate with the reference of its implicit reward: `given`, else what it was trained from.
+    """The candidate with the reference of its implicit reward: `given`, else the model that its training started from.
 
-    Raises CheckpointError if it has no score on comparisons.
+    Raises CheckpointError if it cannot score comparisons.
     """
     if candidate.stage == "reward":
         if candidate.state is not None:
             raise CheckpointError(
-                f"{candidate.name} is of a `reward` run, whose states are not read",
+                f"{candidate.name} is a state of a `reward` run, which cannot be evaluated",
                 where="--also",
                 fix="finish the run and give its folder",
             )
@@ -127,20 +126,20 @@ def with_reference(candidate: Candidate, given: ModelRef | None, *, trust_remote
         raise CheckpointError(
             f"{candidate.name} was trained with kl_coef 0, so it has no implicit reward",
             where="--model, --also",
-            fix="leave it out, or give a --reward to have it answer the prompts",
+            fix="leave it out, or give --reward to score its responses to prompts",
         )
-    parent = candidate.source if candidate.is_unfinished else parent_of(candidate.source, trust_remote_code)
+    parent = candidate.ref if candidate.is_unfinished else parent_of(candidate.ref, trust_remote_code)
     return replace(candidate, reference=given or parent)
 
 
-def parent_of(source: ModelRef, trust_remote_code: bool = False) -> ModelRef:
-    """The checkpoint that a policy was trained from, else its base. Raises UserError if it is gone."""
-    if source.manifest is None:
-        return source
-    parent = next((p for p in source.manifest.parents if p.role == "model"), None)
+def parent_of(ref: ModelRef, trust_remote_code: bool = False) -> ModelRef:
+    """The checkpoint from which a policy's training started, else its base. Raises UserError if it is gone."""
+    if ref.manifest is None:
+        return ref
+    parent = next((p for p in ref.manifest.parents if p.role == "model"), None)
     if parent is None:
-        return open_model(str(source.base), stages=(), what="base", trust_remote_code=trust_remote_code)
-    place = str(locate(source.folder, parent))
+        return open_model(str(ref.base), stages=(), what="base", trust_remote_code=trust_remote_code)
+    place = str(locate(ref.folder, parent))
     return open_model(place, stages=ADAPTERS, what="reference", trust_remote_code=trust_remote_code)
 
 
@@ -150,15 +149,15 @@ def run_of(state: Path) -> Path:
 
 
 def _open_state(name: str, place: Path, stages: tuple[str, ...], what: str, trusted: bool) -> Candidate:
-    """One resume state, of a finished run or of one that is not."""
+    """One resume state of a finished or an unfinished run."""
     run = run_of(place)
     try:
         about = read_about(place)
     except CheckpointError as error:
         raise CheckpointError(f"{name} is damaged: {error.what}", where=what, fix="give another state") from None
     if is_checkpoint(run):
-        source = open_model(str(run), stages=stages, what=what, trust_remote_code=trusted)
-        stage, knobs = source.manifest.stage, dict(source.manifest.config)
+        ref = open_model(str(run), stages=stages, what=what, trust_remote_code=trusted)
+        stage, knobs = ref.manifest.stage, dict(ref.manifest.config)
     else:
         record = _read_run(run, what)
         stage, knobs = record["stage"], record["config"]
@@ -166,32 +165,32 @@ def _open_state(name: str, place: Path, stages: tuple[str, ...], what: str, trus
             raise CheckpointError(f"{name} is of a `{stage}` run", where=what, fix=f"give one of {', '.join(stages)}")
         if about["run"] != record["id"]:
             raise CheckpointError(
-                f"{name} was saved by an earlier run in this folder", where=what, fix="give a state of the present one"
+                f"{name} was saved by an earlier run in this folder", where=what, fix="give a state of the current run"
             )
-        source = open_model(str(knobs["model"]), stages=stages, what=what, trust_remote_code=trusted)
-        if source.digest != record["inputs"].get("model"):
+        ref = open_model(str(knobs["model"]), stages=stages, what=what, trust_remote_code=trusted)
+        if ref.digest != record["inputs"].get("model"):
             raise CheckpointError(
-                f"{name} was trained from another {knobs['model']} than stands there now",
+                f"{knobs['model']} has changed since {name} was trained from it",
                 where=what,
-                fix="put the old one back, or finish the run first",
+                fix="restore the old model",
             )
     step = int(about["step"]) + (AHEAD in about["facts"])
-    return Candidate(name, source, stage, knobs, place, step)
+    return Candidate(name, ref, stage, knobs, place, step)
 
 
 def _read_run(run: Path, what: str) -> dict[str, Any]:
+    damaged = ""
     try:
         record = read_json(run / "run.json")
         texts = record["stage"], record["id"], record["config"]["model"]
-        wrong = damaged_knob(record["stage"], record["config"])
-        sound = not wrong and all(isinstance(text, str) for text in texts) and isinstance(record["inputs"], dict)
+        damaged = damaged_knob(record["stage"], record["config"])
+        if not damaged and all(isinstance(text, str) for text in texts) and isinstance(record["inputs"], dict):
+            return record
     except (OSError, ValueError, KeyError, TypeError):
-        sound, wrong = False, ""
-    if not sound:
-        damage = f" (it is damaged at config.{wrong})" if wrong else ""
-        raise CheckpointError(
-            f"{run} has neither checkpoint.json nor a sound run.json{damage}",
-            where=what,
-            fix="give a state inside its run",
-        )
-    return record
+        pass
+    damage = f" (it is damaged at config.{damaged})" if damaged else ""
+    raise CheckpointError(
+        f"{run} has neither checkpoint.json nor a sound run.json{damage}",
+        where=what,
+        fix="give a state inside its run",
+    )

@@ -1,4 +1,4 @@
-"""How far a tokenizer knows the text it is given: what it spells in bytes or loses, a base has hardly learned."""
+"""How well a tokenizer covers a dataset: text that it spells in bytes or loses was hardly in the base's training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROWS_READ = 256  # spread evenly over the dataset
 LETTERS_READ = 4000  # of each text
 MOST_IN_BYTES = 0.3  # of the characters; an accent or an emoji here and there stays far below
 MOST_UNKNOWN = 0.05
-PREFIXES = ("▁", "Ġ")  # a space that some tokenizers put before a text, reported as part of its first letter
+PREFIXES = ("▁", "Ġ")  # the space that some tokenizers put before a text, with the offsets of its first letter
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Coverage:
 
     characters: int
     in_bytes: int  # characters that no token holds whole
-    unknown: int  # characters that the unknown token stands for, or no token at all
+    unknown: int  # characters within an unknown token, or in no token
     length: int  # all characters
     tokens: int
     unknown_tokens: int
 
     @property
     def cause(self) -> str:
-        """Why a base cannot know these texts, in words; empty where the tokenizer knows them."""
+        """Why these texts are unsuitable for the tokenizer; empty if they are not."""
         if self.unknown > MOST_UNKNOWN * self.characters:
             return (
                 f"{self.unknown / self.characters:.0%} of the characters are unknown to the tokenizer and lost; "
@@ -42,7 +42,7 @@ class Coverage:
 
 
 def measure_coverage(tokenizer, texts: Iterable[str]) -> Coverage:
-    """Count what becomes of the characters of texts. The tokenizer has to report character offsets."""
+    """Counts of characters and tokens over texts. The tokenizer has to report character offsets."""
     counts = [0] * 6
     for text in texts:
         counts = [a + b for a, b in zip(counts, _count(tokenizer, text[:LETTERS_READ]), strict=True)]
@@ -51,22 +51,22 @@ def measure_coverage(tokenizer, texts: Iterable[str]) -> Coverage:
 
 def _count(tokenizer, text: str) -> tuple[int, ...]:
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    held, lost = [0] * len(text), 0  # how many tokens each character is in
+    counts, lost = [0] * len(text), 0  # the number of tokens with each character; unknown tokens
     for token, piece, (start, stop) in zip(coded["input_ids"], coded.tokens(), coded["offset_mapping"], strict=True):
         if piece in PREFIXES:
             continue
         if token == tokenizer.unk_token_id and text[start:stop].strip() != tokenizer.unk_token:
             lost += 1
             continue
-        for place in range(start, stop):
-            held[place] += 1
-    visible = [count for count, letter in zip(held, text, strict=True) if not letter.isspace()]
+        for position in range(start, stop):
+            counts[position] += 1
+    visible = [count for count, letter in zip(counts, text, strict=True) if not letter.isspace()]
     in_bytes, unknown = sum(count > 1 for count in visible), visible.count(0)
     return len(visible), in_bytes, unknown, len(text), len(coded["input_ids"]), lost
 
 
 def sample_texts(rows: list[Demonstration | Comparison | Prompt]) -> Iterator[str]:
-    """What is said in up to ROWS_READ rows: prompts, responses and messages, without a template's markup."""
+    """The texts of up to ROWS_READ rows: prompts, responses and messages, without a template's markup."""
     for row in rows[:: max(1, -(-len(rows) // ROWS_READ))]:
         if isinstance(row, Prompt):
             contents: tuple[Content, ...] = (row.prompt,)

@@ -1,4 +1,4 @@
-"""The scalar head of a reward model or critic: one number out of a hidden state."""
+"""The scalar head of a reward model or critic: one number from a hidden state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stages.errors import CheckpointError
+from stages.models.checks import check_stored
 
 
 class ScalarHead(nn.Module):
@@ -29,6 +29,7 @@ class ScalarHead(nn.Module):
         return self
 
     def copy(self, *, trainable: bool) -> ScalarHead:
+        """An independent head with the same numbers."""
         twin = ScalarHead(self.weight.numel()).to(self.weight.device)
         twin.load_state_dict(self.state_dict())
         return twin.requires_grad_(trainable)
@@ -39,15 +40,10 @@ class ScalarHead(nn.Module):
 
 
 def head_from(tensors: dict[str, Tensor], width: int, device: torch.device, *, where: str) -> ScalarHead:
-    """A frozen head from head.safetensors; raises CheckpointError where it is not one for this base."""
-    if set(tensors) != {"weight", "bias"} or tensors["weight"].shape != (width,) or tensors["bias"].shape != ():
-        raise CheckpointError("the scalar head does not fit the base", where=where, fix="train the reward model again")
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise CheckpointError(
-            "the scalar head's weights are not finite numbers",
-            where=where,
-            fix="train it again with a lower --learning-rate; the run that wrote it had diverged",
-        )
+    """A frozen head from head.safetensors; raises CheckpointError if it is not one for this base."""
     head = ScalarHead(width)
+    shapes = {name: tuple(part.shape) for name, part in head.state_dict().items()}
+    expected = dict.fromkeys(tensors) | shapes  # None, which no shape equals, for any further tensor
+    check_stored(tensors, expected, "the scalar head's weights", where)
     head.load_state_dict(tensors)
     return head.to(device).requires_grad_(False)

@@ -1,15 +1,14 @@
 """LoRA adapters (Hu et al. 2021) on one frozen base, run and stored by PEFT.
 
-An adapter exists by itself, as parameters under PEFT's names; PEFT's layers run these same parameters for every role
-that takes it. All layers share one list with the name of the active role, so that switching is one assignment and
-never touches `requires_grad`: PEFT's own `set_adapter` walks over the layers and freezes the other adapters.
+An adapter is a set of parameters under PEFT's names; PEFT's layers run these same parameters for every role that uses
+it. All layers share one list with the name of the active role, so that switching is one assignment and never touches
+`requires_grad`, while PEFT's `set_adapter` walks over the layers and freezes the other adapters.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -21,22 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ConfigError, ModelError
-from stages.models.quantised import is_four_bit
+from stages.models.checks import check_stored
+from stages.models.quantised import is_four_bit, quiet_bitsandbytes
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
 PEFT_PREFIX = "base_model.model."
-MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # kernels read `out_proj` past PEFT's layer
+MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # kernels bypass PEFT's layer at `out_proj`
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 @dataclass
 class Adapter:
-    """One role's weights, by PEFT's names without its prefix, and PEFT's config of them.
+    """One role's weights, by PEFT's names without its prefix, and their PEFT config.
 
-    Layer by layer A (rank, in), B (out, rank) and, with DoRA, the magnitudes (out,) of the rows of W + scale B A.
+    For each layer A (rank, in), B (out, rank) and, with DoRA, the magnitudes (out,) of the rows of W + scale B A.
     """
 
     config: LoraConfig
@@ -49,12 +49,12 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) if rank-stabilised (Kalajdzievski 2023)."""
+        """The factor of B A: alpha / rank, or alpha / sqrt(rank) if rank-stabilised (Kalajdzievski 2023)."""
         return self.config.lora_alpha / (math.sqrt(self.config.r) if self.config.use_rslora else self.config.r)
 
     @property
     def is_zero(self) -> bool:
-        """True if the adapter certainly changes nothing; never of DoRA, which rounds."""
+        """True if the adapter certainly changes nothing; never for DoRA, which rounds."""
         return not self.config.use_dora and not any(w.any() for n, w in self.weights.items() if n.endswith(LORA_B))
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -75,9 +75,9 @@ class Adapter:
         return Adapter(self.config, twins)
 
     def grown(self, rank: int, alpha: float, seed: int) -> Adapter:
-        """The same function at a larger rank: new rows of A are random, new columns of B are zero.
+        """An adapter that computes the same at a larger rank: new rows of A are random, new columns of B are zero.
 
-        Raises ConfigError where `rank` is smaller, since that would change what the checkpoint does.
+        Raises ConfigError if `rank` is smaller, since that would change what the checkpoint computes.
         """
         if rank < self.config.r:
             raise ConfigError(
@@ -98,9 +98,10 @@ class Adapter:
 
 
 class LoraLayers:
-    """The linear layers of a base, and PEFT's layers around those that have had adapters.
+    """The linear layers of a base, and PEFT's layers around those with adapters.
 
-    `active` names the active role; while it is empty, and in layers that the role does not adapt, the base runs alone.
+    `active` holds the active role's name; while it is empty, and in layers that the role does not adapt, the base runs
+    alone.
     """
 
     def __init__(self, model: nn.Module):
@@ -110,14 +111,13 @@ class LoraLayers:
         self.active: list[str] = []
 
     def add(self, role: str, adapter: Adapter) -> None:
-        """Let PEFT's layers run an adapter under a role's name."""
+        """Make PEFT's layers run an adapter under a role's name."""
         from peft import inject_adapter_in_model
 
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a second adapter on one model
-            # PEFT changes the config that it is given; it finds the layers by the names of the weights.
-            config = copy.deepcopy(adapter.config)
+            config = copy.deepcopy(adapter.config)  # PEFT changes it
             inject_adapter_in_model(config, self.model, role, low_cpu_mem_usage=True, state_dict=adapter.weights)
         for path in adapter.paths:
             layer = self.adapted[path] = self.model.get_submodule(path)
@@ -127,7 +127,7 @@ class LoraLayers:
                 layer.lora_magnitude_vector[role].weight = adapter.weights[path + MAGNITUDE]
         for layer in self.adapted.values():
             layer._active_adapter = self.active
-        for parameter, flag in flags:  # PEFT leaves those of the new adapter alone trainable
+        for parameter, flag in flags:  # PEFT freezes all but the new adapter
             parameter.requires_grad_(flag)
 
     @contextmanager
@@ -141,7 +141,7 @@ class LoraLayers:
             self.active[:] = before
 
     def remove(self, role: str) -> None:
-        """Forget what a role adapts, if anything."""
+        """Remove a role's adapter, if it has one."""
         assert role not in self.active, f"{role} is in use"
         for layer in self.adapted.values():
             layer.delete_adapter(role)
@@ -159,13 +159,13 @@ class LoraLayers:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Paths of all linear layers but the output layer; raises ModelError where there is none."""
+    """All linear layers but the output layer, by their paths; raises ModelError if there is none."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    refused = "out_proj" if getattr(getattr(model, "config", None), "model_type", None) in MAMBA else None
+    is_mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA
     linear = {
         path: module
         for path, module in model.named_modules()
-        if module is not output and path.rsplit(".", 1)[-1] != refused and _is_linear(module)
+        if module is not output and not (is_mamba and leaf_of(path) == "out_proj") and _is_linear(module)
     }
     if not linear:
         raise ModelError("the model has no linear layers that LoRA could adapt", where="model", fix="use another base")
@@ -174,7 +174,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
-    """True for a layer that computes W x + b and no more; some routers of experts are linear layers by type alone."""
+    """True for a layer that only computes W x + b; some routers of experts are linear layers by type alone."""
     from transformers.pytorch_utils import Conv1D
 
     if not isinstance(module, (nn.Linear, Conv1D)):
@@ -190,18 +190,22 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def targeted(layers: dict[str, nn.Module], targets: list[str]) -> dict[str, nn.Module]:
-    """The layers that targets name, all where there are none; raises ModelError for a target that names nothing."""
+    """The layers that targets name, or all without targets; raises ModelError for a target that names nothing."""
+    chosen = set() if targets else set(layers)
     for target in targets:
-        if not any(_matches(path, target) for path in layers):
-            names = sorted({path.rsplit(".", 1)[-1] for path in layers})
+        paths = {path for path in layers if f".{path}".endswith(f".{target}")}
+        if not paths:
+            names = ", ".join(sorted({leaf_of(path) for path in layers}))
             raise ModelError(
-                f"no linear layer is called `{target}`", where="lora_targets", fix=f"this model has {', '.join(names)}"
+                f"no linear layer is called `{target}`", where="lora_targets", fix=f"choose from this model's: {names}"
             )
-    return {p: layer for p, layer in layers.items() if not targets or any(_matches(p, t) for t in targets)}
+        chosen |= paths
+    return {path: layer for path, layer in layers.items() if path in chosen}
 
 
-def _matches(path: str, target: str) -> bool:
-    return path == target or path.endswith("." + target)
+def leaf_of(path: str) -> str:
+    """The last part of a layer's path, such as q_proj."""
+    return path.rsplit(".", 1)[-1]
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
@@ -212,7 +216,7 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """True where the base's file holds the weight as (in, out): GPT-2's Conv1D, also once it is held in 4 bits."""
+    """True if the base's file holds the weight as (in, out): GPT-2's Conv1D, also once it is held in 4 bits."""
     from transformers.pytorch_utils import Conv1D
 
     return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
@@ -224,7 +228,7 @@ def is_transposed(layer: nn.Module) -> bool:
 def initial_adapter(
     layers: dict[str, nn.Module], rank: int, alpha: float, targets: list[str], seed: int, lora_type: str = "lora"
 ) -> Adapter:
-    """A trainable adapter that changes nothing yet (B = 0), on every layer or on those that `targets` names.
+    """A trainable adapter that changes nothing yet (B = 0), on all layers or on those that `targets` name.
 
     Raises ModelError for a target that is no layer's name.
     """
@@ -242,9 +246,8 @@ def initial_adapter(
 
 def random_a(rank: int, width: int, device: torch.device, seed: int) -> Tensor:
     """A (rank, in) matrix drawn uniformly as nn.Linear's default (Kaiming, a = sqrt 5), a function of the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    bound = 1.0 / math.sqrt(width)
-    return ((torch.rand(rank, width, generator=generator) * 2 - 1) * bound).to(device)
+    uniform = torch.rand(rank, width, generator=torch.Generator().manual_seed(seed))
+    return ((uniform * 2 - 1) * (1.0 / math.sqrt(width))).to(device)
 
 
 def _magnitudes(layer: nn.Module, a: Tensor, b: Tensor) -> Tensor:
@@ -266,27 +269,18 @@ def adapter_from(
     where: str,
     trainable: bool,
 ) -> Adapter:
-    """An adapter from PEFT-named tensors; raises CheckpointError where they do not fit the base's layers."""
+    """An adapter from PEFT-named tensors; raises CheckpointError if they do not fit the base's layers."""
     tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
     stored = {name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)}
     chosen = [path for path in layers if path in stored]
     weights: dict[str, nn.Parameter] = {}
     for path in chosen:
         width, out = shape_of(layers[path])
-        shapes = {LORA_A: (rank, width), LORA_B: (out, rank)} | ({MAGNITUDE: (out,)} if lora_type == "dora" else {})
-        for name, shape in ((path + suffix, shape) for suffix, shape in shapes.items()):
-            if name not in tensors or tensors[name].shape != shape:
-                raise CheckpointError(
-                    f"the adapter's weights for {path} do not have the base's shape",
-                    where=where,
-                    fix="train it again on this base",
-                )
-            if not torch.isfinite(tensors[name]).all():
-                raise CheckpointError(
-                    f"the adapter's weights for {path} are not finite numbers",
-                    where=where,
-                    fix="train it again with a lower --learning-rate; the run that wrote it had diverged",
-                )
+        shapes = {path + LORA_A: (rank, width), path + LORA_B: (out, rank)}
+        if lora_type == "dora":
+            shapes[path + MAGNITUDE] = (out,)
+        check_stored(tensors, shapes, f"the adapter's weights for {path}", where)
+        for name in shapes:
             weight = tensors[name].to(layers[path].weight.device, torch.float32)
             weights[name] = nn.Parameter(weight, requires_grad=trainable)
     unknown = sorted(stored - set(layers))
@@ -303,11 +297,11 @@ def adapter_from(
 
 def lora_config(layers: dict[str, nn.Module], paths: list[str], rank: int, alpha: float, lora_type: str) -> LoraConfig:
     """PEFT's config of an adapter on the layers at these paths, by the last parts of their names if that is enough."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at import which kernels it does without
+    quiet_bitsandbytes()
     from peft import LoraConfig
 
-    leaves = {path.rsplit(".", 1)[-1] for path in paths}
-    by_leaf = {path for path in layers if path.rsplit(".", 1)[-1] in leaves}
+    leaves = {leaf_of(path) for path in paths}
+    by_leaf = {path for path in layers if leaf_of(path) in leaves}
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,

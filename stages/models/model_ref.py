@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from stages.checkpoint.digests import base_digest, tokenizer_digest
 from stages.checkpoint.manifest import BaseRef, Manifest, checkpoint_digest, is_checkpoint, locate, read_manifest
+from stages.data.raw_rows import first_line
 from stages.errors import CheckpointError, ModelError
 from stages.places import absolute, describe_special
 from stages.reading import read_json, read_text
@@ -25,12 +26,17 @@ UNSUPPORTED = (  # keys of adapter_config.json that change what an adapter compu
     "alora_invocation_tokens", "megatron_config", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
     "velora_config", "monteclora_config",
 )  # fmt: skip
+LOOKALIKES = {  # files of folders that are no model: what such a folder is, and the fix
+    "run.json": ("an unfinished run", "run its command again to finish it, or give another checkpoint"),
+    ADAPTER_CONFIG: ("a bare adapter without checkpoint.json", "merge it into its base first, and give that folder"),
+}
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model to start from: the base's folder and, where it is one of our checkpoints, its manifest."""
+    """A model to start from: the base's folder and, if it is one of our checkpoints, its manifest."""
 
     name: str  # as the user gave it
     base: Path  # folder with config.json and *.safetensors
@@ -48,7 +54,7 @@ class ModelRef:
 
     @property
     def digest(self) -> str:
-        """Identifies everything that is loaded: the checkpoint's manifest, or the base's content."""
+        """The digest of everything that is loaded: of the checkpoint's manifest, or of the base's content."""
         return checkpoint_digest(self.folder) if self.folder else f"{self.base_digest}:{self.tokenizer_digest}"
 
     @property
@@ -59,30 +65,30 @@ class ModelRef:
 
     @property
     def context(self) -> int:
-        """Positions that the base can attend over; 2^30 where it states no limit."""
+        """Positions that the base can attend over; 2^30 if its config states no limit."""
         inner = self.config.get("text_config")
         text = inner if isinstance(inner, dict) and inner else self.config
-        found = [text[key] for key in CONTEXT_KEYS if isinstance(text.get(key), int) and text[key] > 0]
-        return min(found) if found else 2**30
+        limits = [text[key] for key in CONTEXT_KEYS if isinstance(text.get(key), int) and text[key] > 0]
+        return min(limits, default=2**30)
 
 
 def open_model(name: str, *, stages: tuple[str, ...], what: str, trust_remote_code: bool = False) -> ModelRef:
-    """Find what a --model-like flag names and check it; `stages` are the checkpoint kinds accepted.
+    """The model that a --model-like flag names, checked on disk; `stages` are the checkpoint kinds accepted.
 
     Raises ModelError or CheckpointError naming the flag `what`.
     """
     path = absolute(name, what)
-    if ".." in path.parts and not path.exists():  # `a/../x` stands where there is no `a`, as for an output
+    if ".." in path.parts and not path.exists():  # `a/../x` exists even if `a` does not, as for an output
         path = Path(os.path.realpath(path))
     if path.is_dir() and is_checkpoint(path):
         return _open_checkpoint(name, path, stages, what, trust_remote_code)
-    special = describe_special(path)
-    if special:
-        raise ModelError(f"{name} is {special}", where=what, fix="give the model's folder")
-    if path.is_file():
-        raise ModelError(f"{name} is a file", where=what, fix="give the model's folder")
+    kind = describe_special(path) or ("a file" if path.is_file() else "")
+    if kind:
+        raise ModelError(f"{name} is {kind}", where=what, fix="give the model's folder")
     if path.is_dir():
-        _refuse_lookalikes(path, name, what)
+        for file, (kind, fix) in LOOKALIKES.items():
+            if (path / file).exists() and not (path / "config.json").exists():
+                raise CheckpointError(f"{name} is {kind}", where=what, fix=fix)
         return _open_base(name, path, str(path), None, what, trust_remote_code)
     if name.startswith((".", "/", "~")) or not HUB_ID.match(name):
         raise ModelError(
@@ -101,20 +107,20 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
         )
     if ADAPTER_CONFIG in manifest.files:
         read_adapter_shape(path)
-    located = locate(path, manifest.base)
-    base = Path(located) if Path(located).is_dir() else _download(str(located), what)
-    source = _open_base(name, base, manifest.base.name, manifest, what, trust_remote_code)
-    if source.base_digest != manifest.base.digest:
+    place = locate(path, manifest.base)
+    base = Path(place) if Path(place).is_dir() else _download(str(place), what)
+    ref = _open_base(name, base, manifest.base.name, manifest, what, trust_remote_code)
+    if ref.base_digest != manifest.base.digest:
         raise CheckpointError(
             f"the base model at {base} is not the one that {name} was trained on (its weights differ)",
             where=what,
             fix="put the original base back, or train the checkpoint again on this one",
         )
-    return source
+    return ref
 
 
 class AdapterShape(NamedTuple):
-    """What tells one LoRA adapter on the same layers from another."""
+    """What distinguishes LoRA adapters on the same layers."""
 
     rank: int
     alpha: float
@@ -123,102 +129,114 @@ class AdapterShape(NamedTuple):
 
 def read_adapter_shape(folder: Path) -> AdapterShape:
     """The shape of a checkpoint's adapter, from adapter_config.json. Raises CheckpointError if it is none of ours."""
-    place, train_again = folder / ADAPTER_CONFIG, "train the checkpoint again"
     try:
-        config = read_json(place)
+        config = read_json(folder / ADAPTER_CONFIG)
         rank, alpha = config["r"], config["lora_alpha"]
+        damaged = damaged_knob("sft", {"lora_rank": rank, "lora_alpha": alpha}) or rank is None or alpha is None
+        problem = f"r is {reprlib.repr(rank)}, lora_alpha is {reprlib.repr(alpha)}" if damaged else ""
     except (OSError, ValueError, KeyError, TypeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{ADAPTER_CONFIG} cannot be read: {why}", where=str(folder), fix=train_again) from None
-    wrong = damaged_knob("sft", {"lora_rank": rank, "lora_alpha": alpha})
-    if wrong or rank is None or alpha is None:
-        raise CheckpointError(
-            f"{ADAPTER_CONFIG} cannot be read: r is {reprlib.repr(rank)}, lora_alpha is {reprlib.repr(alpha)}",
-            where=str(folder),
-            fix=train_again,
-        )
-    problem = _why_unsupported(config)
+        problem = str(getattr(error, "strerror", None) or error)
     if problem:
-        raise CheckpointError(
-            f"{ADAPTER_CONFIG} {problem}", where=str(folder), fix="merge that adapter into its base with PEFT"
-        )
+        problem, fix = f"cannot be read: {problem}", "train the checkpoint again"
+    else:
+        problem, fix = _why_unsupported(config), "merge that adapter into its base with PEFT"
+    if problem:
+        raise CheckpointError(f"{ADAPTER_CONFIG} {problem}", where=str(folder), fix=fix)
     lora_type = next((name for name in ("dora", "rslora") if config.get(f"use_{name}")), "lora")
     return AdapterShape(rank, float(alpha), lora_type)
 
 
 def _why_unsupported(config: dict) -> str:
     """Why an adapter of PEFT cannot be one of several on one frozen base, empty if it can."""
-    if config.get("peft_type", "LORA") != "LORA":
-        return f"is of peft_type {reprlib.repr(config['peft_type'])}, and only LORA is supported"
-    start = config.get("init_lora_weights", True)
-    if start not in (True, False, "gaussian"):
-        return f"sets init_lora_weights {reprlib.repr(start)}, which may rewrite the base that all roles share"
-    heads = config.get("modules_to_save") or []
-    if heads and not (heads == ["score"] and config.get("task_type") == "SEQ_CLS"):
-        return f"sets modules_to_save {reprlib.repr(heads)}, which replaces parts of the base that all roles share"
-    if config.get("bias", "none") != "none":
-        return f"sets bias {reprlib.repr(config['bias'])}, which trains parts of the base that all roles share"
-    if config.get("use_dora") and config.get("use_rslora"):
-        return "sets use_dora and use_rslora together, of which one at a time is supported"
-    found = next((name for name in UNSUPPORTED if config.get(name)), None)
-    return f"sets {found}, which is not supported" if found else ""
+    start, heads = config.get("init_lora_weights", True), config.get("modules_to_save") or []
+    is_classifier = heads == ["score"] and config.get("task_type") == "SEQ_CLS"
+    problems = (
+        ("peft_type", config.get("peft_type", "LORA") != "LORA", "of which only LORA is supported"),
+        (
+            "init_lora_weights",
+            start not in (True, False, "gaussian"),
+            "which may rewrite the base that all roles share",
+        ),
+        ("modules_to_save", heads and not is_classifier, "which replaces parts of the base that all roles share"),
+        ("bias", config.get("bias", "none") != "none", "which trains parts of the base that all roles share"),
+        ("use_dora", config.get("use_dora") and config.get("use_rslora"), "which is not supported with use_rslora"),
+        *((key, config.get(key), "which is not supported") for key in UNSUPPORTED),
+    )
+    return next((f"sets {key} {reprlib.repr(config[key])}, {why}" for key, found, why in problems if found), "")
 
 
-def lora_type_of(config: Any, source: ModelRef) -> str:
-    """The kind of adapter that a command has: the checkpoint's own, or the one asked for."""
-    if source.manifest is not None and ADAPTER_CONFIG in source.manifest.files:
-        return read_adapter_shape(source.folder).lora_type
+def lora_type_of(config: Any, ref: ModelRef) -> str:
+    """The kind of adapter that a command trains: the checkpoint's, else the one that its config has."""
+    if ref.manifest is not None and ADAPTER_CONFIG in ref.manifest.files:
+        return read_adapter_shape(ref.folder).lora_type
     return getattr(config, "lora_type", None) or "lora"
+
+
+def stop_ids_of(ref: ModelRef) -> tuple[int, ...]:
+    """Token ids that end generation: the checkpoint's, or those in the base's config files. Raises ModelError."""
+    if ref.manifest is not None:
+        return tuple(ref.manifest.stop_token_ids)
+    stop_ids: set[int] = set()
+    for path in (ref.base / "generation_config.json", ref.base / "config.json"):
+        ids = _read_object(path, str(ref.base)).get("eos_token_id") if path.exists() else None
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
+            raise ModelError("eos_token_id is no token's number", where=str(path), fix="restore the file")
+        stop_ids.update(ids)
+    return tuple(sorted(stop_ids))
 
 
 def _open_base(
     name: str, base: Path, base_name: str, manifest: Manifest | None, what: str, trust_remote_code: bool
 ) -> ModelRef:
-    _refuse_special_files(base, what)
+    for file in sorted(os.listdir(base)):  # a library might wait for a pipe for ever
+        kind = describe_special(base / file)
+        if kind and not kind.startswith("a link"):  # whatever needs a broken link's file will miss it
+            raise ModelError(f"{file} is {kind}, not a file", where=f"{what} {base}", fix="restore the file")
     config = _read_config(base, what)
-    _check_architecture(config, base, what, trust_remote_code)
-    tokenizer = manifest.folder if manifest and (manifest.folder / "tokenizer_config.json").exists() else base
-    _check_tokenizer(tokenizer, what, trust_remote_code)
+    if not trust_remote_code:
+        _refuse_code(base, "config.json", config, what)
+    folder = manifest.folder if manifest and (manifest.folder / TOKENIZER_CONFIG).exists() else base
+    files = ("tokenizer.json", TOKENIZER_CONFIG, "vocab.json", "tokenizer.model")
+    if not any((folder / file).exists() for file in files):
+        raise ModelError(f"{folder} has no tokenizer", where=what, fix="save the tokenizer into the model's folder")
+    if not trust_remote_code and (folder / TOKENIZER_CONFIG).exists():
+        settings = _read_object(folder / TOKENIZER_CONFIG, f"{what} {folder}")
+        _refuse_code(folder, TOKENIZER_CONFIG, settings, what)
     if base_name == str(base) or Path(base_name).exists():
         base_name = os.path.abspath(base_name)
-    # A library may write a tokenizer in other words than it read: what counts is the one that training began with.
-    same_tokenizer = manifest.tokenizer_digest if manifest else tokenizer_digest(tokenizer)
-    return ModelRef(name, base, base_name, base_digest(base), tokenizer, same_tokenizer, manifest, config)
+    # A library may write a tokenizer in other words than it read, so the digest is that from before training.
+    digest = manifest.tokenizer_digest if manifest else tokenizer_digest(folder)
+    return ModelRef(name, base, base_name, base_digest(base), folder, digest, manifest, config)
 
 
-def _refuse_special_files(folder: Path, what: str) -> None:
-    """Raise ModelError where a library that reads the folder might wait for ever, or come to nothing."""
-    for name in sorted(os.listdir(folder)):
-        special = describe_special(folder / name)
-        if special and not special.startswith("a link"):  # one that is needed is missed by whoever reads it
-            raise ModelError(f"{name} is {special}, not a file", where=f"{what} {folder}", fix="restore the file")
+def _read_object(path: Path, where: str) -> dict:
+    """The JSON object in a model's file. Raises FileNotFoundError, and ModelError if it cannot be read."""
+    try:
+        content = json.loads(read_text(path))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} cannot be read: {error}", where=where, fix="restore the file") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path.name} cannot be read: it is no JSON object", where=where, fix="restore the file")
+    return content
 
 
 def _read_config(base: Path, what: str) -> dict:
+    """config.json of a decoder in full precision; raises ModelError for anything else."""
     try:
-        config = json.loads(read_text(base / "config.json"))
+        config = _read_object(base / "config.json", f"{what} {base}")
     except FileNotFoundError:
-        raise ModelError(
-            f"{base} holds no config.json, so it is no model", where=what, fix="give a folder saved by save_pretrained"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"config.json cannot be read: {error}", where=f"{what} {base}", fix="restore the file"
-        ) from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        problem, fix = f"{base} holds no config.json, so it is no model", "give a folder saved by save_pretrained"
+        raise ModelError(problem, where=what, fix=fix) from None
+    if not isinstance(config.get("model_type"), str):
         raise ModelError(
             "config.json names no model_type", where=f"{what} {base}", fix="give a transformers model folder"
         )
-    return config
-
-
-def _check_architecture(config: dict, base: Path, what: str, trust_remote_code: bool) -> None:
     if config.get("is_encoder_decoder"):
-        raise ModelError(
-            f"{base} is an encoder-decoder ({config['model_type']})",
-            where=what,
-            fix="give a decoder-only causal language model",
-        )
+        problem = f"{base} is an encoder-decoder ({config['model_type']})"
+        raise ModelError(problem, where=what, fix="give a decoder-only causal language model")
     quantised = _quantisation(config)
     if quantised is not None:
         raise ModelError(
@@ -226,17 +244,11 @@ def _check_architecture(config: dict, base: Path, what: str, trust_remote_code: 
             where=what,
             fix="give the model in full precision; --load-in-4bit holds it in 4 bits while it is used",
         )
-    if trust_remote_code:
-        return
-    attention = config.get("_attn_implementation") or config.get("attn_implementation")
-    if config.get("auto_map"):
-        raise _brings_code(base, "auto_map in config.json", what)
-    if isinstance(attention, str) and "/" in attention:  # transformers fetches such a kernel from the hub and runs it
-        raise _brings_code(base, f"attn_implementation {attention} in config.json", what)
+    return config
 
 
 def _quantisation(config: dict) -> str | None:
-    """How a base's weights are quantised, by its config.json; None where they are plain."""
+    """How a base's weights are quantised, by its config.json; None if they are not."""
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         how = part.get("quantization_config") or part.get("compression_config")
@@ -247,55 +259,30 @@ def _quantisation(config: dict) -> str | None:
     return None
 
 
-def adapter_beside(base: Path) -> tuple[str, ...]:
-    """A warning where a base's folder holds an adapter of PEFT as well, which is never loaded with it."""
-    if not (base / "adapter_config.json").exists():
-        return ()
-    return (
-        f"{base} also holds an adapter of PEFT (adapter_config.json), which is left out: only the weights of the base "
-        "itself are used; if the adapter is meant, merge it into them first",
-    )
-
-
-def _check_tokenizer(folder: Path, what: str, trust_remote_code: bool) -> None:
-    if not any(
-        (folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    ):
-        raise ModelError(f"{folder} has no tokenizer", where=what, fix="save the tokenizer into the model's folder")
-    settings = folder / "tokenizer_config.json"
-    if trust_remote_code or not settings.exists():
+def _refuse_code(folder: Path, file: str, settings: dict, what: str) -> None:
+    """Raise ModelError if a file of a model's folder names Python code to run."""
+    kernel = settings.get("_attn_implementation") or settings.get("attn_implementation")
+    if settings.get("auto_map"):
+        code = "auto_map"
+    elif isinstance(kernel, str) and "/" in kernel:  # transformers fetches such a kernel from the hub and runs it
+        code = f"attn_implementation {kernel}"
+    else:
         return
-    try:
-        content = json.loads(read_text(settings))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"tokenizer_config.json cannot be read: {error}", where=f"{what} {folder}", fix="restore the file"
-        ) from None
-    if isinstance(content, dict) and content.get("auto_map"):
-        raise _brings_code(folder, "auto_map in tokenizer_config.json", what)
-
-
-def _brings_code(folder: Path, which: str, what: str) -> ModelError:
-    return ModelError(
-        f"{folder} brings Python code of its own ({which}), which is not run",
+    raise ModelError(
+        f"{folder} brings Python code of its own ({code} in {file}), which is not run",
         where=what,
         fix="use a model that transformers supports, or pass --trust-remote-code if you trust its author",
     )
 
 
-def _refuse_lookalikes(path: Path, name: str, what: str) -> None:
-    if (path / "run.json").exists() and not (path / "config.json").exists():
-        raise CheckpointError(
-            f"{name} is an unfinished run",
-            where=what,
-            fix="run its command again to finish it, or give another checkpoint",
-        )
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise CheckpointError(
-            f"{name} is a bare adapter without checkpoint.json",
-            where=what,
-            fix="merge it into its base first, and give that folder",
-        )
+def adapter_beside(base: Path) -> tuple[str, ...]:
+    """A warning if a base's folder also holds an adapter of PEFT, which is never loaded with it."""
+    if not (base / ADAPTER_CONFIG).exists():
+        return ()
+    return (
+        f"{base} also holds an adapter of PEFT ({ADAPTER_CONFIG}), which is not used: only the weights of the base "
+        "are; to use the adapter, merge it into them first",
+    )
 
 
 def _download(name: str, what: str) -> Path:
@@ -305,16 +292,15 @@ def _download(name: str, what: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many kinds; each means the model cannot be had
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{name} is no local folder, and the hub did not give it: {reason}",
+            f"{name} is no local folder, and the hub did not give it: {first_line(error)}",
             where=what,
             fix="check the name, or give a local folder",
         ) from None
 
 
 def same_base(first: ModelRef, second: ModelRef, *, first_flag: str, second_flag: str) -> None:
-    """Raise CheckpointError unless two sources share base weights and tokenizer."""
+    """Raise CheckpointError unless two models share base weights and tokenizer."""
     if first.base_digest != second.base_digest:
         raise CheckpointError(
             f"{first.name} is on base {first.base_name}, {second.name} is on base {second.base_name}; "

@@ -1,4 +1,4 @@
-"""What stages read out of a forward pass: log-probabilities, values and scores, only where they are needed."""
+"""Outputs of forward passes: log-probabilities, entropies and scores, computed only for the tokens that need them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stages.native.limits import LOGITS_AT_ONCE
 
 @dataclass(frozen=True)
 class TargetOutputs:
-    """What one forward pass said of the target tokens of a micro-batch, laid end to end."""
+    """Outputs of one forward pass for the target tokens of a micro-batch, laid end to end."""
 
     logprobs: Tensor  # (M,) fp32
-    entropy: Tensor  # (M,) fp32; zeros where it was not asked for
+    entropy: Tensor  # (M,) fp32; zeros unless asked for
     hidden: Tensor  # (M, H) states from which the targets were predicted
 
 
@@ -44,10 +44,10 @@ def read_targets(
 def target_logprobs(
     base: Base, hidden: Tensor, tokens: Tensor, temperature: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens (M,) read out of states (M, H), and entropies (M,), zeros where not asked for.
+    """Log-probabilities of tokens (M,) from states (M, H), and entropies (M,), zeros unless asked for.
 
-    Each row's two numbers depend on its state alone, so their gradients are made in the forward pass, chunk by chunk,
-    while the logits are there: nothing of the size of the vocabulary is kept or made twice.
+    Each row's two numbers depend on its state alone, so the forward pass computes their gradients too, chunk by chunk,
+    while the logits exist: nothing of the size of the vocabulary is stored or computed twice.
     """
     return _TargetLogprobs.apply(hidden, base, tokens, temperature, want_entropy)
 
@@ -66,10 +66,9 @@ class _TargetLogprobs(torch.autograd.Function):
             states = hidden[part].detach().requires_grad_(bool(grads))
             with torch.set_grad_enabled(bool(grads)):
                 raw = base.logits(states)
-            found = compute_logprobs_and_grads(
+            logprobs[part], entropy[part], *by_logits = compute_logprobs_and_grads(
                 raw.detach(), tokens[part], temperature, want_entropy, with_grads=bool(grads)
             )
-            logprobs[part], entropy[part], *by_logits = found
             for grad, by in zip(grads, by_logits, strict=True):
                 (grad[part],) = torch.autograd.grad(raw, states, by.to(raw.dtype), retain_graph=by is not by_logits[-1])
         ctx.save_for_backward(*grads)
@@ -87,9 +86,9 @@ class _TargetLogprobs(torch.autograd.Function):
 def compute_logprobs_and_grads(
     raw: Tensor, tokens: Tensor, temperature: float, want_entropy: bool, *, with_grads: bool
 ) -> tuple[Tensor, ...]:
-    """Log-probabilities and entropies (M,) of logits (M, V), then how each changes with the logits, (M, V), if asked.
+    """Log-probabilities and entropies (M,) of logits (M, V), then the gradient (M, V) of each `with_grads`.
 
-    Of p = softmax(z / t): d log p_y / dz = (1[y] - p) / t and dH / dz = -p (log p + H) / t.
+    For p = softmax(z / t): d log p_y / dz = (1[y] - p) / t and dH / dz = -p (log p + H) / t.
     """
     divisor = 1.0 if temperature == 1.0 else temperature + 1e-7
     logits = at_least_fp32(raw) if divisor == 1.0 else at_least_fp32(raw) / divisor
@@ -98,12 +97,12 @@ def compute_logprobs_and_grads(
         return plain, torch.zeros_like(plain)
     total = logits.logsumexp(-1, keepdim=True)
     logprob = logits.gather(-1, tokens[:, None]) - total
-    every = (logits - total).clamp_(min=torch.finfo(logits.dtype).min)  # log p; an impossible token's p log p is 0
-    p = every.exp()
-    entropy = -(p * every).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(logprob)
+    log_p = (logits - total).clamp_(min=torch.finfo(logits.dtype).min)  # an impossible token's p log p is 0
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1, keepdim=True) if want_entropy else torch.zeros_like(logprob)
     if not with_grads:
         return logprob[:, 0], entropy[:, 0]
-    by_entropy = [every.add_(entropy).mul_(p).div_(-divisor)] if want_entropy else []
+    by_entropy = [log_p.add_(entropy).mul_(p).div_(-divisor)] if want_entropy else []
     by_logprob = p.neg_().scatter_add_(-1, tokens[:, None], torch.ones_like(logprob)).div_(divisor)
     return (logprob[:, 0], entropy[:, 0], by_logprob, *by_entropy)
 

@@ -1,12 +1,13 @@
-"""Cuts a batch into forward passes: gradients add up, results come back in the batch's order.
+"""Cuts a batch into forward passes: gradients add up, results are returned in the batch's order.
 
 If a pass does not fit into memory, every later one is half as large; the result stays the same.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -16,51 +17,47 @@ from stages.config import AUTO
 from stages.errors import OutOfMemory
 from stages.native.limits import out_of_memory, tokens_at_once
 
-LARGEST_OF = "largest_"  # named values that begin so are combined by their largest, all others added
+LARGEST_OF = "largest_"  # named values with this prefix are combined by their maximum, all others added
 
 Row = TypeVar("Row")
 Out = TypeVar("Out")
 
 
 class PassesShrank(Exception):
-    """A pass that adds to gradients ran out of memory: they are to be made again, from zero, in smaller passes."""
-
-
-def _never_stop() -> None:
-    pass
+    """A pass that adds to gradients ran out of memory: compute them again, from zero, in smaller passes."""
 
 
 @dataclass
 class Passes:
-    """The forward passes of one base: how large they are, as far as is planned or was found out."""
+    """The forward passes of one base: their size as planned, and as reduced after running out of memory."""
 
     on_cuda: bool
     micro_batch_size: int | str = AUTO  # rows of a pass
-    tokens: int | None = None  # of an `auto` pass; None: the device's own budget
+    tokens: int | None = None  # of an `auto` pass; None: the device's default
     divisor: int = 1  # 2 if memory sufficed for half passes only, and so on
-    check: Callable[[], None] = _never_stop  # called before every pass; raises StopRequested after a signal
+    check: Callable[[], None] = field(default=lambda: None)  # called before every pass; may raise StopRequested
 
     def accumulate(
         self, rows: Sequence[Row], sizes: list[int], forward: Callable[[list[Row]], tuple[Tensor, dict[str, float]]]
     ) -> dict[str, float]:
-        """Backward the loss of every micro-batch; returns the named values that `forward` reports, combined.
+        """Add the gradient of every micro-batch's loss; returns the named values of `forward`, combined.
 
-        `forward(rows)` gives a loss that is already divided by the whole batch's denominator, so the gradient does not
-        depend on how the batch was cut. `sizes` are the rows' tokens. Raises PassesShrank if a pass ran out of memory,
-        perhaps half-way through its backward; `loop.add_gradients` then begins again.
+        `forward(rows)` returns a loss that is already divided by the whole batch's denominator, so the gradient does
+        not depend on the cut of the batch. `sizes` are the rows' tokens. Raises PassesShrank if a pass ran out of
+        memory, perhaps half-way through its backward; `loop.add_gradients` then begins again.
         """
         values: dict[str, float] = {}
 
-        def learn(rows: list[Row]) -> dict[str, float]:
-            loss, counted = forward(rows)
+        def forward_and_backward(rows: list[Row]) -> dict[str, float]:
+            loss, part = forward(rows)
             loss.backward()
-            return counted
+            return part
 
         for numbers in self._cut(range(len(rows)), sizes):
-            counted = self._attempt(learn, [rows[i] for i in numbers], sizes[numbers[0]])
-            if counted is None:
+            part = self._attempt(forward_and_backward, [rows[i] for i in numbers], sizes[numbers[0]])
+            if part is None:
                 raise PassesShrank
-            values = combine(values, counted)
+            values = combine(values, part)
         return values
 
     @torch.no_grad()
@@ -74,7 +71,7 @@ class Passes:
             for numbers in self._cut(left, sizes):
                 results = self._attempt(forward, [rows[i] for i in numbers], sizes[numbers[0]])
                 if results is None:
-                    break  # what is left is cut anew
+                    break  # the remaining rows are cut again, into smaller passes
                 out |= zip(numbers, results, strict=True)
         return [out[number] for number in range(len(rows))]
 
@@ -92,15 +89,13 @@ class Passes:
         self.divisor *= 2
 
     def _cut(self, numbers: Sequence[int], sizes: list[int]) -> list[list[int]]:
-        """Row numbers cut into passes as large as memory allows, as far as is known now."""
-        lengths = [sizes[i] for i in numbers]
-        cut = micro_batches(
-            lengths, self.micro_batch_size, on_cuda=self.on_cuda, divisor=self.divisor, tokens=self.tokens
-        )
-        return [[numbers[i] for i in places] for places in cut]
+        """Row numbers cut into passes of the current size."""
+        options = {"on_cuda": self.on_cuda, "divisor": self.divisor, "tokens": self.tokens}
+        cut = micro_batches([sizes[i] for i in numbers], self.micro_batch_size, **options)
+        return [[numbers[i] for i in indices] for indices in cut]
 
     def _attempt(self, run: Callable[[list[Row]], Out], rows: list[Row], longest: int) -> Out | None:
-        """What a pass gives; None if memory ran out, and then later passes are half as large.
+        """The result of a pass; None if memory ran out, and then later passes are half as large.
 
         Raises OutOfMemory if a single row does not fit, StopRequested after a signal.
         """
@@ -117,13 +112,11 @@ class Passes:
 
 
 def combine(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
-    """Named values of two parts of a batch as those of both."""
+    """The named values of two parts of a batch, added or by their maximum."""
     out = dict(one)
     for name, value in other.items():
-        if name not in out:
-            out[name] = float(value)
-        else:
-            out[name] = max(out[name], float(value)) if name.startswith(LARGEST_OF) else out[name] + float(value)
+        merge = max if name.startswith(LARGEST_OF) else operator.add
+        out[name] = merge(out[name], float(value)) if name in out else float(value)
     return out
 
 
@@ -132,10 +125,10 @@ def micro_batches(
 ) -> list[list[int]]:
     """Cut items of these token lengths into forward passes: `size` items each, or as many as fit a token budget.
 
-    The budget is `tokens`, or the device's own. `divisor` makes passes so many times smaller, down to a single item.
+    The budget is `tokens`, or the device's default. Passes are smaller by the factor `divisor`, down to a single item.
 
-    Longest first, neighbours alike in length: little padding where padding is needed, and the pass that needs the
-    most memory comes first.
+    Longest first, neighbours alike in length: little padding for bases that need it, and the pass that needs the most
+    memory comes first.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if isinstance(size, int):

@@ -1,7 +1,7 @@
-"""Rotary embeddings whose angles depend on how long a text is: such texts share a forward pass only within a band.
+"""Rotary embeddings whose angles depend on a text's length: such texts share a forward pass only within a band.
 
-longrope (Phi-3 and Phi-4 with 128k) turns every position of a text beyond the original limit by other factors; dynamic
-NTK scaling has factors of its own for every length beyond it. Transformers takes them from the longest text of a pass.
+longrope (Phi-3 and Phi-4 with 128k) rotates all positions of a text longer than the original limit by other factors;
+dynamic NTK scaling has different factors for every length beyond it. Transformers takes those of a pass's longest text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class LengthBands:
-    """Which lengths of text a model computes alike, by the kinds of rotary embedding that its config names."""
+    """The bands of text lengths with equal angles, by the kinds of rotary embedding in a model's config."""
 
     def __init__(self, model: nn.Module):
         kinds = list(_kinds_of(model.config.get_text_config()))
@@ -23,11 +23,11 @@ class LengthBands:
 
     @property
     def differ(self) -> bool:
-        """True where there is more than one band."""
+        """True if there is more than one band."""
         return bool(self._limits or self._growing)
 
     def band_of(self, length: int) -> tuple[int, ...]:
-        """Texts may share a pass where this is the same for their lengths."""
+        """A key for a text's length: texts with equal keys may share a pass."""
         steps = (int(length > limit) for limit in self._limits)
         return (*steps, *(length if length > limit else 0 for limit in self._growing))
 
@@ -38,7 +38,7 @@ class LengthBands:
         return [list(same) for _, same in groupby(order, key=bands.__getitem__)]
 
     def forget(self) -> None:
-        """Undo what earlier passes left behind: dynamic scaling keeps the factors of the longest text it ever met."""
+        """Undo the effect of earlier passes: dynamic scaling keeps the factors of the longest text so far."""
         for module in self._modules:
             kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
             for prefix in (f"{layer}_" if layer else "" for layer, kind in kinds.items() if "dynamic" in kind):
@@ -47,7 +47,7 @@ class LengthBands:
 
 
 def _kinds_of(config: object) -> Iterator[tuple[str, int]]:
-    """Every kind of length-dependent rotary embedding in a config, and the length up to which it changes nothing."""
+    """Each kind of length-dependent rotary embedding in a config, and the length up to which it changes nothing."""
     whole = getattr(config, "rope_parameters", None) or {}
     for part in [part for part in whole.values() if isinstance(part, dict)] or [whole]:
         kind, limit = part.get("rope_type", "default"), getattr(config, "max_position_embeddings", 0)

@@ -1,13 +1,20 @@
-"""Chat templates of our own, and what a tokenizer puts before plain text, which a template has to write by itself."""
+"""Built-in chat templates, and the tokens before plain text, such as BOS, which a template has to write itself."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from stages.errors import ModelError
+from stages.errors import DatasetError, ModelError
 from stages.places import absolute
 from stages.reading import read_text
+
+if TYPE_CHECKING:
+    from stages.models.tokens import Text
+
+PROBE = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"})
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -23,20 +30,27 @@ TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
 
 
 def choose_template(name: str, tokenizer) -> str:
-    """The template that --chat-template names: one of ours, fitted to the tokenizer, or a file's text as it is.
+    """The template that --chat-template names: a built-in one, fitted to the tokenizer, or a file's text.
 
-    Raises ModelError where the file cannot be read.
+    Raises ModelError if the file cannot be read.
     """
     if name in TEMPLATES:
         return write_opening(tokenizer) + TEMPLATES[name]
-    return _read_template(name)
+    try:
+        return read_text(absolute(name, "--chat-template"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"cannot read the chat template: {error}",
+            where="--chat-template",
+            fix="give chatml, plain or a .jinja file",
+        ) from None
 
 
 def opening_tokens(tokenizer) -> tuple[int, ...]:
-    """The tokens that the tokenizer puts before every plain text, such as BOS; none where it adds none."""
+    """The tokens that the tokenizer puts before every plain text, such as BOS, if any."""
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    found = (k for k in range(len(whole) - len(bare) + 1) if whole[k : k + len(bare)] == bare)
-    return tuple(whole[: next(found, 0)])
+    starts = (k for k in range(len(whole) - len(bare) + 1) if whole[k : k + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
 
 
 def write_opening(tokenizer) -> str:
@@ -49,9 +63,9 @@ def write_opening(tokenizer) -> str:
 
 
 def scored_template(template: str, *, writes_end: bool) -> str:
-    """The template, ending where a reward model reads the score: at the last turn's end token, without a line break.
+    """The template, ending at the token of which a reward model reads the score: the last turn's end token.
 
-    Where it writes no end token, EOS. With a generation prompt it is the template as it was.
+    EOS is added if the template writes no end token. With a generation prompt the template is unchanged.
     """
     end = "" if writes_end else " + eos_token"
     return (
@@ -61,22 +75,48 @@ def scored_template(template: str, *, writes_end: bool) -> str:
 
 
 def stored_template(folder: Path) -> str | None:
-    """The chat template that is saved with a tokenizer; None where there is none."""
+    """The chat template that is saved with a tokenizer, if any."""
     alone, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
         if alone.exists():
             return alone.read_text(encoding="utf-8")
         return json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
     except (OSError, ValueError, AttributeError):
-        return None  # whoever loads the tokenizer says what is wrong
+        return None  # loading the tokenizer raises the error
 
 
-def _read_template(name: str) -> str:
+def template_warnings(text: Text, name: str | None) -> list[str]:
+    """Warnings of a chat template that trains other tokens than it serves; `name` is what --chat-template gave.
+
+    A file's template that lacks the opening tokens is used all the same: some models are served without them. Raises
+    ModelError if it writes them twice.
+    """
+    opening, warnings = list(text.opening), []
+    if opening and name is not None and name not in TEMPLATES:
+        words, ids = (
+            "".join(text.tokenizer.convert_ids_to_tokens(opening)),
+            text.encode(text.render(PROBE), rendered=True).ids,
+        )
+        if ids[: 2 * len(opening)] == opening * 2:
+            raise ModelError(
+                f"the template writes {words} twice",
+                where=f"--chat-template {name}",
+                fix="write it once, as {{ bos_token }}",
+            )
+        if ids[: len(opening)] != opening:
+            warnings.append(
+                f"--chat-template {name} does not write {words}, which the tokenizer puts before plain text; "
+                "conversations are trained and sampled without it. Begin the file with {{ bos_token }} unless the "
+                "model is meant to do without"
+            )
     try:
-        return read_text(absolute(name, "--chat-template"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"cannot read the chat template: {error}",
-            where="--chat-template",
-            fix="give chatml, plain or a .jinja file",
-        ) from None
+        prompt, whole = text.render(PROBE[:1], generate=True), text.render(PROBE)
+    except DatasetError:
+        return warnings
+    extra = prompt[len(os.path.commonprefix([prompt, whole])) :]
+    if extra:
+        warnings.append(
+            f"the chat template ends a prompt with {extra!r}, which it does not write before a recorded response: "
+            "responses are sampled after it, demonstrations and comparisons are learned without it"
+        )
+    return warnings

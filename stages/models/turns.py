@@ -1,7 +1,7 @@
-"""Where an assistant's turn stands in a rendered conversation.
+"""Where an assistant's turn lies in a rendered conversation.
 
 Found by rendering the conversation again, cut short or with a mark in the turn, and comparing whole texts: a search for
-the turn's words would find them in a question, in an equal turn, or inside markup.
+the turn's words would also match a question, an equal turn, or markup.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Span:
     """A turn's place in the rendered text, in characters."""
 
     begin: int  # where the generation prompt ends; without one, where the content begins
-    end: int | None  # end of the content; None where only the whole turn was found
-    closed: int | None  # end of what the template writes to close the turn; None where it closes final turns otherwise
+    end: int | None  # end of the content; None if only the whole turn was found
+    closed: int | None  # end of the text that closes the turn; None if the template closes final turns otherwise
 
 
 def find_turn(render: Render, messages: Messages, turn: int, text: str) -> Span:
     """The span of message `turn` in `text`, the conversation as rendered.
 
-    Raises DatasetError where it is not certain, as with a template that changes contents.
+    Raises DatasetError if it is uncertain, as with a template that changes contents.
     """
     before = _rendered(render, messages[:turn], generate=True) if turn else None
     opened = before is not None and text.startswith(before)
@@ -48,20 +48,20 @@ def find_turn(render: Render, messages: Messages, turn: int, text: str) -> Span:
 
 
 def content_end(render: Render, messages: Messages, turn: int, text: str) -> int | None:
-    """Where the content of message `turn` ends in `text`; None where that is not certain."""
+    """Where the content of message `turn` ends in `text`; None if that is uncertain."""
     mark = _unused(text)
     parts = _split(render, messages, turn, messages[turn]["content"] + mark, mark)
     if parts is None or not text.endswith(parts[1]):
         return None
     end = len(text) - len(parts[1])
-    return end if _equal_but_for_space(text[:end], parts[0]) else None
+    return end if parts[0].startswith(text[:end]) and not parts[0][end:].strip() else None
 
 
 def _turn_begin(render: Render, messages: Messages, turn: int, text: str, before: str | None) -> int | None:
     """Where message `turn` begins in `text` that does not begin with `before`, its generation prompt.
 
-    What the template writes between a generation prompt and a final turn's content belongs to this turn too, if it is
-    there: a space after [/INST] is sampled, not given.
+    Text that the template writes between a generation prompt and a final turn's content belongs to this turn too, if
+    present: a space after [/INST] is sampled, not given.
     """
     begin, mark = _content_begin(render, messages, turn, text), _unused(text)
     parts = _split(render, messages[: turn + 1], turn, mark + messages[turn]["content"], mark)
@@ -72,14 +72,14 @@ def _turn_begin(render: Render, messages: Messages, turn: int, text: str, before
 
 
 def _content_begin(render: Render, messages: Messages, turn: int, text: str) -> int | None:
-    """Where the content of message `turn` begins in `text`; None where that is not certain."""
+    """Where the content of message `turn` begins in `text`; None if that is uncertain."""
     mark, content = _unused(text), messages[turn]["content"]
     parts = _split(render, messages, turn, mark + content, mark)
     if parts is not None and text.startswith(parts[0]):
         rest = text[len(parts[0]) :]
         if parts[1].endswith(rest) and not parts[1][: len(parts[1]) - len(rest)].strip():
             return len(parts[0])
-    parts = _split(render, messages, turn, mark, mark)  # where a template drops the first part, such as a thought
+    parts = _split(render, messages, turn, mark, mark)  # for a template that drops the first part, such as a thought
     if parts is not None and text.startswith(parts[0]) and text[len(parts[0]) :].endswith(parts[1]):
         written = text[len(parts[0]) : len(text) - len(parts[1])]
         return len(parts[0]) if content.rstrip().endswith(written.strip()) else None
@@ -87,7 +87,7 @@ def _content_begin(render: Render, messages: Messages, turn: int, text: str) -> 
 
 
 def marked_spans(tokenizer, messages: Messages, text: str) -> list[tuple[int, int]] | None:
-    """What the template marks with {% generation %} in `text`, in characters; None where it has no marks."""
+    """The spans in `text`, in characters, that the template marks with {% generation %}; None without marks."""
     template = tokenizer.chat_template
     template = template.get("default", "") if isinstance(template, dict) else template
     if not GENERATION.search(template):
@@ -104,14 +104,14 @@ def marked_spans(tokenizer, messages: Messages, text: str) -> list[tuple[int, in
 
 
 def _closed(render: Render, messages: Messages, text: str, end: int) -> int | None:
-    """Where the closing of a turn ends whose content ends at `end`, going by how the template closes a final turn."""
+    """Where the closing of a turn ends whose content ends at `end`, if the template closes it like a final turn."""
     mark = _unused(text)
     parts = _split(render, messages, len(messages) - 1, messages[-1]["content"] + mark, mark)
     return end + len(parts[1]) if parts is not None and text[end:].startswith(parts[1]) else None
 
 
 def _rendered(render: Render, messages: Messages, *, generate: bool = False) -> str | None:
-    """The rendered text; None where the template refuses a conversation that was cut or changed."""
+    """The rendered text; None if the template refuses a conversation that was cut or changed."""
     try:
         return render(messages, generate=generate)
     except DatasetError:
@@ -119,7 +119,7 @@ def _rendered(render: Render, messages: Messages, *, generate: bool = False) -> 
 
 
 def _split(render: Render, messages: Messages, turn: int, content: str, mark: str) -> tuple[str, str] | None:
-    """The text before and after the mark, with `content` in place of the turn's; None unless it is there once."""
+    """The text before and after the mark, with `content` in place of the turn's; None unless it occurs once."""
     changed = [*messages[:turn], {**messages[turn], "content": content}, *messages[turn + 1 :]]
     parts = (_rendered(render, changed) or "").split(mark)
     return (parts[0], parts[1]) if len(parts) == 2 else None
@@ -131,8 +131,3 @@ def _unused(text: str) -> str:
     while mark in text:
         mark += "Zq"
     return mark
-
-
-def _equal_but_for_space(trimmed: str, whole: str) -> bool:
-    """True where `whole` is `trimmed` with nothing but whitespace after it."""
-    return whole.startswith(trimmed) and not whole[len(trimmed) :].strip()

@@ -1,7 +1,7 @@
-"""Our own forward pass through Llama-shaped bodies, over the weights that transformers loaded.
+"""The native forward pass through Llama-shaped bodies, over the weights that transformers loaded.
 
-Covers Llama, Mistral, Qwen2 and Qwen3; every other architecture runs through transformers' own code. Whether the two
-agree is measured when a base is loaded (see stages/models/base.py).
+Covers Llama, Mistral, Qwen2 and Qwen3; every other architecture runs through transformers' code. Loading a base
+measures whether the two agree (see stages/models/base.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stages.native import attention, dense
-from stages.native.fused import Linear, gated_mlp, project, rms_norm, rotate
+from stages.native.fused import Linear, gated_mlp, normed, project, rms_norm, rotate
 from stages.native.limits import COVERED, LONGEST_DENSE
 from stages.native.prefixes import Packing
 
@@ -25,7 +25,7 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")  # those whose angles depend
 
 @dataclass(frozen=True)
 class Norm:
-    """A frozen root-mean-square norm."""
+    """A frozen root-mean-square norm, with gradient for its input."""
 
     weight: Tensor
     eps: float
@@ -33,12 +33,16 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def without_grad(self, x: Tensor) -> Tensor:
+        """The same numbers, without autograd's overhead."""
+        return normed(x, self.weight, self.eps)[0]
+
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: the modules that its linear layers are in, and the shape of its attention.
+    """One layer: its norms, the modules with its linear layers, and the shape of its attention.
 
-    The linear layers are looked up when they run, since PEFT puts its own around them once they are adapted.
+    The linear layers are looked up when they run, since PEFT wraps them once they are adapted.
     """
 
     before_attention: Norm
@@ -53,8 +57,8 @@ class Block:
     window: int | None
 
     def qkv(self) -> tuple[Linear, Linear, Linear]:
-        own = self.attention
-        return under_role(own.q_proj), under_role(own.k_proj), under_role(own.v_proj)
+        module = self.attention
+        return under_role(module.q_proj), under_role(module.k_proj), under_role(module.v_proj)
 
     def o(self) -> Linear:
         return under_role(self.attention.o_proj)
@@ -67,11 +71,11 @@ def under_role(layer: nn.Module) -> Linear:
     """A linear layer with the weights of the active role, if PEFT's layer around it has any."""
     if type(layer) is nn.Linear:
         return Linear(layer.weight, layer.bias, None, None)
-    base, down = layer.base_layer, layer.lora_A
+    weight, bias = layer.base_layer.weight, layer.base_layer.bias
     for role in layer.active_adapters:
-        if role in down:
-            return Linear(base.weight, base.bias, down[role].weight, layer.lora_B[role].weight, layer.scaling[role])
-    return Linear(base.weight, base.bias, None, None)
+        if role in layer.lora_A:
+            return Linear(weight, bias, layer.lora_A[role].weight, layer.lora_B[role].weight, layer.scaling[role])
+    return Linear(weight, bias, None, None)
 
 
 class Native:
@@ -82,7 +86,7 @@ class Native:
         self.embedding: nn.Module = body.embed_tokens
         self.norm = _norm(body.norm)
         self._rotary: nn.Module = body.rotary_emb
-        self.capture_failure: str | None = None  # why no CUDA graph of a decoding step was made, if that was tried
+        self.capture_failure: str | None = None  # why capturing a decoding step as a CUDA graph failed, if it did
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (N, 1, D / 2) of the rotary embedding at positions (N,)."""
@@ -93,16 +97,18 @@ class Native:
     def hidden(
         self, row: Packing, wanted: Tensor | None, *, recompute: bool = False, keep: Keep | None = None
     ) -> Tensor:
-        """Final hidden states of a packed row (N, H), or of its `wanted` places alone (M, H).
+        """Final hidden states of a packed row (N, H), or only those at the indices `wanted` (M,): (M, H).
 
-        Past the last attention only wanted places are computed. With `recompute` activations are made again in the
-        backward pass (Chen et al. 2016). `keep(layer, keys, values)` is shown what every layer attends to.
+        After the last attention only wanted states are computed. With `recompute` the backward pass computes
+        activations again (Chen et al. 2016). `keep(layer, keys, values)` is called with every layer's keys and values.
         """
         device = self.embedding.weight.device
         x = self.embedding(row.ids.to(device))
         angles = self.angles(row.positions.to(device))
-        segments = attention.segments(tuple(row.trees), device)
-        run: Callable[..., Tensor] = _checkpointed if recompute and torch.is_grad_enabled() else _block
+        segments = attention.segments(tuple(row.groups), device)
+        run: Callable[..., Tensor] = _run_block
+        if recompute and torch.is_grad_enabled():
+            run = partial(checkpoint, _run_block, use_reentrant=False)
         for number, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
             show = partial(keep, number) if keep is not None else None
@@ -110,11 +116,7 @@ class Native:
         return self.norm(x)
 
 
-def _checkpointed(block: Block, x: Tensor, *rest: object) -> Tensor:
-    return checkpoint(_block, block, x, *rest, use_reentrant=False)
-
-
-def _block(
+def _run_block(
     block: Block,
     x: Tensor,
     angles: tuple[Tensor, Tensor],
@@ -126,8 +128,8 @@ def _block(
     q, k, v = heads_of(block, block.before_attention(x), angles)
     if show is not None:
         show(k, v)
-    mixed = attend_native(q, k, v, segments, block.scale, block.window)
-    del q, k, v  # what is not kept for a backward pass is gone before the widest layers
+    mixed = attend_native(q, k, v, segments, attention.Rule(block.scale, block.window))
+    del q, k, v  # to be freed before the widest layers, unless a backward pass needs them
     if wanted is not None:
         x, mixed = x[wanted], mixed[wanted]
     (x,) = project(mixed, (block.o(),), residual=x)
@@ -135,19 +137,15 @@ def _block(
     return gated_mlp(block.before_mlp(x), x, *block.gate_up_down())
 
 
-def attend_native(
-    q: Tensor, k: Tensor, v: Tensor, segments: attention.Segments, scale: float, window: int | None
-) -> Tensor:
+def attend_native(q: Tensor, k: Tensor, v: Tensor, segments: attention.Segments, rule: attention.Rule) -> Tensor:
     """Attention within a packed row, q (N, heads, D), k and v (N, kv heads, D) -> (N, heads D)."""
     if not q.is_cuda and q.dtype == torch.float32 and segments.longest[1] <= LONGEST_DENSE:
-        return dense.attend_dense(q, k, v, segments.trees, scale, window).flatten(1)
-    return attention.attend_packed(
-        *(y.transpose(0, 1)[None] for y in (q, k, v)), segments, scale, window, None
-    ).flatten(2)[0]
+        return dense.attend_dense(q, k, v, segments.groups, rule.scale, rule.window).flatten(1)
+    return attention.attend_packed(*(x.transpose(0, 1)[None] for x in (q, k, v)), segments, rule).flatten(2)[0]
 
 
 def heads_of(block: Block, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (N, heads, D), keys and values (N, kv heads, D) of normed states (N, H), turned by their positions."""
+    """Queries (N, heads, D), keys and values (N, kv heads, D) of normed states (N, H), rotated by their positions."""
     q, k, v = (y.unflatten(-1, (-1, block.head_size)) for y in project(x, block.qkv()))
     if block.query_norm is not None and block.key_norm is not None:
         q, k = block.query_norm(q), block.key_norm(k)
@@ -155,7 +153,7 @@ def heads_of(block: Block, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 def native_of(model: nn.Module) -> Native | None:
-    """The native form of a loaded model that has no adapters yet; None where its architecture is not covered."""
+    """The native form of a loaded model that has no adapters yet; None if its architecture is not covered."""
     config, body = model.config, model.base_model
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type not in COVERED or rope.get("rope_type", "default") not in ROTATIONS:
@@ -169,18 +167,18 @@ def native_of(model: nn.Module) -> Native | None:
 
 
 def _block_of(layer: nn.Module, config: object) -> Block:
-    own = layer.self_attn
-    window = config.sliding_window if config.model_type == "mistral" else getattr(own, "sliding_window", None)
+    module = layer.self_attn
+    window = config.sliding_window if config.model_type == "mistral" else getattr(module, "sliding_window", None)
     return Block(
         before_attention=_norm(layer.input_layernorm),
         before_mlp=_norm(layer.post_attention_layernorm),
-        query_norm=_norm(own.q_norm) if hasattr(own, "q_norm") else None,
-        key_norm=_norm(own.k_norm) if hasattr(own, "k_norm") else None,
-        attention=own,
+        query_norm=_norm(module.q_norm) if hasattr(module, "q_norm") else None,
+        key_norm=_norm(module.k_norm) if hasattr(module, "k_norm") else None,
+        attention=module,
         mlp=layer.mlp,
-        head_size=own.head_dim,
-        kv_heads=own.k_proj.out_features // own.head_dim,
-        scale=own.scaling,
+        head_size=module.head_dim,
+        kv_heads=module.k_proj.out_features // module.head_dim,
+        scale=module.scaling,
         window=window,
     )
 

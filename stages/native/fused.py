@@ -1,7 +1,7 @@
-"""The parts of a Llama-shaped block, each with a backward pass of its own that keeps and computes only what LoRA needs.
+"""The parts of a Llama-shaped block, each with its own backward pass that stores and computes only what LoRA needs.
 
-Base weights and norms are frozen, so no gradient is made for them; the adapter's delta is folded into the weight for
-one call where that is cheaper and exact (fp32 with many tokens), and computed beside it elsewhere.
+Base weights and norms are frozen, so they get no gradient. For one call the adapter's delta is folded into the weight
+if that is cheaper and exact (fp32 with many tokens), else computed separately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def project(x: Tensor, linears: tuple[Linear, ...], residual: Tensor | None = No
 
 
 def gated_mlp(x: Tensor, residual: Tensor, gate: Linear, up: Linear, down: Linear) -> Tensor:
-    """residual + down(silu(gate(x)) * up(x)), (N, H) -> (N, H); the product is made again for the backward pass."""
+    """residual + down(silu(gate(x)) * up(x)), (N, H) -> (N, H); the backward pass computes the product again."""
     flat = [part for linear in (gate, up, down) for part in linear[:4]]
     return _GatedMlp.apply(x, residual, (gate.scale, up.scale, down.scale), *flat)
 
@@ -49,7 +49,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def folds(tokens: int, weight: Tensor) -> bool:
-    """Whether folding the delta into the weight is exact to rounding, and cheaper than two thin products per token."""
+    """True if folding the delta into the weight is exact to rounding, and cheaper than two thin products per token."""
     out, width = weight.shape
     return weight.dtype in (torch.float32, torch.float64) and tokens * (out + width) >= 2 * out * width
 
@@ -63,7 +63,7 @@ def folded(linear: Linear) -> Tensor:
 
 
 def apply(x: Tensor, linear: Linear, onto: Tensor | None = None) -> Tensor:
-    """The layer on x (N, in) -> (N, out), added to `onto` where that is given."""
+    """The layer on x (N, in) -> (N, out), added to `onto` if given."""
     with_delta = linear.a is not None
     fold = with_delta and folds(len(x), linear.weight)
     weight = folded(linear) if fold else linear.weight
@@ -81,7 +81,7 @@ def apply(x: Tensor, linear: Linear, onto: Tensor | None = None) -> Tensor:
 def _gradients(
     grad: Tensor, x: Tensor, linear: Linear, into: Tensor | None, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x (added to `into`), A and B, given that of the output; `needs` says whether x's and the delta's."""
+    """Gradients of x (added to `into`), A and B, given that of the output; `needs`: x's, the delta's."""
     needs_x, needs_delta = needs
     through = da = db = None
     fold = linear.a is not None and folds(len(x), linear.weight)
@@ -146,7 +146,7 @@ def _linears(flat: tuple[Tensor | None, ...] | list[Tensor | None], scales: tupl
 
 
 def _trains(ctx, number: int) -> bool:
-    """Whether layer `number` of those laid flat behind the first three arguments has a delta that learns."""
+    """True if layer `number` of those laid flat behind the first three arguments has a delta that is trained."""
     start = 3 + 4 * number
     return any(ctx.needs_input_grad[start + 2 : start + 4])
 
@@ -189,7 +189,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
-    """Each pair (i, i + D / 2) of the last dimension turned by its angle, or back where direction is -1."""
+    """Each pair (i, i + D / 2) of the last dimension rotated by its angle, or back if direction is -1."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     (first, second), (new_first, new_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-direction)

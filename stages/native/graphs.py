@@ -1,7 +1,7 @@
 """Decoding steps of fixed shape, so that on CUDA a step is one replayed graph and not hundreds of launches.
 
-A step is captured for so many rows and so much of the slots; fewer rows run padded to the next size, and what lies
-beyond a row's own tokens is masked. Nothing here but `cuda_graph` needs a GPU.
+A step is captured for a number of rows and a filled length of the slots; fewer rows run padded to the next size, and
+slots beyond a row's own tokens are masked. Only `cuda_graph` needs a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SLOT_STEP = 128  # slots are read up to a multiple of this
-WORTH_IT = 16  # tokens still to come for which a capture pays
+WORTH_IT = 16  # new tokens from which on a capture pays
 
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
@@ -34,21 +34,21 @@ class FixedSteps:
 
 
 def at_least(rows: int, most: int) -> int:
-    """The next power of two, or `most` where that is less."""
+    """The next power of two, or `most` if that is less."""
     return min(most, 1 << (rows - 1).bit_length())
 
 
 def cuda_graph() -> Capture:
-    """What captures steps as CUDA graphs that share one pool of memory.
+    """A function that captures steps as CUDA graphs, which share one pool of memory.
 
-    Raises RuntimeError where a step cannot be captured, or where its graph gives other states than the step itself.
+    It raises RuntimeError if a step cannot be captured, or if its graph gives other states than the step itself.
     """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(step: Step) -> Step:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once outside of a graph: libraries set themselves up at their first call
+        with torch.cuda.stream(side):  # once outside a graph: libraries initialise at their first call
             expected = step().clone()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -59,14 +59,14 @@ def cuda_graph() -> Capture:
             graph.replay()
             return out
 
-        apart = (replay().float() - expected.float()).abs().max()
-        if not apart <= 1e-2 * expected.float().abs().max():
-            raise RuntimeError(f"a replayed decoding step is {float(apart):.3g} off")
+        error = (replay().float() - expected.float()).abs().max()
+        if not error <= 1e-2 * expected.float().abs().max():
+            raise RuntimeError(f"a replayed decoding step is {float(error):.3g} off")
         return replay
 
     return capture
 
 
 def capture_for(device: torch.device, tokens: int) -> Capture | None:
-    """How steps are captured on a device, None where they are not: on the CPU, or for a few tokens."""
+    """How steps are captured on a device; None if they are not: on the CPU, or for a few tokens."""
     return cuda_graph() if device.type == "cuda" and tokens >= WORTH_IT else None

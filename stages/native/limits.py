@@ -1,4 +1,4 @@
-"""What the native pass covers, how much is computed at once, and how running out of memory is recognised.
+"""Limits of the native pass and of forward passes, and the test for errors of memory that ran out.
 
 No torch at import: the memory plan is made before a model loads.
 """
@@ -18,5 +18,5 @@ def tokens_at_once(*, on_cuda: bool) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """True if torch could not have the memory it asked for."""
+    """True if torch could not allocate memory."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Finds what sequences have in common at their beginnings, so that it is computed once."""
+"""Finds the prefixes that sequences share, so that each is computed once."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ from torch import Tensor
 
 from stages.native.attention import PrefixGroup
 
-LEAST = 4  # tokens that have to be shared before it is worth the trouble
+LEAST = 4  # shared tokens from which on sharing is worth the trouble
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Sequences as one packed row in which shared beginnings lie once."""
+    """Sequences as one packed row in which shared prefixes lie once."""
 
     ids: Tensor  # (N,) tokens of the row
     positions: Tensor  # (N,) of each within its own sequence
-    trees: list[PrefixGroup]
-    places: Tensor | None  # (sum L_i,) where each token of the sequences, laid end to end, is in the row; None: there
+    groups: list[PrefixGroup]
+    indices: Tensor | None  # (sum L_i,) index in the row of each token of the sequences laid end to end; None: the same
 
 
 def pack(sequences: list[Tensor], *, share: bool) -> Packing:
-    """Lay sequences (L_i,) out as a row; with `share` each common beginning of several lies in it once."""
-    groups = shared_beginnings(sequences) if share else []
-    if not groups:
+    """Lay sequences (L_i,) out as a row; with `share` each common prefix of several lies in it once."""
+    shared = shared_beginnings(sequences) if share else []
+    if not shared:
         positions = torch.cat([torch.arange(len(s)) for s in sequences])
         return Packing(torch.cat(sequences), positions, [PrefixGroup(len(s)) for s in sequences], None)
-    ids, positions, trees, start = [], [], [], 0
-    places: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for rows, prefix in groups:
-        suffixes = tuple(len(sequences[i]) - prefix for i in rows) if len(rows) > 1 else ()
+    parts: list[tuple[int, int, int]] = []  # sequence, first and last position of each stretch of the row
+    groups, start = [], 0
+    indices: list[Tensor] = [torch.empty(0)] * len(sequences)
+    for rows, prefix in shared:
         beginning = torch.arange(start, start + prefix)
-        ids.append(sequences[rows[0]][:prefix])
-        positions.append(torch.arange(prefix))
+        parts.append((rows[0], 0, prefix))
         start += prefix
         for i in rows:
-            rest = len(sequences[i]) - prefix
-            ids.append(sequences[i][prefix:])
-            positions.append(torch.arange(prefix, prefix + rest))
-            places[i] = torch.cat([beginning, torch.arange(start, start + rest)])
-            start += rest
-        trees.append(PrefixGroup(prefix, suffixes))
-    return Packing(torch.cat(ids), torch.cat(positions), trees, torch.cat(places))
+            length = len(sequences[i])
+            parts.append((i, prefix, length))
+            indices[i] = torch.cat([beginning, torch.arange(start, start + length - prefix)])
+            start += length - prefix
+        groups.append(PrefixGroup(prefix, tuple(len(sequences[i]) - prefix for i in rows) if len(rows) > 1 else ()))
+    ids = torch.cat([sequences[i][begin:end] for i, begin, end in parts])
+    positions = torch.cat([torch.arange(begin, end) for _, begin, end in parts])
+    return Packing(ids, positions, groups, torch.cat(indices))
 
 
 def shared_beginnings(sequences: list[Tensor]) -> list[tuple[list[int], int]]:
-    """Every sequence's number in a group with those it shares a beginning with, and its length in tokens.
+    """Groups of sequences that share a prefix: their numbers, and the prefix's tokens. Empty if nothing is shared.
 
-    A sequence alone in its group begins with all of itself. Empty where nothing is shared. Each sequence keeps at least
-    its last token to itself. Sorted by their tokens, sequences of one beginning are neighbours; one joins the group
-    before it where that saves more tokens than the group's own beginning does without it.
+    The prefix of a sequence alone in its group is all of it; each of several keeps at least its last token to itself.
+    Sorted by their tokens, sequences of one prefix are neighbours; one joins the group before it if that saves more
+    tokens than the group's own prefix does without it.
     """
     keys = [s.numpy().tobytes() for s in sequences]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
@@ -70,7 +70,7 @@ def shared_beginnings(sequences: list[Tensor]) -> list[tuple[list[int], int]]:
 
 
 def _common(a: Tensor, b: Tensor) -> int:
-    """Tokens that two sequences begin with alike."""
+    """Number of tokens at the beginning that two sequences have in common."""
     shorter = min(len(a), len(b))
     differ = (a[:shorter] != b[:shorter]).nonzero()
     return int(differ[0]) if len(differ) else shorter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stages.config import AUTO, PpoConfig
-from stages.maths.rewards import RunningMoments, charge_missing_eos, clip_score, length_penalty
+from stages.maths.rewards import RunningMoments, charge_missing_eos, length_penalty
 from stages.rollout.experience import Experience
 from stages.training.session import Session
 
@@ -22,7 +22,7 @@ def charge_scores(session: Session, experience: Experience) -> Tensor:
     ended = experience.rollout.ended.to(score.device)
     rule = decide_missing_eos(session, ended) if config.missing_eos == AUTO else config.missing_eos
     score = charge_missing_eos(score, ended, config.missing_eos_penalty, rule)
-    return score if config.score_clip is None else clip_score(score, config.score_clip)
+    return score if config.score_clip is None else score.clamp(-config.score_clip, config.score_clip)
 
 
 def normalise(session: Session, score: Tensor) -> Tensor:

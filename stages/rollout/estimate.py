@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.config import PpoConfig
-from stages.maths.advantages import broadcast, gae, group_relative, reinforce_pp, reinforce_pp_baseline, rloo
+from stages.maths.advantages import broadcast, gae, group_centred, group_relative, reinforce_pp, rloo
 from stages.maths.kl import k1, k2, k3
 from stages.maths.rewards import shape_rewards
 from stages.maths.tensors import Reduce, scale_to_unit_variance, sequence_sum, whiten
@@ -45,5 +45,5 @@ def _advantages(config: PpoConfig, rewards: Tensor, experience: Experience, grou
     no_returns = torch.zeros_like(rewards)
     if config.advantage == "reinforce++":
         return reinforce_pp(rewards, mask, config.gamma), no_returns
-    estimators = {"rloo": rloo, "grpo": group_relative, "reinforce++-baseline": reinforce_pp_baseline}
+    estimators = {"rloo": rloo, "grpo": group_relative, "reinforce++-baseline": group_centred}
     return broadcast(estimators[config.advantage](sequence_sum(rewards, mask), groups), mask), no_returns

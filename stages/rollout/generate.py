@@ -116,7 +116,7 @@ def respond(
     if out and not torch.cat([response.logprobs for response in out]).isfinite().all():
         raise NotFiniteError(
             "sampling gives log-probabilities that are not finite: weights of the base or of its adapter are too large",
-            where=base.source.name,
+            where=base.ref.name,
             fix="use another checkpoint, or train it again with a lower --learning-rate",
         )
     return out  # type: ignore[return-value]
@@ -135,7 +135,7 @@ def check_engine(base: Base, engine: str) -> tuple[str, ...]:
         return ()
     variant = " in 4 bits" if any(is_four_bit(layer) for layer in base.layers.values()) else ""
     variant += " with DoRA adapters" if base.has_dora else ""
-    reason = f"the native decoder does not support `{base.source.config['model_type']}`{variant}"
+    reason = f"the native decoder does not support `{base.ref.config['model_type']}`{variant}"
     if engine == "native":
         raise ModelError(reason, where="rollout_engine", fix="remove --rollout-engine")
     if not cache_works(base):

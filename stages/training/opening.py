@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from stages.checkpoint.manifest import MANIFEST
 from stages.errors import CheckpointError, DatasetError, ModelError
-from stages.models.base import Base, load_base, stop_ids_of
+from stages.models.base import Base, load_base
 from stages.models.checks import check_config
 from stages.models.coverage import measure_coverage, sample_texts
-from stages.models.model_ref import ModelRef, lora_type_of
+from stages.models.model_ref import ModelRef, lora_type_of, stop_ids_of
 from stages.models.tokens import Text, TokenRow, load_text
 from stages.results import Reporter
 from stages.training.comparing import TokenComparison

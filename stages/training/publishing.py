@@ -69,13 +69,13 @@ def _manifest(
     rates = {w: sum(line.get(w, 0) for line in steps) / max(seconds, 1e-9) for w in ("tokens", "samples")}
     return Manifest(
         stage=session.stage,
-        base=base.source.base_ref,
+        base=base.ref.base_ref,
         parents=tuple(
             Parent(role, str(ref.folder.resolve()), ref.manifest.stage, checkpoint_digest(ref.folder))
             for role, ref in parents
             if ref.folder is not None
         ),
-        tokenizer_digest=base.source.tokenizer_digest,
+        tokenizer_digest=base.ref.tokenizer_digest,
         stop_token_ids=session.text.stop_ids,
         config=as_dict(session.config),
         datasets={"train": {"source": data.source, "digest": data.digest, "rows": len(data.rows)}},

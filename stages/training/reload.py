@@ -39,7 +39,7 @@ def check_reload(
     """
     roles = Roles(base)
     try:
-        stored = adapter_of(base, base.source, trainable=False, folder=trunk or folder)
+        stored = adapter_of(base, base.ref, trainable=False, folder=trunk or folder)
         stored_head = head_of(base, folder) if head is not None else None
         score = load_tensors(folder / ADAPTER).get(SCORE_KEY) if head is not None and trunk is None else None
     except UserError as error:
@@ -80,7 +80,7 @@ def check_adaptable(base: Base, targets: list[str], lora_type: str = "lora") -> 
             check_reload(base, Path(folder), adapter)
     except AssertionError as error:
         raise ModelError(
-            f"an adapter on `{base.source.config['model_type']}` does not read back as it was written: {error}",
+            f"an adapter on `{base.ref.config['model_type']}` does not read back as it was written: {error}",
             where="--model",
             fix="name other --lora-targets, or use another base",
         ) from None

@@ -53,7 +53,7 @@ def test_the_plan_is_within_15_percent_of_what_a_pass_takes(device, dtype, check
         learn_rows(roles, "policy", rows, count_targets(rows))
     assert float(optimizer.gradient.abs().max()) > 0
     config = sft_config(device=device.type, dtype=dtype, lora_rank=32, gradient_checkpointing=checkpointing)
-    parts = memory_by_part(config, Work("sft", list(lengths), len(lengths), read=0.5), base.source, shapes)
+    parts = memory_by_part(config, Work("sft", list(lengths), len(lengths), read=0.5), base.ref, shapes)
     assert parts["frozen base"] == weights
     assert peak_of(parts) - weights == pytest.approx(peak[0], rel=0.15)
 
