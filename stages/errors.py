@@ -1,4 +1,4 @@
-"""Every way a command can end other than well. No torch here: these answer before anything heavy loads."""
+"""Errors that end a command. No torch, so that they can be raised before heavy imports."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ WORDS = 500  # characters of an exception's own text in a message
 
 
 def escape_lines(text: str) -> str:
-    """A message whose names cannot begin lines of their own; lines of ours are indented by four spaces, and stay."""
+    """A message with line breaks escaped, except those before the four spaces by which our own lines are indented."""
     return re.sub(r"\r|\n(?!    )", lambda end: repr(end[0])[1:-1], text)
 
 
 def words_of(error: BaseException) -> str:
-    """What an exception says, in one line; nothing that it does when it is printed gets out."""
+    """The text of an exception on one line, at most `WORDS` characters. Never raises."""
     try:
         text = " ".join(str(error).split())
-    except BaseException as broken:  # noqa: BLE001  its __str__ is not ours
+    except BaseException as broken:  # noqa: BLE001  its __str__ may be user code
         return f"(its text cannot be printed: {type(broken).__name__})"
     return text if len(text) <= WORDS else text[: WORDS - 3] + "..."
 
 
 class UserError(Exception):
-    """A mistake of the user's: `what` is wrong, `where` (file:line, field, flag), what to do (`fix`)."""
+    """A user error: `what` is wrong, `where` (file:line, field, flag), and how to `fix` it."""
 
     exit_code = 2
-    told_by_first = False  # True where rank 0 says the same
+    told_by_first = False  # True if rank 0 reports the same error
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.fix = escape_lines(what), escape_lines(fix) if fix else fix
@@ -39,7 +39,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A knob that is unknown, of the wrong type, out of bounds, or at odds with another."""
+    """A knob that is unknown, of the wrong type, out of bounds, or contradicts another."""
 
 
 class DatasetError(UserError):
@@ -55,23 +55,23 @@ class ModelError(UserError):
 
 
 class NotFiniteError(ModelError):
-    """A model that computes numbers that are not finite, though its weights are."""
+    """A model with finite weights whose outputs are not finite."""
 
 
 class OutputError(UserError):
-    """An output folder or file that belongs to something else, is in use, or cannot be written."""
+    """An output folder or file that this tool did not write, is in use, or cannot be written."""
 
 
 class DeviceError(UserError):
-    """A device or precision that this machine does not have."""
+    """A device or precision that is not available on this machine."""
 
 
 class RankError(UserError):
-    """Another rank of this run ended, or cannot be reached."""
+    """Another rank of this run that ended, or cannot be reached."""
 
 
 class OutOfMemory(DeviceError):
-    """Not even one row, of so many `tokens`, fits into memory."""
+    """Too little memory even for one row, which has `tokens` tokens."""
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, tokens: int = 0):
         self.tokens = tokens
@@ -83,7 +83,7 @@ class RewardError(UserError):
 
 
 class TrainingStopped(Exception):
-    """Training stopped itself because going on would be useless; the last good state is kept."""
+    """Training stopped by a condition or by non-finite gradients; the last good state is kept."""
 
     exit_code = 3
 
@@ -93,20 +93,20 @@ class TrainingStopped(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end; its state is saved and the same command goes on from it."""
+    """A run ended by a signal; its state is saved, and the same command resumes from it."""
 
     def __init__(self, signal_number: int, *, step: int | None, output: str):
         self.exit_code = 128 + signal_number
         self.step, self.output = step, output
         saved = f"state of step {step} saved in {output}" if step is not None else f"nothing saved yet in {output}"
-        super().__init__(f"interrupted; {saved}; run the same command again to go on")
+        super().__init__(f"interrupted; {saved}; run the same command again to resume")
 
 
 class StopRequested(BaseException):
-    """Raised between forward passes after a signal; not an Exception, so that no user code swallows it."""
+    """A signal, raised between forward passes; not an Exception, so that user code cannot catch it by accident."""
 
     def __init__(self, number: int, *, immediate: bool = False):
         self.number = number
-        self.immediate = immediate  # raised anywhere, perhaps in the middle of an optimiser step
+        self.immediate = immediate  # raised anywhere, perhaps during an optimiser step
         self.exit_code = 128 + number
         super().__init__(f"signal {number}")

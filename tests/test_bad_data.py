@@ -196,7 +196,8 @@ ROWS = {
         ["r.csv:3: byte 0xe9 is not UTF-8"],
     ),
     "a NUL byte in CSV": (
-        EARLY, lambda c, p: sft(c, p, dataset=csv(p, b"prompt,completion\na,b\0\n")), ["r.csv:2: a NUL byte"],
+        EARLY, lambda c, p: sft(c, p, dataset=csv(p, b"prompt,completion\na,b\0\n")),
+        ["r.csv:2: the text contains a NUL byte"],
     ),
     "semicolons in CSV": (
         EARLY, lambda c, p: sft(c, p, dataset=csv(p, "prompt;completion\na;b\n")), ["by commas", "`prompt;completion`"],
@@ -278,7 +279,7 @@ ROWS = {
     "raters that are not named": (
         EARLY,
         lambda c, p: dpo(c, p, "--normalise-raters", dataset=rows(p, {"prompt": "a", "response": "b", "rating": 1})),
-        ["annotator: normalise_raters needs to know who rated"],
+        ["annotator: normalise_raters needs the annotator of each row"],
     ),
     "demonstrations for dpo": (
         EARLY, lambda c, p: dpo(c, p, dataset=c.demonstrations), ["a demonstration row", "prompt+chosen+rejected"],

@@ -391,7 +391,8 @@ ROWS = {
         ["unknown role `cat`"],
     ),
     "nobody answers": (
-        EARLY, lambda c, p: sft(c, p, dataset=rows(p, {"messages": TURNS[:1]})), ["no assistant turn says anything"],
+        EARLY, lambda c, p: sft(c, p, dataset=rows(p, {"messages": TURNS[:1]})),
+        ["every assistant turn is empty or missing"],
     ),
     "chosen is rejected": (
         EARLY, lambda c, p: reward(c, p, dataset=rows(p, {"prompt": "a", "chosen": "b", "rejected": "b"})),
@@ -505,10 +506,10 @@ ROWS = {
     # --- outputs
     "somebody else's folder": (
         EARLY, lambda c, p: sft(c, p, *owned(p / "out")),
-        ["belongs to something else", "nothing in this folder will be touched"],
+        ["does not hold an rlhf run", "nothing in this folder will be changed"],
     ),
     "somebody else's folder, to be overwritten": (
-        EARLY, lambda c, p: sft(c, p, "--overwrite", *owned(p / "out")), ["belongs to something else"],
+        EARLY, lambda c, p: sft(c, p, "--overwrite", *owned(p / "out")), ["does not hold an rlhf run"],
     ),
     "the output is a file": (EARLY, lambda c, p: sft(c, p, *file_at(p / "out")), ["cannot be used as a folder"]),
     "the output lies in a file": (
@@ -521,8 +522,9 @@ ROWS = {
         EARLY, lambda c, p: [*reward(c, p), "--output", c.sft],
         ["holds a run of `sft`, not of `reward`", "--overwrite"],
     ),
-    "a run of other choices": (
-        EARLY, lambda c, p: [*sft(c, p), "--output", c.sft], ["made with other choices", "batch_size: 8 -> 64"],
+    "a run with other knobs": (
+        EARLY, lambda c, p: [*sft(c, p), "--output", c.sft],
+        ["holds a run with different knobs or inputs", "batch_size: 8 -> 64"],
     ),
     "a sample into a folder": (
         EARLY, lambda c, p: [*sample(c, p), "--output", p], ["--output", "is a folder", ".jsonl"],

@@ -211,7 +211,7 @@ def test_a_full_disk_under_safetensors_is_explained(tmp_path):
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path):
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(OutputError, match="a file stands"), atomic.folder(tmp_path / "x"):
+    with pytest.raises(OutputError, match="is a file, not a folder"), atomic.folder(tmp_path / "x"):
         pass
     assert (tmp_path / "x").read_text() == "mine"
 

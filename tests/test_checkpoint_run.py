@@ -189,7 +189,7 @@ def test_another_stages_folder_is_refused_and_may_be_overwritten(tmp_path):
 def test_a_foreign_folder_is_never_touched(tmp_path, overwrite, content):
     for name, text in content.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(OutputError, match="belongs to something else"):
+    with pytest.raises(OutputError, match="does not hold an rlhf run"):
         opened(tmp_path, overwrite=overwrite)
     assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == content
 
@@ -281,7 +281,7 @@ def test_overwriting_never_removes_what_the_command_reads(tmp_path):
         {"lora_targets": ["q", f"{tmp_path}=0.5"]},
         {"chat_template": f"{tmp_path}/config.yaml:f"},
     ):
-        with pytest.raises(OutputError, match=f"`{next(iter(knobs))}` lies in the folder"):
+        with pytest.raises(OutputError, match=f"`{next(iter(knobs))}` is inside the folder"):
             opened(tmp_path, changed(**knobs), INPUTS | {"dataset": "3" * 64}, overwrite=True)
     assert_finished(tmp_path)
 
@@ -478,7 +478,7 @@ def test_a_log_that_lost_lines_is_a_warning(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     run = started(tmp_path)
     assert run.resume().step == 3
-    assert len(run.warnings) == 1 and "shorter than it was" in run.warnings[0]
+    assert len(run.warnings) == 1 and "earlier lines are lost" in run.warnings[0]
     run.release()
 
 
@@ -639,6 +639,6 @@ def test_a_kill_while_overwriting_leaves_the_old_run_or_the_new_one(tmp_path, mo
         try:
             quick(monkeypatch, lambda seen, folder=folder: train(folder, new, seen=seen))
         except OutputError as error:
-            assert "made with other choices" in str(error)
+            assert "holds a run with different knobs or inputs" in str(error)
             quick(monkeypatch, lambda seen, folder=folder: train(folder, new, overwrite=True, seen=seen))
         assert_finished(folder, weight=41.0)

@@ -233,7 +233,7 @@ def test_training_that_stopped_itself(monkeypatch):
 def test_an_interrupted_run_says_that_it_can_go_on(monkeypatch, signal_number, code):
     ended, _ = invoke(monkeypatch, SFT, Interrupted(signal_number, step=4, output="o"))
     assert ended.exit_code == code
-    assert ended.stderr == "interrupted; state of step 4 saved in o; run the same command again to go on\n"
+    assert ended.stderr == "interrupted; state of step 4 saved in o; run the same command again to resume\n"
 
 
 def test_ctrl_c_before_a_stage_listens(monkeypatch):

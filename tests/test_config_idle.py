@@ -164,7 +164,7 @@ def test_evaluate_refuses_knobs_of_other_rows(chain, data, flags, says):
 def test_a_reward_model_is_not_judged_by_another(chain):
     found = chain()
     line = ("evaluate", "--model", found.reward, "--dataset", found.comparisons, "--reward", found.reward)
-    assert "--reward: " in refused(*line) and "where nothing is sampled" in refused(*line)
+    assert "--reward: " in refused(*line) and "and nothing is sampled" in refused(*line)
 
 
 # --- lists ----------------------------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ def test_an_empty_margin_or_probability_is_as_good_as_none():
     [
         ("margin", -1, "`chosen` is preferred, but its margin over `rejected` is negative, -1"),
         ("margin", "much", "expected a number, found the text 'much'"),
-        ("probability", 1.2, "a probability lies between 0 and 1, found 1.2"),
-        ("probability", -0.1, "a probability lies between 0 and 1, found -0.1"),
+        ("probability", 1.2, "a probability must be between 0 and 1, found 1.2"),
+        ("probability", -0.1, "a probability must be between 0 and 1, found -0.1"),
     ],
 )
 def test_impossible_margins_and_probabilities_are_refused(field, value, what):

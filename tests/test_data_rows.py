@@ -111,11 +111,11 @@ def test_alpaca_rows_without_input_have_no_input_section(data, extra):
         ({"prompt": "Q", "completion": 42}, "completion", "expected text, found the number 42"),
         ({"prompt": None, "completion": "A"}, "prompt", "expected text, found null"),
         ({"prompt": "Q", "completion": [assistant("A")]}, "completion", "the prompt is text but the completion is"),
-        ({"prompt": [user("Q")], "completion": [user("A")]}, "completion", "no assistant turn says anything"),
+        ({"prompt": [user("Q")], "completion": [user("A")]}, "completion", "every assistant turn is empty or missing"),
         ({"prompt": [user("Q"), assistant("A")], "completion": "B"}, "prompt", "the prompt ends with an assistant"),
         ({"prompt": [user(" ")], "completion": "B"}, "prompt", "every message of the prompt is empty"),
-        ({"messages": [user("Q")]}, "messages", "no assistant turn says anything"),
-        ({"messages": [user("Q"), assistant("")]}, "messages", "no assistant turn says anything"),
+        ({"messages": [user("Q")]}, "messages", "every assistant turn is empty or missing"),
+        ({"messages": [user("Q"), assistant("")]}, "messages", "every assistant turn is empty or missing"),
         ({"messages": []}, "messages", "the list of messages is empty"),
         ({"messages": [user("Q"), {"role": "bot", "content": "A"}]}, "messages[1]", "unknown role `bot`"),
         ({"text": " "}, "text", "the text is empty"),
@@ -302,7 +302,7 @@ def test_two_columns_can_swap_names(data):
 def test_a_mapped_column_that_does_not_exist_lists_those_that_do(data):
     error = refuse(read_prompts, data({"prompt": "Q", "id": 1}), map={"prompt": "question"})
     assert error.what == "there is no column `question`"
-    assert error.fix == "columns are `prompt`, `id`"
+    assert error.fix == "use one of the columns `prompt`, `id`"
     assert "--map prompt=question" in error.where
 
 

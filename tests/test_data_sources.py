@@ -292,13 +292,13 @@ def test_a_folder_with_several_or_no_dataset_files_is_listed(tmp_path):
 
 def test_a_file_has_no_splits(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"a": 1}\n')
-    assert refuse(f"{path}:train").fix == "leave `:train` away"
+    assert refuse(f"{path}:train").fix == "leave out `:train`"
 
 
 def test_an_unknown_suffix_lists_the_known_ones(tmp_path):
     error = refuse(write(tmp_path, "a.txt", "words"))
     assert error.what == "`.txt` is not a known kind of file"
-    assert error.fix == "known kinds are .jsonl, .json, .csv, .parquet"
+    assert error.fix == "give a file that ends in .jsonl, .json, .csv, .parquet"
     assert refuse(write(tmp_path, "words", "words")).what == "the file has no suffix"
 
 
@@ -389,7 +389,7 @@ def test_a_datasets_library_that_is_not_there_is_named(monkeypatch, tmp_path, sa
     if saved:
         write(tmp_path, "state.json", "{}")
     found = refuse(str(tmp_path) if saved else "org/name")
-    assert says in found.what and found.fix.startswith("pip install datasets, or ")
+    assert says in found.what and found.fix.startswith("run pip install datasets, or ")
 
 
 def test_a_local_folder_wins_over_the_hub(monkeypatch, tmp_path):
@@ -412,7 +412,7 @@ def test_what_the_hub_says_is_passed_on(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     fake_hub(monkeypatch, ValueError('Unknown split "tset".\nmore'))
     error = refuse("org/name:tset")
-    assert error.what == 'there is no such local path, and the hub did not give it: Unknown split "tset".'
+    assert error.what == 'there is no such local path, and the hub does not provide it: Unknown split "tset".'
     assert "split" in error.fix
 
 

@@ -147,7 +147,7 @@ def test_a_run_of_absurd_choices_is_damaged(begun, key, value):
 def test_nested_json_in_a_run_is_somebody_elses(begun):
     out, line = begun
     change(out / "run.json", lambda content: content["config"].update(model=DEEP))
-    assert "belongs to something else" in refused(*line)
+    assert "does not hold an rlhf run" in refused(*line)
 
 
 def redigested(state, change_content):
@@ -168,7 +168,7 @@ def test_a_state_of_another_step_than_its_name_is_damaged(begun, step):
     with pytest.raises(CheckpointError, match="is not what was saved"):
         read_about(out / "state" / "step-000003")
     ended = done(*line)
-    assert "step-000003 is damaged and was passed over" in ended.stderr and "resuming after step 2" in ended.stderr
+    assert "step-000003 is damaged and was skipped" in ended.stderr and "resuming after step 2" in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_an_eval_dataset_that_shares_prompts_with_the_dataset_is_told(chain, tmp
     found = chain()
     mixed = [{"prompt": "nobody asked this"}, {"prompt": [{"role": "user", "content": " red green"}]}]
     held = write_jsonl(tmp_path / "held.jsonl", [*mixed, *lines_of(found.prompts)[:2]])
-    told = f"{{}} of 4 rows of --eval-dataset {held} have prompts that are trained on, so what is measured on them"
+    told = f"{{}} of 4 rows of --eval-dataset {held} have prompts that are trained on, so their metrics"
     inputs = open_inputs("ppo", ppo(found, tmp_path, eval_dataset=str(held)))
     assert inputs.warnings[-1].startswith(told.format(2)) and inputs.warnings[-1].endswith(f"the first is {held}:3")
     data = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "red green", "chosen": " a", "rejected": " b"}] * 12)
@@ -135,7 +135,7 @@ def test_a_ptx_dataset_of_held_out_prompts_alone_is_refused(chain, tmp_path):
 def test_rows_that_other_stages_may_train_on_are_told_once(chain, tmp_path):
     """Few prompts, and one prompt for all rows; not where every held-out prompt's hash lies below the fraction."""
     dataset, texts = few_prompts(tmp_path)
-    told = "so another stage may train on what is measured here; give --eval-dataset to be sure"
+    told = "so another stage may train on rows that are evaluated here; give --eval-dataset to be sure"
     few = open_inputs("ppo", ppo(chain(), tmp_path, dataset=dataset, eval_fraction=0.01)).warnings
     assert sum(told in warning for warning in few) == 1 and few[0].startswith(f"{dataset} has too few prompts")
     one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": texts[0], "completion": f" {n}"} for n in range(60)])
@@ -172,11 +172,11 @@ def test_a_run_that_was_begun_with_another_split_does_not_go_on(chain, tmp_path)
     (tmp_path / "x" / "checkpoint.json").write_text(json.dumps(about))
     assert result(*line, "--max-steps", 2)["status"] == "already done"
     said = refused(*line, "--max-steps", 3)
-    assert "was begun by an earlier rlhf, which held out other rows" in said and "--overwrite" in said
+    assert "was started by an earlier rlhf, which held out other rows" in said and "--overwrite" in said
     os.remove(tmp_path / "x" / "checkpoint.json")
     record = {"format_version": 1, "id": "x", "rlhf": "0.1.0", **{n: about[n] for n in ("stage", "config", "inputs")}}
     (tmp_path / "x" / "run.json").write_text(json.dumps(record))
-    assert "was begun by an earlier rlhf" in refused(*line, "--max-steps", 2)
+    assert "was started by an earlier rlhf" in refused(*line, "--max-steps", 2)
     (tmp_path / "x" / "run.json").write_text(json.dumps(record | {"split": 2}))
     assert open_inputs(
         "sft", sft(found, tmp_path, batch_size=8, lora_rank=4, keep_state=True, max_steps=2)

@@ -126,7 +126,7 @@ def test_pickles_in_a_resume_state_are_never_loaded(chain, tmp_path, bomb, marke
     plant(state, bomb)
     (state / "state.safetensors").write_bytes(bomb)
     ended = done(*line)
-    assert "is damaged and was passed over" in ended.stderr
+    assert "is damaged and was skipped" in ended.stderr
     assert contents(out)["adapter_model.safetensors"] == expected and not marker.exists()
 
 

@@ -56,7 +56,7 @@ def test_a_reward_is_known_again_by_every_spelling(chain, here):
     rewards = [("r", "f.py:score=0.5"), ("./r/", "there/../f.py:score=0.5"), (found.reward, here / "f.py:score=0.5")]
     ended = [result(*line, "--reward", one, "--reward", other)["status"] for one, other in rewards]
     assert ended == ["done", "already done", "already done"]
-    assert "made with other choices" in refused(*line, "--reward", "r", "--reward", "f.py:score=0.6")
+    assert "holds a run with different knobs or inputs" in refused(*line, "--reward", "r", "--reward", "f.py:score=0.6")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_no_result_is_written_among_the_rows(chain, here, command, name, folder)
     data = write_jsonl(here / "data" / "rows.jsonl", rows)
     before = data.read_bytes()
     line = (command, "--model", found.sft, "--dataset", folder, "--output", here / "data" / name, *SHORT)
-    assert "lies in the dataset's folder" in refused(
+    assert "is inside the dataset's folder" in refused(
         *line, *(("--reward", found.reward) if command == "evaluate" else ())
     )
     assert data.read_bytes() == before and os.listdir(here / "data") == ["rows.jsonl"]

@@ -145,7 +145,7 @@ def interrupt_and_go_on(monkeypatch, found, stage: str, folder: Path, at: int) -
     if ended.code == 0:
         return False
     assert ended.code == 143 and ended.stdout == "", ended.stderr
-    assert f"in {folder}; run the same command again to go on" in ended.stderr
+    assert f"in {folder}; run the same command again to resume" in ended.stderr
     states = sorted((folder / "state").glob("step-*"))
     said = f"state of step {int(states[-1].name[5:])} saved" if states else "nothing saved yet"
     assert f"interrupted; {said} in {folder}" in ended.stderr
@@ -199,7 +199,7 @@ def test_a_signal_from_outside(chain, whole, tmp_path, stage, number, code):
     line = command(chain(), stage, tmp_path / "x")
     ended = in_a_process(number, 3, *line)
     assert (ended.returncode, ended.stdout) == (code, ""), ended.stderr
-    last = f"interrupted; state of step 3 saved in {tmp_path / 'x'}; run the same command again to go on"
+    last = f"interrupted; state of step 3 saved in {tmp_path / 'x'}; run the same command again to resume"
     assert ended.stderr.splitlines()[-1] == last and "Traceback" not in ended.stderr
     assert sorted(os.listdir(tmp_path / "x" / "state")) == ["step-000002", "step-000003"]
     went_on = done(*line)
@@ -308,7 +308,8 @@ def test_a_finished_command_again_is_done(chain, whole, stage, overwrite):
 def test_another_choice_is_refused_by_name(chain, whole, stage, knob, shown):
     before = contents(whole(stage))
     message = refused(*command(chain(), stage, whole(stage)), *knob)
-    assert f"{whole(stage)}: made with other choices:\n    {shown}\n" in message and "--overwrite" in message
+    assert f"{whole(stage)}: holds a run with different knobs or inputs:\n    {shown}\n" in message
+    assert "--overwrite" in message
     assert contents(whole(stage)) == before
 
 
@@ -364,7 +365,7 @@ def test_a_run_never_overwrites_what_it_reads(chain, tmp_path):
     done(*line)
     before = contents(tmp_path / "x")
     arguments = ["reward", "--model", tmp_path / "x", "--dataset", chain().comparisons, "--output", tmp_path / "x"]
-    assert "`model` lies in the folder that --overwrite would clear" in refused(*arguments, *RUN, "--overwrite")
+    assert "`model` is inside the folder that --overwrite would clear" in refused(*arguments, *RUN, "--overwrite")
     assert contents(tmp_path / "x") == before
 
 

@@ -134,7 +134,7 @@ def test_nothing_special_is_written_over(chain, tmp_path, name, kind):
         ("pipe", "cannot be used as a folder: it is a named pipe"),
         ("device", "cannot be used as a folder: it is a device"),
         ("circle", "cannot be used as a folder: it is a link that leads in a circle"),
-        ("nowhere", "cannot be used as a folder: it is a link to gone, where nothing is"),
+        ("nowhere", "cannot be used as a folder: it is a link to gone, which does not exist"),
     ],
 )
 def test_a_run_needs_a_folder(chain, tmp_path, kind, says):
@@ -181,7 +181,7 @@ def test_a_pipe_in_the_output_is_somebody_elses(chain, tmp_path, file):
     (tmp_path / "out").mkdir()
     os.mkfifo(tmp_path / "out" / file)
     line = ("sft", "--model", chain().base, "--dataset", chain().demonstrations, "--output", tmp_path / "out")
-    assert "belongs to something else" in refused(*line)
+    assert "does not hold an rlhf run" in refused(*line)
 
 
 def test_what_reads_a_file_waits_for_no_pipe(tmp_path):

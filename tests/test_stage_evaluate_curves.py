@@ -332,4 +332,4 @@ def test_somebody_elses_picture_is_not_drawn_over(chain, scores, tmp_path):
 
 def test_demonstrations_are_answered_only_for_a_score(chain):
     line = ("evaluate", "--model", chain().ppo, "--dataset", chain().demonstrations, "--also", chain().sft)
-    assert "--also measures answers to prompts" in refused(*line)
+    assert "--also compares responses to prompts" in refused(*line)

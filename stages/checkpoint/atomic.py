@@ -1,4 +1,4 @@
-"""Writes that are there whole or not at all.
+"""Atomic writes of files and folders.
 
 Every byte this tool writes itself goes through here, so a process killed at any instant leaves either the old
 file or the new one, plus at most a leftover whose name starts with `TEMP` or `ASIDE`.
@@ -12,55 +12,60 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stages.errors import OutputError
 from stages.reading import to_json
 
-TEMP = ".rlhf-tmp-"  # half-written, or on its way out: never of use
+TEMP = ".rlhf-tmp-"  # half-written, or being removed: never of use
 ASIDE = ".rlhf-old-"  # a whole previous folder, put aside while its successor is renamed into place
 _LEFTOVER = re.compile(r"\.rlhf-(tmp|old)-[0-9a-f]{8}-(.+)", re.DOTALL)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # only ever about writing
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # never about reading
+_FREE_SPACE = "free some space or quota there, or choose another place, and run the same command again"
+_MAY_WRITE = "choose a place that you may write to"
+_FIXES = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EACCES: _MAY_WRITE,
+    errno.EPERM: _MAY_WRITE,
+    errno.EROFS: _MAY_WRITE,
+    errno.ENOTDIR: "choose another place: a path component is a file, not a folder",
+    errno.EISDIR: "choose another place: this path is a folder, not a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the link at this path, which must be a plain file",
+}
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def raising_output_errors(path: str | Path) -> Iterator[None]:
-    """Turn whatever the system says while `path` is written into an OutputError; also for safetensors' own writes."""
+def raising_output_errors(path: str | Path, temp: Path | None = None) -> Iterator[None]:
+    """Raise errors of the system while `path` is written as OutputError, those of safetensors included.
+
+    With `temp`, the folder that is being filled in place of `path`, errors of reading elsewhere stay as they are.
+    """
     try:
         yield
-    except Exception as error:
-        told = _explain(path, error)
-        if told is None:
+    except OutputError as error:
+        if temp is None:
             raise
-        raise told from error
-
-
-def _explain(path: str | Path, error: Exception) -> OutputError | None:
-    if isinstance(error, OSError):
-        return _output_error(path, error.errno, error.strerror or str(error))
-    if type(error).__name__ != "SafetensorError":
-        return None
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    return _output_error(path, int(number[1]), os.strerror(int(number[1]))) if number else None
+        where = (error.where or "").replace(str(temp), str(path))
+        raise OutputError(error.what, where=where, fix=error.fix) from error
+    except OSError as error:
+        if temp is not None and error.errno not in _WRITE_ERRORS and str(temp) not in str(error.filename):
+            raise
+        raise _output_error(path, error.errno, error.strerror or str(error)) from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        if number is None:
+            raise
+        raise _output_error(path, int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _output_error(path: str | Path, number: int | None, reason: str) -> OutputError:
-    fixes = {
-        errno.ENOSPC: "free some space there, or choose another place, and run the same command again",
-        errno.EDQUOT: "free some of your quota, or choose another place, and run the same command again",
-        errno.EACCES: "choose a place that you may write to",
-        errno.EPERM: "choose a place that you may write to",
-        errno.EROFS: "choose a place that you may write to",
-        errno.ENOTDIR: "a file stands where a folder is needed: choose another place",
-        errno.EISDIR: "a folder stands where a file is needed: choose another place",
-        errno.ENAMETOOLONG: "choose a shorter name",
-        errno.ELOOP: "a link stands where a file of our own is needed: remove it",
-    }
-    fix = fixes.get(number or 0, "see that the disk is well, and run the same command again")
+    fix = _FIXES.get(number or 0, "check the disk, and run the same command again")
     return OutputError(f"cannot write: {reason}", where=str(path), fix=fix)
 
 
@@ -70,7 +75,7 @@ def _output_error(path: str | Path, number: int | None, reason: str) -> OutputEr
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file whole or not at all; a link is written through, missing folders are made.
 
-    Raises OutputError where the system refuses, or where `path` is something other than a plain file.
+    Raises OutputError if the system refuses, or if `path` exists and is not a plain file.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -79,7 +84,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     temp = _sibling(target, TEMP)
     with raising_output_errors(path):
         try:
-            _write_new(temp, data)
+            with _opened(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as handle:
+                _write_all(handle, data)
+                os.fsync(handle)
             os.replace(temp, target)
         except BaseException:
             _discard(temp)
@@ -98,34 +105,27 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def append_text(path: str | Path, text: str) -> None:
-    """Append to a log, never through a link; what a full disk took only part of is taken back. Raises OutputError."""
-    with raising_output_errors(path):
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    """Append to a log, never through a link; if only a part fits on the disk, none is added. Raises OutputError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    with raising_output_errors(path), _opened(path, flags) as handle:
+        size = os.fstat(handle).st_size
         try:
-            size = os.fstat(log).st_size
-            try:
-                _write_all(log, text.encode("utf-8"))
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(log, size)
-                raise
-        finally:
-            os.close(log)
+            _write_all(handle, text.encode("utf-8"))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, size)
+            raise
 
 
 def truncate(path: str | Path, size: int) -> None:
     """Cut a file to `size` bytes, durably. Raises OutputError."""
-    with raising_output_errors(path):
-        log = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-        try:
-            os.ftruncate(log, size)
-            os.fsync(log)
-        finally:
-            os.close(log)
+    with raising_output_errors(path), _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as handle:
+        os.ftruncate(handle, size)
+        os.fsync(handle)
 
 
 def remove(path: str | Path) -> None:
-    """Remove a file, or a folder with all that is in it (at once, for a reader), if it is there. Raises OutputError."""
+    """Remove a file, or a folder and its content in one step, if it is there. Raises OutputError."""
     path = Path(path)
     with raising_output_errors(path):
         if path.is_dir() and not path.is_symlink():
@@ -139,22 +139,20 @@ def remove(path: str | Path) -> None:
 
 def sync(path: str | Path) -> None:
     """Have a file or a folder reach the disk before anything that follows. Raises OutputError."""
-    with raising_output_errors(path):
-        handle = os.open(path, os.O_RDONLY)
+    with raising_output_errors(path), _opened(path, os.O_RDONLY) as handle:
         try:
             os.fsync(handle)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
                 raise
-        finally:
-            os.close(handle)
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+@contextlib.contextmanager
+def _opened(path: str | Path, flags: int) -> Iterator[int]:
+    """The file descriptor of a path, closed when the block ends."""
+    handle = os.open(path, flags, 0o666)
     try:
-        _write_all(handle, data)
-        os.fsync(handle)
+        yield handle
     finally:
         os.close(handle)
 
@@ -169,7 +167,7 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 def make_folder(path: str | Path) -> None:
-    """Make a folder and those above it, durably; one that is there already is fine. Raises OutputError."""
+    """Make a folder and those above it, durably, if it does not exist. Raises OutputError."""
     path = Path(os.path.realpath(path))
     if path.is_dir():
         return
@@ -177,118 +175,92 @@ def make_folder(path: str | Path) -> None:
         raise _output_error(path, errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     make_folder(path.parent)
     with raising_output_errors(path):
-        os.makedirs(path, exist_ok=True)  # somebody else may have made it meanwhile
+        os.makedirs(path, exist_ok=True)  # another process may have made it meanwhile
     sync(path.parent)
 
 
-@contextlib.contextmanager
-def folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the place of `path`, whole, when the block ends well.
+def folder(path: str | Path) -> contextlib.AbstractContextManager[Path]:
+    """Yield an empty folder to fill; it replaces `path`, whole, if the block ends without an error.
 
-    A previous folder at `path` goes, whoever made it: the caller has asked. When the block fails nothing changes.
-    Raises OutputError where the system refuses to write.
+    The previous folder at `path` is removed, whatever it holds. If the block fails nothing changes.
+    Raises OutputError if the system refuses to write.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
-        raise OutputError("a file stands where a folder is needed", where=str(path), fix="choose another place")
+        raise OutputError("is a file, not a folder", where=str(path), fix="choose another place")
     make_folder(target.parent)
-    temp = _sibling(target, TEMP)
-    try:
-        with raising_output_errors(path):
-            os.mkdir(temp)
-        with _explained_inside(temp, path):
-            yield temp
-        _sync_tree(temp)
-        with raising_output_errors(path):
-            _put_in_place(temp, target)
-    except BaseException:
-        _discard(temp)
-        raise
+    return _temporary_folder(path, _sibling(target, TEMP), lambda temp: _replace_folder(temp, target))
 
 
-@contextlib.contextmanager
-def filling(where: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; its files then move into `where` one by one, each whole.
+def filling(path: str | Path) -> contextlib.AbstractContextManager[Path]:
+    """Yield an empty folder to fill; its files then move into the folder `path` one by one, each whole.
 
     For libraries that write by themselves, into a folder that holds other things too. Raises OutputError.
     """
-    where = Path(os.path.realpath(where))
-    make_folder(where)
-    temp = _sibling(where / "files", TEMP)
+    target = Path(os.path.realpath(path))
+    make_folder(target)
+    return _temporary_folder(path, _sibling(target / "files", TEMP), lambda temp: _move_files(temp, target))
+
+
+@contextlib.contextmanager
+def _temporary_folder(path: str | Path, temp: Path, move: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield the new folder `temp`; then sync and `move` what it holds. Errors name `path`."""
     try:
-        with raising_output_errors(where):
+        with raising_output_errors(path):
             os.mkdir(temp)
-        with _explained_inside(temp, where):
+        with raising_output_errors(path, temp):
             yield temp
-        _sync_tree(temp)
-        with raising_output_errors(where):
-            for name in sorted(os.listdir(temp)):
-                os.replace(temp / name, where / name)
-        sync(where)
+            for place, _, names in os.walk(temp, topdown=False):
+                for name in names:
+                    sync(Path(place, name))
+                sync(place)
+        with raising_output_errors(path):
+            move(temp)
     finally:
         _discard(temp)
 
 
-@contextlib.contextmanager
-def _explained_inside(temp: Path, path: str | Path) -> Iterator[None]:
-    """Explain what goes wrong with writing into `temp`; a caller's trouble with reading elsewhere stays its own."""
-    try:
-        yield
-    except OutputError as error:
-        where = (error.where or "").replace(str(temp), str(path))
-        raise OutputError(error.what, where=where, fix=error.fix) from error
-    except Exception as error:
-        told = _explain(path, error)
-        elsewhere = isinstance(error, OSError) and error.errno not in _FULL and str(temp) not in str(error.filename)
-        if told is None or elsewhere:
-            raise
-        raise told from error
-
-
-def _put_in_place(temp: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(temp, target)
-        sync(target.parent)
-        return
+def _replace_folder(temp: Path, target: Path) -> None:
     aside = _sibling(target, ASIDE)
-    os.rename(target, aside)
+    if target.exists():
+        os.rename(target, aside)
     try:
         os.rename(temp, target)
     except BaseException:
-        os.rename(aside, target)
+        if aside.exists():
+            os.rename(aside, target)
         raise
     sync(target.parent)
     _discard(aside)
 
 
-def _sync_tree(top: Path) -> None:
-    for where, _, names in os.walk(top, topdown=False):
-        for name in names:
-            sync(Path(where, name))
-        sync(where)
+def _move_files(temp: Path, target: Path) -> None:
+    for name in sorted(os.listdir(temp)):
+        os.replace(temp / name, target / name)
+    sync(target)
 
 
-def clear_leftovers(where: str | Path, of: str | None = None) -> None:
-    """Remove what a killed process left directly in a folder (with `of`: only what was to become that name).
+def clear_leftovers(path: str | Path, of: str | None = None) -> None:
+    """Remove what a killed process left directly in a folder; with `of`, only leftovers of that name.
 
-    A folder that had been put aside while its successor never arrived is put back. Raises OutputError.
+    A folder that was put aside, and whose successor is missing, is put back. Raises OutputError.
     """
-    where = Path(where)
-    if not where.is_dir():
+    path = Path(path)
+    if not path.is_dir():
         return
-    with raising_output_errors(where):
-        for name in sorted(os.listdir(where)):
+    with raising_output_errors(path):
+        for name in sorted(os.listdir(path)):
             match = _LEFTOVER.fullmatch(name)
             if match is None or of not in (None, match[2]):
                 continue
-            if match[1] == "old" and not os.path.lexists(where / match[2]):
-                os.rename(where / name, where / match[2])
+            if match[1] == "old" and not os.path.lexists(path / match[2]):
+                os.rename(path / name, path / match[2])
             else:
-                _discard(where / name)
+                _discard(path / name)
 
 
 def is_leftover(name: str) -> bool:
-    """True for the name of something a killed process may leave behind."""
+    """True for the name of a leftover of a killed process."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
@@ -297,7 +269,7 @@ def _sibling(path: Path, prefix: str) -> Path:
 
 
 def _discard(path: Path) -> None:
-    """Remove quietly: what stays is recognised as a leftover and goes the next time."""
+    """Remove without errors: what cannot be removed is recognised as a leftover the next time."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

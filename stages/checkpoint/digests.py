@@ -1,4 +1,4 @@
-"""Digests that say whether two bases, tokenizers or files are the same. No torch: headers and samples are enough."""
+"""Digests that are equal for equal bases, tokenizers or files. No torch: headers and samples are enough."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _VOLATILE_TOKENIZER = {
 def base_digest(folder: str | Path) -> str:
     """sha256 of a base model: config, and name, dtype, shape and sampled content of every tensor.
 
-    The same for the same weights however they are split into files. Raises ModelError where the folder holds no
-    safetensors weights, or damaged ones.
+    It does not depend on how the weights are split into files. Raises ModelError if the folder holds no safetensors
+    weights, or damaged ones.
     """
     folder = Path(folder)
     lines = []
@@ -37,7 +37,7 @@ def base_digest(folder: str | Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights; like transformers, one whole file goes before an index, an index before all."""
+    """The files with the weights; as in transformers, one whole file precedes an index, and an index other files."""
     if not folder.is_dir():
         raise ModelError("no such folder", where=str(folder), fix="give a model folder or a hub id")
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -48,33 +48,25 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(names, dict) or not all(_is_inside(name) for name in names.values()):
             raise ModelError("not an index of weights", where=str(index), fix="download the model again")
         return [folder / name for name in sorted(set(names.values()))]
-    adapter = folder / "adapter_model.safetensors"
-    found = sorted(path for path in folder.glob("*.safetensors") if path != adapter)
-    if found:
-        return found
-    raise _no_weights(folder, adapter=adapter.exists())
+    files = set(folder.glob("*.safetensors"))
+    weights = sorted(files - {folder / "adapter_model.safetensors"})
+    if weights:
+        return weights
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    if files:
+        what = "holds an adapter, not a base model"
+        fix = "merge it into its base first, or give the checkpoint folder that this tool wrote"
+    elif pickled:
+        what = f"holds only pickled weights ({pickled[0]}), which can run code when loaded and are refused"
+        fix = "convert them to safetensors (load them on a machine where you trust them, then save_pretrained)"
+    else:
+        what, fix = "holds no weights (*.safetensors)", "give a model folder or a hub id"
+    raise ModelError(what, where=str(folder), fix=fix)
 
 
 def _is_inside(name: object) -> bool:
-    """True for a file's name that cannot lead out of its folder."""
+    """True for the name of a file that cannot be outside its folder."""
     return isinstance(name, str) and name != "" and not {"..", "/"} & {*Path(name).parts}
-
-
-def _no_weights(folder: Path, adapter: bool) -> ModelError:
-    if adapter:
-        return ModelError(
-            "holds an adapter, not a base model",
-            where=str(folder),
-            fix="merge it into its base first, or give the checkpoint folder that this tool wrote",
-        )
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
-        return ModelError(
-            f"holds only pickled weights ({pickled[0]}), which can run code when loaded and are refused",
-            where=str(folder),
-            fix="convert them to safetensors (load them where you trust them, then save_pretrained)",
-        )
-    return ModelError("holds no weights (*.safetensors)", where=str(folder), fix="give a model folder or a hub id")
 
 
 def _tensor_lines(path: Path) -> list[str]:
@@ -101,10 +93,10 @@ def _tensor_lines(path: Path) -> list[str]:
 
 
 def tokenizer_digest(folder: str | Path) -> str:
-    """sha256 of what turns text into tokens: vocabulary, merges, normalisation; not the chat template.
+    """sha256 of what maps text to tokens: vocabulary, merges, normalisation; not the chat template.
 
-    With a tokenizer.json that file alone decides, so that two saves of one tokenizer agree; without one the
-    vocabulary files and the settings do. Raises ModelError where the folder holds no tokenizer.
+    Only tokenizer.json is hashed if it exists, so that two saves of one tokenizer agree; else the vocabulary files and
+    the settings. Raises ModelError if the folder holds no tokenizer.
     """
     folder = Path(folder)
     fast, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
@@ -113,29 +105,25 @@ def tokenizer_digest(folder: str | Path) -> str:
         if not isinstance(content.get("model"), dict):
             raise ModelError("not a tokenizer", where=str(fast), fix="download or save the tokenizer again")
         return tokenizer_content_digest(content)
-    found = sorted({path for pattern in _VOCABULARIES for path in folder.glob(pattern)})
-    lines = [f"{path.name} {file_digest(path)}" for path in found]
+    vocabularies = sorted({path for pattern in _VOCABULARIES for path in folder.glob(pattern)})
+    lines = [f"{path.name} {file_digest(path)}" for path in vocabularies]
     if settings.exists():
         lines.append(_canonical(_without(_read_json(settings), _VOLATILE_TOKENIZER)))
     if not lines:
-        raise ModelError(
-            "holds no tokenizer (tokenizer.json)", where=str(folder), fix="save the model's tokenizer there as well"
-        )
+        fix = "save the model's tokenizer there as well"
+        raise ModelError("holds no tokenizer (tokenizer.json)", where=str(folder), fix=fix)
     return _digest(lines)
 
 
 def tokenizer_content_digest(content: dict) -> str:
-    """The same for what a tokenizer.json holds, wherever it is."""
-    parts = {part: content.get(part) for part in _TOKENIZER_PARTS}
-    return _digest([_canonical(parts | {"model": _plain_model(parts["model"])})])
+    """`tokenizer_digest` of the content of a tokenizer.json.
 
-
-def _plain_model(model: dict) -> dict:
-    """A tokenizer's model in one spelling: older files write merges as texts and leave out what is off."""
-    plain = {key: value for key, value in model.items() if value is not None and value is not False}
-    if isinstance(plain.get("merges"), list):
-        plain["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in plain["merges"]]
-    return plain
+    Older files write merges as texts and omit options that are off; both spellings have one digest.
+    """
+    model = {key: value for key, value in content["model"].items() if value is not None and value is not False}
+    if isinstance(model.get("merges"), list):
+        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+    return _digest([_canonical({part: content.get(part) for part in _TOKENIZER_PARTS} | {"model": model})])
 
 
 def file_digest(path: str | Path) -> str:
@@ -151,21 +139,20 @@ def file_digest(path: str | Path) -> str:
 
 
 def _read_json(path: Path) -> dict:
+    what = "damaged: not a JSON object"
     try:
         value = json.loads(read_text(path))
+        if isinstance(value, dict):
+            return value
     except OSError as error:
-        raise ModelError(
-            f"cannot read: {error.strerror or error}", where=str(path), fix="download or save the model again"
-        ) from error
+        what = f"cannot read: {error.strerror or error}"
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ModelError("damaged: not a JSON object", where=str(path), fix="download or save the model again")
-    return value
+        pass
+    raise ModelError(what, where=str(path), fix="download or save the model again")
 
 
 def _without(value: object, names: set[str]) -> object:
-    """A JSON value without the keys of these names, however deep they stand."""
+    """A JSON value without the keys of these names, at every depth."""
     if isinstance(value, dict):
         return {key: _without(item, names) for key, item in value.items() if key not in names}
     if isinstance(value, list):

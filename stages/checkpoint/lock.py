@@ -1,6 +1,6 @@
-"""A lock against two processes using one output folder, held with flock and so gone with the process that has it.
+"""A lock against two processes using one output folder: flock, by `filelock`, which ends with its process.
 
-`filelock` takes it. What it lacks is here: the lock file says who holds it, and is removed when the run ends.
+Added here: the lock file names the process that holds it, and is removed when the run ends.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if typing.TYPE_CHECKING:
     from filelock import BaseFileLock
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_PATIENCE = 0.1  # seconds: somebody may only be looking, as `check_lock` does
+_TIMEOUT = 0.1  # seconds: another process may hold it for a moment, as `check_lock` does
 
 
 def take_lock(path: str | Path) -> BaseFileLock | None:
-    """Take a lock file and write into it who holds it, until `release_lock` or the end of the process.
+    """A lock file that names this process, locked until `release_lock` or the end of the process.
 
-    A forked child does not hold it. Returns None where the file system has no locks. Raises OutputError naming the
-    process that holds it.
+    A forked child does not hold it. None if the file system has no locks. Raises OutputError naming the process that
+    holds it.
     """
     import filelock
 
-    lock = filelock.FileLock(path, timeout=_PATIENCE, poll_interval=0.02, thread_local=False, fallback_to_soft=False)
+    lock = filelock.FileLock(path, timeout=_TIMEOUT, poll_interval=0.02, thread_local=False, fallback_to_soft=False)
     with raising_output_errors(path):
         try:
             lock.acquire()
@@ -55,22 +55,22 @@ def take_lock(path: str | Path) -> BaseFileLock | None:
 
 
 def check_lock(path: str | Path) -> None:
-    """Raise OutputError if a living process holds this lock, saying which; changes nothing."""
+    """Raise OutputError, with the process, if a living process holds this lock; changes nothing."""
     import filelock
 
     if not os.path.isfile(path):
         return
     try:
-        with filelock.FileLock(path, timeout=_PATIENCE, poll_interval=0.02, fallback_to_soft=False):
+        with filelock.FileLock(path, timeout=_TIMEOUT, poll_interval=0.02, fallback_to_soft=False):
             return
     except filelock.Timeout:
         raise _in_use(path) from None
-    except OSError:  # no locks there, or not for us to write: `take_lock` says so
+    except OSError:  # no locks there, or no permission: `take_lock` raises or warns
         return
 
 
 def release_lock(lock: BaseFileLock, path: str | Path) -> None:
-    """Drop a lock taken by `take_lock` and remove its file, while it is held: never another process's."""
+    """Release a lock taken by `take_lock`; its file is removed while locked, so never another process's."""
     with contextlib.suppress(OSError):
         os.unlink(path)
     lock.release()
@@ -79,9 +79,8 @@ def release_lock(lock: BaseFileLock, path: str | Path) -> None:
 def _in_use(path: str | Path) -> OutputError:
     try:
         about = json.loads(Path(path).read_text("utf-8"))
-        who = f"process {about['pid']} on {about['host']} (since {about['started']})"
+        holder = f"process {about['pid']} on {about['host']} (since {about['started']})"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        who = "another process"
-    return OutputError(
-        f"in use by {who}", where=str(Path(path).parent), fix="wait for it to end, stop it, or choose another --output"
-    )
+        holder = "another process"
+    fix = "wait for it to end, stop it, or choose another --output"
+    return OutputError(f"in use by {holder}", where=str(Path(path).parent), fix=fix)

@@ -1,7 +1,8 @@
-"""The manifest of a checkpoint: what it is, what it came from, and the sha256 of every file. Written last."""
+"""The manifest of a checkpoint: stage, base, parents, config, metrics, and the sha256 of every file. Written last."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -31,13 +32,13 @@ class BaseRef:
 
     name: str  # hub id, or the folder as it was given
     path: str | None  # absolute folder; None for a hub id
-    digest: str  # identity.base_digest
-    relative: str | None = None  # the same folder seen from the checkpoint; `write_manifest` fills it in
+    digest: str  # digests.base_digest
+    relative: str | None = None  # the folder relative to the checkpoint; `write_manifest` fills it in
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A checkpoint that this one was trained from, and as what."""
+    """A checkpoint that this one was trained from."""
 
     role: str  # "policy", "reward", ...
     path: str  # absolute folder
@@ -48,15 +49,15 @@ class Parent:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything checkpoint.json says; `write_manifest` fills in `files` and `created`, reading it `folder`."""
+    """The content of checkpoint.json; `write_manifest` fills in `files` and `created`, `read_manifest` `folder`."""
 
     stage: str
     base: BaseRef
     parents: tuple[Parent, ...]
     tokenizer_digest: str
     stop_token_ids: tuple[int, ...]
-    config: dict[str, object]  # every knob as asked for
-    datasets: dict[str, object]  # digests of what was learned from
+    config: dict[str, object]  # every knob as given
+    datasets: dict[str, object]  # digests of the training data
     metrics: dict[str, object]  # the last step's
     throughput: dict[str, object]
     versions: dict[str, object]
@@ -64,30 +65,28 @@ class Manifest:
     dtype: str
     steps: int
     seconds: float
-    inputs: dict[str, str] = field(default_factory=dict)  # digests by which the same command is known again
+    inputs: dict[str, str] = field(default_factory=dict)  # digests of the inputs, compared if the command runs again
     files: dict[str, str] = field(default_factory=dict)  # relative name -> sha256
     created: str = ""  # UTC, ISO 8601
-    folder: Path | None = None  # where it was read; not stored
+    folder: Path | None = None  # the folder it was read from; not stored
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this tool and of the libraries that decide its numbers, without importing them."""
-    found = {"python": platform.python_version(), "rlhf": __version__}
+    """Versions of Python, of this tool and of the libraries that affect its numbers, without importing them."""
+    numbers = {"python": platform.python_version(), "rlhf": __version__}
     for name in ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            numbers[name] = importlib.metadata.version(name)
+    return numbers
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """True where a folder holds a manifest, sound or not."""
+    """True if a folder holds a manifest, damaged or not."""
     return Path(folder, MANIFEST).is_file()
 
 
 def checkpoint_digest(folder: str | Path) -> str:
-    """sha256 of a checkpoint's manifest, and thereby of all its files. Raises CheckpointError where there is none."""
+    """sha256 of a checkpoint's manifest, and thereby of all its files. Raises CheckpointError if there is none."""
     try:
         return sha256_of(Path(folder, MANIFEST))
     except OSError as error:
@@ -100,8 +99,8 @@ def checkpoint_digest(folder: str | Path) -> str:
 def write_manifest(folder: str | Path, manifest: Manifest, files: list[str]) -> Manifest:
     """Make a folder a checkpoint: sync and hash the named files (relative to it), then write the manifest.
 
-    Returns the manifest as it can now be read. Raises CheckpointError for a file that is missing or lies outside,
-    OutputError where the system refuses to write.
+    Returns the manifest as `read_manifest` reads it. Raises CheckpointError for a file that is missing or outside the
+    folder, OutputError if the system refuses to write.
     """
     folder = Path(folder)
     hashes = {}
@@ -142,10 +141,10 @@ def _with_relative(folder: Path, ref: _Ref) -> _Ref:
 
 
 def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
-    """Read a checkpoint's manifest; with `verify` every file it lists must be there with its sha256.
+    """A checkpoint's manifest; with `verify` every listed file must exist and have its sha256.
 
-    Raises CheckpointError naming the file that is missing, damaged or outside the folder, or saying that the folder is
-    no (finished) checkpoint, or one of a newer version.
+    Raises CheckpointError for a file that is missing, damaged or outside the folder, and for a folder that is not a
+    checkpoint, an unfinished run, or of a newer version.
     """
     folder = Path(folder)
     try:
@@ -158,36 +157,28 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     manifest = _parse(content, folder)
     for name, digest in manifest.files.items():
         path = _inside(folder, name)
-        if verify:
-            _verify(folder, name, path, digest)
+        try:
+            damaged = verify and sha256_of(path) != digest
+        except FileNotFoundError:
+            raise _broken(folder, f"`{name}` is missing") from None
+        except OSError as error:
+            raise _broken(folder, f"`{name}` cannot be read: {error.strerror or error}") from error
+        if damaged:
+            raise _broken(folder, f"`{name}` is damaged: its content is not what was saved")
     return manifest
 
 
-def _verify(folder: Path, name: str, path: Path, digest: str) -> None:
-    try:
-        found = sha256_of(path)
-    except FileNotFoundError:
-        raise _broken(folder, f"`{name}` is missing") from None
-    except OSError as error:
-        raise _broken(folder, f"`{name}` cannot be read: {error.strerror or error}") from error
-    if found != digest:
-        raise _broken(folder, f"`{name}` is damaged: its content is not what was saved")
-
-
 def _parse(content: object, folder: Path) -> Manifest:
-    """Check the shape and the types of a manifest's JSON. Raises CheckpointError naming the key at fault."""
+    """The manifest in checked JSON. Raises CheckpointError naming a key that is missing or has a wrong value."""
     if not isinstance(content, dict) or type(content.get("format_version")) is not int or content["format_version"] < 1:
         raise _broken(folder, f"`{MANIFEST}` is not a manifest of rlhf")
     if content["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"written by a newer rlhf (format {content['format_version']}, this one reads up to {FORMAT_VERSION})",
-            where=str(folder / MANIFEST),
-            fix="upgrade rlhf",
-        )
+        what = f"written by a newer rlhf (format {content['format_version']}, this one reads up to {FORMAT_VERSION})"
+        raise CheckpointError(what, where=str(folder / MANIFEST), fix="upgrade rlhf")
     hints = {name: hint for name, hint in typing.get_type_hints(Manifest).items() if name != "folder"}
-    damaged = [name for name, hint in hints.items() if not is_stored(content.get(name), hint)]
-    if damaged:
-        raise _damaged_at(folder, damaged[0])
+    for name, hint in hints.items():
+        if not is_stored(content.get(name), hint):
+            raise _broken(folder, f"`{MANIFEST}` is damaged at `{name}`")
     values = {name: content[name] for name in hints}
     values["base"] = _reference(content["base"], BaseRef)
     values["parents"] = tuple(_reference(parent, Parent) for parent in content["parents"])
@@ -203,7 +194,7 @@ def _parse(content: object, folder: Path) -> Manifest:
     }
     for name, is_sound in sound.items():
         if not is_sound:
-            raise _damaged_at(folder, name)
+            raise _broken(folder, f"`{MANIFEST}` is damaged at `{name}`")
     return Manifest(**values, folder=folder)
 
 
@@ -213,10 +204,6 @@ def _reference(content: dict, cls: type[_Ref]) -> _Ref:
 
 def _has_no_nul(ref: BaseRef | Parent) -> bool:
     return not any("\0" in text for text in dataclasses.astuple(ref) if text)
-
-
-def _damaged_at(folder: Path, name: str) -> CheckpointError:
-    return _broken(folder, f"`{MANIFEST}` is damaged at `{name}`")
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -231,56 +218,51 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _unreadable(folder: Path, error: OSError) -> CheckpointError:
+    """The error for a folder whose manifest cannot be read."""
+    where, fix = folder, "give the output folder of a finished run"
     if not folder.is_dir():
-        return CheckpointError("no such folder", where=str(folder), fix="give the output folder of a finished run")
-    if is_checkpoint(folder):
-        return CheckpointError(
-            f"cannot read: {error.strerror or error}", where=str(folder / MANIFEST), fix="see that you may read it"
-        )
-    if (folder / "run.json").is_file():
-        return CheckpointError(
-            "this run has not finished", where=str(folder), fix="run the same command again: it goes on where it stood"
-        )
-    return CheckpointError(
-        f"not a checkpoint (no {MANIFEST})", where=str(folder), fix="give the output folder of a finished run"
-    )
+        what = "no such folder"
+    elif is_checkpoint(folder):
+        what, where, fix = f"cannot read: {error.strerror or error}", folder / MANIFEST, "check its permissions"
+    elif (folder / "run.json").is_file():
+        what, fix = "this run has not finished", "run the same command again to resume it"
+    else:
+        what = f"not a checkpoint (no {MANIFEST})"
+    return CheckpointError(what, where=str(where), fix=fix)
 
 
 def _broken(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(what, where=str(folder), fix=_TRAIN_AGAIN)
 
 
-# --- finding what a manifest points to ------------------------------------------------------------------------------
+# --- finding the base and the parents of a checkpoint ---------------------------------------------------------------
 
 
 def locate(folder: str | Path, stored: BaseRef | Parent) -> Path | str:
-    """Where a manifest's base or parent is now: its old place, else the same way from the (moved) checkpoint.
+    """The folder of a manifest's base or parent: its old path, else the same path relative to the moved checkpoint.
 
-    If something stands at both places, the one whose digest is right. A base from the hub gives its id.
-    Raises CheckpointError saying where it was looked for.
+    If both exist, the one with the right digest. For a base from the hub, its id.
+    Raises CheckpointError with both paths if neither exists.
     """
     if stored.path is None:
         return stored.name
     places = [Path(stored.path)]
     if stored.relative is not None:
         places.append(Path(os.path.realpath(Path(os.path.realpath(folder), stored.relative))))
-    standing = [place for place in places if place.is_dir()]
-    if not standing:
-        what = "base model" if isinstance(stored, BaseRef) else f"{stored.stage} checkpoint"
-        looked = " nor at ".join(str(place) for place in dict.fromkeys(places))
-        raise CheckpointError(
-            f"its {what} is not at {looked}",
-            where=str(folder),
-            fix="put it back at one of these places, or give another --model",
-        )
-    if len(standing) > 1 and not standing[0].samefile(standing[1]) and not _matches(standing[0], stored):
-        return standing[1] if _matches(standing[1], stored) else standing[0]
-    return standing[0]
+    present = [place for place in places if place.is_dir()]
+    if not present:
+        kind = "base model" if isinstance(stored, BaseRef) else f"{stored.stage} checkpoint"
+        what = f"its {kind} is not at " + " nor at ".join(str(place) for place in dict.fromkeys(places))
+        fix = "put it back at one of these places, or give another --model"
+        raise CheckpointError(what, where=str(folder), fix=fix)
+    for place in present if len(present) > 1 and not present[0].samefile(present[1]) else ():
+        if _matches(place, stored):
+            return place
+    return present[0]
 
 
 def _matches(place: Path, stored: BaseRef | Parent) -> bool:
     try:
-        found = base_digest(place) if isinstance(stored, BaseRef) else checkpoint_digest(place)
+        return stored.digest == (base_digest(place) if isinstance(stored, BaseRef) else checkpoint_digest(place))
     except UserError:
         return False
-    return found == stored.digest

@@ -2,10 +2,10 @@
 
     run.json       stage, knobs and inputs of the run that owns the folder, while it is unfinished
     run.lock       held by the process that writes
-    state/step-*   what a resumed run goes on from; the last few
+    state/step-*   resume states; the last few
 
-A folder with checkpoint.json is finished, whatever else is in it; one with run.json alone is not; every other
-folder with something in it belongs to somebody else and is never touched.
+A folder with checkpoint.json is a finished run, whatever else is in it; one with run.json alone is an unfinished run.
+Every other folder that is not empty is never changed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if typing.TYPE_CHECKING:
 
 RUN, LOCK = "run.json", "run.lock"
 METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.yaml"
+START_AGAIN = "choose another --output, or start again with --overwrite"
 _OURS = (  # what a stage writes into its folder, and so what --overwrite may remove
     METRICS, SAMPLES, CONFIG, STATE, "critic", "report.json", "adapter_model.safetensors", "adapter_config.json",
     "head.safetensors", "tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
@@ -42,27 +43,24 @@ _OURS = (  # what a stage writes into its folder, and so what --overwrite may re
 
 @dataclass(frozen=True)
 class Standing:
-    """How what an output folder holds stands to a command. Nothing set: the command begins anew."""
+    """How the content of an output folder relates to a command. With no field set, the command starts a new run."""
 
-    manifest: Manifest | None = None  # the same command has been run to its end
-    resuming: bool = False  # the same run is there unfinished, or with changes with which it can go on
-    extending: bool = False  # it has an earlier end
+    manifest: Manifest | None = None  # of the finished run, if the same command made it
+    resuming: bool = False  # the folder holds the same run unfinished, or one that this command may continue
+    extending: bool = False  # that run has fewer max_steps or epochs
     warnings: tuple[str, ...] = ()
 
 
 def inspect_folder(run: Run) -> Standing:
-    """See what a run's folder holds; raises as `open_run` does, and changes nothing."""
+    """How the content of a run's folder relates to its command; raises as `open_run` does, and changes nothing."""
     standing = Standing()
     if _entries(run.folder):
         finished, begun = read_record(run.folder, MANIFEST), read_record(run.folder, RUN)
         if not (finished or begun):
-            raise OutputError(
-                "belongs to something else: it is not empty and holds no run of this tool",
-                where=str(run.folder),
-                fix="choose another --output; nothing in this folder will be touched",
-            )
+            fix = "choose another --output; nothing in this folder will be changed"
+            raise OutputError("is not empty and does not hold an rlhf run", where=str(run.folder), fix=fix)
         try:
-            standing = _compare(run, finished, begun)
+            standing = _compare(run, finished or begun, finished is not None)
         except (OutputError, CheckpointError):
             if not run.overwrite:
                 raise
@@ -74,25 +72,24 @@ def inspect_folder(run: Run) -> Standing:
     return standing
 
 
-def _compare(run: Run, finished: dict[str, typing.Any] | None, begun: dict[str, typing.Any] | None) -> Standing:
-    """How a folder's run, by its records, stands to a command. Raises OutputError and CheckpointError."""
-    found = finished or begun
-    _check_record(run.folder, MANIFEST if finished else RUN, found)
-    _check_stage(run, found)
-    config, inputs = found.get("config", {}), found.get("inputs", {})
+def _compare(run: Run, record: dict[str, typing.Any], finished: bool) -> Standing:
+    """How the run that a record describes relates to a command. Raises OutputError and CheckpointError."""
+    _check_record(run, MANIFEST if finished else RUN, record)
+    config, inputs = record.get("config", {}), record.get("inputs", {})
     lines = differences(run.config, run.inputs, config, inputs)
-    extending = bool(lines) and ends_later(run.config, config, found.get("steps"))
+    extending = bool(lines) and ends_later(run.config, config, record.get("steps"))
     changed = {} if finished else changed_functions(run.inputs, inputs)
     if lines:
         config = config | (ends_of(run.config) if extending else {})
-        if differences(run.config, run.inputs, config, inputs | changed) or not _newest_is_sound(run.folder):
-            raise _made_otherwise(run.folder, lines)
+        states = states_in(run.folder / STATE)
+        if differences(run.config, run.inputs, config, inputs | changed) or not any(map(_is_sound, states[-1:])):
+            raise _different_run(run, lines, states)
     manifest = read_manifest(run.folder) if finished else None
     if manifest is not None and not lines:
         return Standing(manifest)
-    _check_split(run, found)
+    _check_split(run, record)
     names = ", ".join(name.removeprefix("reward ") for name in changed)
-    warning = f"{names} changed since this run began; the steps behind it were scored by the old one"
+    warning = f"{names} changed since this run began; earlier steps were scored by the old version"
     return Standing(resuming=True, extending=extending, warnings=(warning,) if changed else ())
 
 
@@ -102,23 +99,20 @@ def is_ours(name: str) -> bool:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Names in an output folder that mean something; none if it is not there."""
+    """Names in an output folder, without the lock and leftovers; none if it does not exist."""
     if not os.path.lexists(folder):
         return []
     try:
         names = os.listdir(folder)
     except OSError as error:
         special = describe_special(folder)
-        raise OutputError(
-            f"cannot be used as a folder: {f'it is {special}' if special else error.strerror or error}",
-            where=str(folder),
-            fix="choose another --output",
-        ) from error
+        what = f"cannot be used as a folder: {f'it is {special}' if special else error.strerror or error}"
+        raise OutputError(what, where=str(folder), fix="choose another --output") from error
     return [name for name in names if name != LOCK and not atomic.is_leftover(name)]
 
 
 def read_record(folder: Path, name: str) -> dict[str, typing.Any] | None:
-    """The content of a run.json or checkpoint.json of this tool; None where there is none, or somebody else's."""
+    """The content of a run.json or checkpoint.json; None if it is missing or not of this tool."""
     try:
         value = read_json(folder / name)
     except (OSError, ValueError):
@@ -128,56 +122,40 @@ def read_record(folder: Path, name: str) -> dict[str, typing.Any] | None:
     return value if ours else None
 
 
-def _check_record(folder: Path, name: str, found: dict[str, typing.Any]) -> None:
-    """Raise CheckpointError for numbers that no run ever had."""
-    wrong = damaged_knob(found["stage"], found.get("config", {}))
-    steps = found.get("steps", 0)
+def _check_record(run: Run, name: str, record: dict[str, typing.Any]) -> None:
+    """Raise CheckpointError for impossible values, OutputError for a newer version or another stage."""
+    folder, steps = str(run.folder), record.get("steps", 0)
+    wrong = damaged_knob(record["stage"], record.get("config", {}))
     if wrong or type(steps) is not int or steps < 0:
-        raise CheckpointError(
-            f"`{name}` is damaged at `{f'config.{wrong}' if wrong else 'steps'}`",
-            where=str(folder),
-            fix="restore the file, choose another --output, or start again with --overwrite",
-        )
+        key = f"config.{wrong}" if wrong else "steps"
+        raise CheckpointError(f"`{name}` is damaged at `{key}`", where=folder, fix=f"restore the file, {START_AGAIN}")
+    if record["format_version"] > FORMAT_VERSION:
+        raise OutputError("written by a newer rlhf", where=folder, fix=f"upgrade rlhf, or {START_AGAIN}")
+    if record["stage"] != run.stage:
+        raise OutputError(f"holds a run of `{record['stage']}`, not of `{run.stage}`", where=folder, fix=START_AGAIN)
 
 
-def _check_stage(run: Run, found: dict[str, typing.Any]) -> None:
-    """Raise OutputError unless a folder's run is of the same stage, and of a version that can be read."""
-    another = "choose another --output, or start again with --overwrite"
-    if found["format_version"] > FORMAT_VERSION:
-        raise OutputError("written by a newer rlhf", where=str(run.folder), fix=f"upgrade rlhf, or {another}")
-    if found["stage"] != run.stage:
-        raise OutputError(
-            f"holds a run of `{found['stage']}`, not of `{run.stage}`", where=str(run.folder), fix=another
-        )
+def _different_run(run: Run, lines: list[str], states: list[Path]) -> OutputError:
+    """The error for a folder with a run of other knobs or inputs, which `lines` name."""
+    what = "holds a run with different knobs or inputs:\n" + "\n".join(f"    {line}" for line in lines)
+    if all(line.startswith(("max_steps: ", "epochs: ")) for line in lines) and not states:
+        what += "\n    that run cannot be extended: its state was not kept (--keep-state)"
+    return OutputError(what, where=str(run.folder), fix=f"use the old values to resume, or {START_AGAIN}")
 
 
-def _made_otherwise(folder: Path, lines: list[str]) -> OutputError:
-    """The error of a folder with a run of other choices, which `lines` name."""
-    another = "choose another --output, or start again with --overwrite"
-    if all(line.startswith(("max_steps: ", "epochs: ")) for line in lines) and not states_in(folder / STATE):
-        another = f"its state was not kept (--keep-state), so it cannot go on from there: {another}"
-    return OutputError(
-        "made with other choices:\n" + "\n".join(f"    {line}" for line in lines),
-        where=str(folder),
-        fix=f"repeat the old choices to go on, {another}",
-    )
-
-
-def _check_split(run: Run, found: dict[str, typing.Any]) -> None:
-    """Raise OutputError where a run would go on with other rows held out than those it began with."""
+def _check_split(run: Run, record: dict[str, typing.Any]) -> None:
+    """Raise OutputError if a resumed run would hold out other rows than before."""
     splits = bool(getattr(run.config, "eval_fraction", 0)) and not getattr(run.config, "eval_dataset", None)
-    made_by = found if "rlhf" in found else found.get("versions", {})  # run.json or a manifest
+    made_by = record if "rlhf" in record else record.get("versions", {})  # run.json or a manifest
     if splits and "rlhf" in made_by and made_by.get("split") != SPLIT:
-        raise OutputError(
-            "was begun by an earlier rlhf, which held out other rows; going on would mix what is learned and tested",
-            where=str(run.folder),
-            fix="finish it with the version that began it, or start again with --overwrite",
-        )
+        what = "was started by an earlier rlhf, which held out other rows; a resumed run would train on evaluation rows"
+        fix = "finish it with the version that started it, or start again with --overwrite"
+        raise OutputError(what, where=str(run.folder), fix=fix)
 
 
-def _newest_is_sound(folder: Path) -> bool:
+def _is_sound(state: Path) -> bool:
     with contextlib.suppress(CheckpointError):
-        return any(read_about(place) for place in states_in(folder / STATE)[-1:])
+        return bool(read_about(state))
     return False
 
 
@@ -185,41 +163,32 @@ def refuse_inside_a_run(folder: Path) -> None:
     """Raise OutputError for a folder inside what another run replaces and removes."""
     for place in (folder, *folder.parents):
         if place.name in (STATE, "critic") and any((place.parent / name).is_file() for name in (RUN, MANIFEST)):
-            raise OutputError(
-                f"lies in `{place.name}` of the run in {place.parent}, which that run removes",
-                where=str(folder),
-                fix="choose another --output",
-            )
+            what = f"is inside `{place.name}` of the run in {place.parent}, which that run removes"
+            raise OutputError(what, where=str(folder), fix="choose another --output")
 
 
 def _spare_inputs(run: Run) -> None:
-    """Raise OutputError where --overwrite would remove what this very command reads."""
+    """Raise OutputError if --overwrite would remove an input of this command."""
     folder = Path(os.path.realpath(run.folder))
     for name, value in as_dict(run.config).items():
         texts = value if isinstance(value, list) else [value]
         for text in (text for text in texts if isinstance(text, str) and name != "output"):
             for place in map(os.path.expanduser, (text, text.rpartition("=")[0], text.rpartition(":")[0])):
                 if place and os.path.lexists(place) and Path(os.path.realpath(place)).is_relative_to(folder):
-                    raise OutputError(
-                        f"`{name}` lies in the folder that --overwrite would clear",
-                        where=str(run.folder),
-                        fix="choose another --output",
-                    )
+                    what = f"`{name}` is inside the folder that --overwrite would clear"
+                    raise OutputError(what, where=str(run.folder), fix="choose another --output")
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise OutputError where something we would write or remove is a link: what it leads to is not ours."""
+    """Raise OutputError if a file or folder to be written or removed is a link, whose target is not ours."""
     for where, folders, files in os.walk(folder):
         for name in (*folders, *files):
             place = Path(where, name).relative_to(folder)
             top = place.parts[0]
             ours = top in (RUN, LOCK, MANIFEST) or is_ours(top) or atomic.is_leftover(top)
             if ours and (folder / place).is_symlink():
-                raise OutputError(
-                    f"`{place}` is a link to {os.readlink(folder / place)}, and nothing is written through it",
-                    where=str(folder),
-                    fix="remove the link, or choose another --output",
-                )
+                what = f"`{place}` is a link to {os.readlink(folder / place)}, and links are not written through"
+                raise OutputError(what, where=str(folder), fix="remove the link, or choose another --output")
 
 
 def _check_writable(folder: Path) -> None:

@@ -40,80 +40,67 @@ if typing.TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A stage's output folder. Only a `writer` (rank 0) changes anything on disk; elsewhere those calls do nothing."""
+    """A stage's output folder. Only the `writer` (rank 0) changes files; on other ranks those calls do nothing."""
 
     folder: Path
     stage: str
     config: object  # the stage's config dataclass
-    inputs: dict[str, str]  # digests of what goes in, by name
+    inputs: dict[str, str]  # digests of the inputs, by name
     overwrite: bool = False
     writer: bool = True
-    standing: Standing = Standing()  # of what the folder holds already
+    standing: Standing = Standing()  # how the folder's content relates to the command
     warnings: list[str] = field(default_factory=list)
     _lock: BaseFileLock | None = None
 
     @property
     def manifest(self) -> Manifest | None:
-        """That of the checkpoint, once there is one."""
+        """The checkpoint's manifest, once there is one."""
         return self.standing.manifest
 
     @property
     def finished(self) -> bool:
-        """True where the same command has been run to its end; `manifest` says what came out."""
+        """True if the same command has been run to its end; `manifest` holds its result."""
         return self.manifest is not None
 
     @property
     def resuming(self) -> bool:
-        """True where an unfinished run of the same command is there, or one that can go on as this command asks."""
+        """True if the folder holds an unfinished run of the same command, or one that this command may continue."""
         return self.standing.resuming
 
     def inspect(self) -> None:
-        """Set `standing` by what the folder holds. Raises as `open_run` does."""
+        """Set `standing` from the folder's content. Raises as `open_run` does."""
         self.standing = inspect_folder(self)
         self.warnings += [warning for warning in self.standing.warnings if warning not in self.warnings]
 
     # --- beginning and ending
 
     def start(self) -> None:
-        """Take the folder: make it, lock it, write run.json, and clear what a killed or overwritten run left.
+        """Make and lock the folder, write run.json, and remove what a killed or overwritten run left.
 
-        Raises OutputError where another process got there first, or the system refuses to write.
+        Raises OutputError if another process has the folder, or the system refuses to write.
         """
         if not self.writer:
             return
         if self.finished:
-            raise OutputError("finished already", where=str(self.folder), fix="there is nothing left to do")
+            raise OutputError("finished already", where=str(self.folder), fix="use the checkpoint in this folder")
         atomic.make_folder(self.folder)
         self._take_lock()
         try:
-            self.inspect()  # again, now that nobody else can change it
+            self.inspect()  # again, now that no other process can change it
             if self.finished:
-                raise OutputError(
-                    "another process has just finished this run", where=str(self.folder), fix="run the command again"
-                )
+                what, fix = "another process has just finished this run", "run the command again"
+                raise OutputError(what, where=str(self.folder), fix=fix)
             self._clear_leftovers()
-            if self.resuming:
-                self._go_on()
-            else:
-                self._begin_anew()
+            listed = (read_record(self.folder, MANIFEST) or {}).get("files", {})
+            owner = (self._id() or next(map(owner_of, self._states()), None)) if self.resuming else None
+            self._write_record(owner or secrets.token_hex(8))  # first: a kill below leaves a folder with an owner
+            atomic.remove(self.folder / MANIFEST)
+            atomic.sync(self.folder)  # from here on it is not a checkpoint, even after a power cut
+            if not (self.resuming and self._own_states()):  # a new run, or one killed before its first state
+                self._clear_files_of_ours(listed)
         except BaseException:
             self.release()
             raise
-
-    def _begin_anew(self) -> None:
-        """Mark the folder as this run's first, so that a kill while clearing never leaves it without an owner."""
-        old = read_record(self.folder, MANIFEST) or {}
-        self._write_record(secrets.token_hex(8))
-        self._clear_old(old.get("files", {}))
-
-    def _go_on(self) -> None:
-        """Make the folder's run an unfinished one of this command's choices; its last state is where it goes on."""
-        newest = next(map(owner_of, self._states()), None)
-        self._write_record(self._id() or newest or secrets.token_hex(8))
-        atomic.remove(self.folder / MANIFEST)
-        atomic.sync(self.folder)
-        if not self._own_states():  # killed before its first state, perhaps while clearing: the same as new
-            self._clear_old()
 
     def _write_record(self, identity: object) -> None:
         record = {
@@ -128,42 +115,42 @@ class Run:
         }
         atomic.write_json(self.folder / RUN, record)
 
-    def _clear_old(self, listed: typing.Collection[str] = ()) -> None:
-        """Remove what a stage wrote, `listed` or known by name; what else a person put here stays."""
-        atomic.remove(self.folder / MANIFEST)
-        atomic.sync(self.folder)  # from here on it is no checkpoint, even after a power cut
+    def _clear_files_of_ours(self, listed: typing.Collection[str]) -> None:
+        """Remove the files of a stage, by the names in `listed` and those of `is_ours`; other files stay."""
         for name in sorted(os.listdir(self.folder)):
             if (name in listed or is_ours(name)) and name not in (RUN, LOCK):
                 atomic.remove(self.folder / name)
 
     def finish(self, manifest: Manifest, files: list[str]) -> Manifest | None:
-        """Publish the checkpoint (`config` and `inputs` are the run's own), then remove what only a run needs.
+        """Publish the checkpoint with the run's `config` and `inputs`, then remove the files of an unfinished run.
 
         Returns the manifest as stored; raises what `manifest.write_manifest` raises.
         """
         if not self.writer:
             return None
-        made = {"config": as_dict(self.config), "inputs": dict(self.inputs)}
-        asked = dataclasses.replace(manifest, **made, versions=manifest.versions | {"split": SPLIT})
-        self.standing = Standing(write_manifest(self.folder, asked, files))
-        self._remove_scaffold()
+        versions = manifest.versions | {"split": SPLIT}
+        complete = dataclasses.replace(
+            manifest, config=as_dict(self.config), inputs=dict(self.inputs), versions=versions
+        )
+        self.standing = Standing(write_manifest(self.folder, complete, files))
+        self._remove_run_files()
         self.release()
         return self.manifest
 
     def tidy(self) -> None:
-        """Remove what a kill just after publishing left in a finished folder, if that is possible."""
+        """Remove what a kill just after publishing left in a finished folder, if possible."""
         names = os.listdir(self.folder) if self.writer and self.finished else []
-        scaffold = {RUN, LOCK} | (set() if self._keeps_state() else {STATE})
-        if not any(name in scaffold or atomic.is_leftover(name) for name in names):
+        run_files = (RUN, LOCK) if self._keeps_state() else (RUN, LOCK, STATE)
+        if not any(name in run_files or atomic.is_leftover(name) for name in names):
             return
         with contextlib.suppress(OutputError):
             self._take_lock()
-            self._remove_scaffold()
+            self._remove_run_files()
         self.release()
 
-    def _remove_scaffold(self) -> None:
-        """Only once the manifest stands. A failure here harms nobody: the checkpoint is complete."""
-        if not (self.folder / MANIFEST).is_file():
+    def _remove_run_files(self) -> None:
+        """Remove what only an unfinished run needs. A failure is ignored: the checkpoint is complete."""
+        if not (self.folder / MANIFEST).is_file():  # another process has replaced the run meanwhile
             return
         with contextlib.suppress(OutputError):
             if not self._keeps_state():
@@ -172,16 +159,16 @@ class Run:
             self._clear_leftovers()
 
     def _keeps_state(self) -> bool:
-        finished_with = self.manifest.config if self.manifest is not None else {}
-        return bool(getattr(self.config, "keep_state", False) or finished_with.get("keep_state"))
+        stored = self.manifest.config if self.manifest is not None else {}
+        return bool(getattr(self.config, "keep_state", False) or stored.get("keep_state"))
 
     def _take_lock(self) -> None:
         self._lock = take_lock(self.folder / LOCK)
         if self._lock is None:
-            self.warnings.append(f"{self.folder}: this file system has no locks; never run the command twice at once")
+            self.warnings.append(f"{self.folder}: this file system has no locks; do not run the command twice at once")
 
     def release(self) -> None:
-        """Let go of the folder, finished or not."""
+        """Unlock the folder."""
         if self._lock is not None:
             lock, self._lock = self._lock, None
             release_lock(lock, self.folder / LOCK)
@@ -207,62 +194,60 @@ class Run:
     # --- resume state
 
     def save_state(self, step: int, tensors: dict[str, Tensor], facts: dict[str, object]) -> None:
-        """Save what a resumed run needs to go on after `step`; the `keep_states` newest are kept.
+        """Save the resume state after `step`, and remove all but the newest `keep_states`.
 
-        `facts` is JSON with text keys; its numbers come back exactly, infinities included. Raises OutputError.
+        `facts` is JSON with text keys; its numbers are read back exactly, infinities included. Raises OutputError.
         """
         if not self.writer:
             return
-        sizes = {}
-        for path in (self.folder / METRICS, self.folder / SAMPLES):
-            if path.exists():
-                atomic.sync(path)
-            sizes[path.name] = path.stat().st_size if path.exists() else 0
+        sizes = {METRICS: 0, SAMPLES: 0}
+        for name in sizes:
+            if (self.folder / name).exists():
+                atomic.sync(self.folder / name)
+                sizes[name] = (self.folder / name).stat().st_size
         write_state(self.folder / STATE / f"step-{step:06d}", self._id(), ResumeState(step, tensors, facts, sizes))
         for old in self._states()[getattr(self.config, "keep_states", 2) :]:
             atomic.remove(old)
 
     def latest_state(self) -> ResumeState | None:
-        """The newest sound state of this run, or None; a damaged one is passed over with a line in `warnings`."""
+        """The newest sound state of this run, or None; a damaged one is skipped, with a line in `warnings`."""
         for place in self._own_states():
             try:
                 return read_state(place)
             except CheckpointError as error:
-                self.warnings.append(f"{place} is damaged and was passed over ({error.what})")
+                self.warnings.append(f"{place} is damaged and was skipped ({error.what})")
         return None
 
     def resume(self) -> ResumeState | None:
-        """The state to go on from (None: from the start), with the logs cut back to it so that a step stands once."""
+        """The state to resume from (None: from the start); log lines and states of later steps are removed."""
         state = self.latest_state()
         if not self.writer:
             return state
         for name in (METRICS, SAMPLES):
-            self._cut(self.folder / name, state.sizes.get(name, 0) if state else 0)
+            log, size = self.folder / name, state.sizes.get(name, 0) if state else 0
+            present = log.stat().st_size if log.exists() else 0
+            if present < size:
+                self.warnings.append(f"{log} has {present} bytes, {size} at the saved state; earlier lines are lost")
+            elif size == 0:
+                atomic.remove(log)
+            elif present > size:
+                atomic.truncate(log, size)
         for place in self._states():
             if state is None or step_of(place) > state.step:
                 atomic.remove(place)
         return state
 
-    def _cut(self, log: Path, size: int) -> None:
-        found = log.stat().st_size if log.exists() else 0
-        if found < size:
-            self.warnings.append(f"{log} is shorter than it was; its earlier lines are gone")
-        elif size == 0:
-            atomic.remove(log)
-        elif found > size:
-            atomic.truncate(log, size)
-
     def _id(self) -> object:
         return (read_record(self.folder, RUN) or {}).get("id")
 
     def _states(self) -> list[Path]:
-        """Folders of states, the newest first."""
+        """Folders of resume states, the newest first."""
         return states_in(self.folder / STATE)[::-1]
 
     def _own_states(self) -> list[Path]:
-        """Those that this run wrote, or that are too damaged to say; not those of a run that was overwritten."""
-        mine = self._id()
-        return [place for place in self._states() if owner_of(place) in (mine, None)] if mine else []
+        """States of this run and of an unknown owner (damaged); not those of a run that was overwritten."""
+        identity = self._id()
+        return [place for place in self._states() if owner_of(place) in (identity, None)] if identity else []
 
 
 # --- opening -------------------------------------------------------------------------------------------------------
@@ -277,18 +262,18 @@ def open_run(
     overwrite: bool = False,
     writer: bool = True,
 ) -> Run:
-    """See what an output folder holds, and say whether this command starts, goes on, or has been done.
+    """A run in an output folder: a new one, one to resume, or a finished one (`Run.standing`).
 
-    `config` is the stage's dataclass; `inputs` are digests of what goes in. A knob that is the place of an input
-    (`model`, `dataset`, ...) is judged by the digest under the knob's own name, if there is one, so a moved file is
-    no other file. With `overwrite` a run of other choices, and a damaged one, begins anew; the same run goes on or is
-    done all the same, since training again would give the same. Writes nothing: `Run.start` does.
+    `config` is the stage's dataclass; `inputs` are digests of the inputs. For a knob that is the path of an input
+    (`model`, `dataset`, ...) the digest of that name is compared, if there is one, so that a file may be moved.
+    With `overwrite`, a damaged run or one with other knobs is replaced; the same run is still resumed or finished,
+    since training again would give the same result. Writes nothing: `Run.start` does.
 
-    Raises OutputError where the folder belongs to something else, to another stage or to a run with other choices, is
-    in use, or cannot be written; CheckpointError where it is finished but damaged.
+    Raises OutputError if the folder holds something else, another stage's run or a run with other knobs, is in use, or
+    cannot be written; CheckpointError if its run is finished but damaged.
     """
     place = absolute(output, "--output")
-    # One folder has one name, however it is spelled; `a/../x` stands before `a` does.
+    # One name per folder, however the path is spelled; `a/../x` may be given before `a` exists.
     folder = place if describe_special(place) else Path(os.path.realpath(place))
     run = Run(folder, stage, config, dict(inputs), overwrite=overwrite, writer=writer)
     refuse_inside_a_run(folder)

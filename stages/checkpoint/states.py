@@ -1,9 +1,10 @@
-"""Resume state: what a run was after a step, as tensors and facts, each with the digest by which it is known sound.
+"""Resume state: tensors and facts of a run after a step, each with the digest that shows damage.
 
 state/step-000200/state.safetensors   weights and moments of every optimiser
-state/step-000200/state.json          the run it belongs to, step, facts, sizes of the logs, sha256 of both
+state/step-000200/state.json          id of its run, step, facts, sizes of the logs, sha256 of both
 
-Beside the steps lies what a stage need not compute again, such as what the reference of `rlhf dpo` says of its rows.
+The folder also caches results that a resumed stage would recompute, such as the reference log-probabilities of
+`rlhf dpo`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ if typing.TYPE_CHECKING:
     from torch import Tensor
 
 STATE, ABOUT, TENSORS = "state", "state.json", "state.safetensors"
-AHEAD = "ahead"  # among the facts: numbers of an update that the weights have behind them, and the logs not yet
+AHEAD = "ahead"  # the fact with metrics of an update that is in the weights but not yet in the logs
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What a resumed run goes on from."""
+    """The state of a run after a step, from which it resumes."""
 
     step: int
     tensors: dict[str, Tensor]  # on the CPU, as they were saved
@@ -39,26 +40,21 @@ class ResumeState:
 
 
 def states_in(folder: Path) -> list[Path]:
-    """Folders of states in a folder, the oldest first."""
+    """Folders of resume states in a folder, the oldest first."""
     return sorted((place for place in folder.glob("step-*") if step_of(place) >= 0), key=step_of)
 
 
 def step_of(place: Path) -> int:
-    """The step that a state's folder is named after; -1 for another name."""
+    """The step in the name of a state's folder; -1 for another name."""
     match = re.fullmatch(r"step-(\d+)", place.name)
     return int(match[1]) if match else -1
 
 
 def owner_of(place: Path) -> object:
-    """The id of the run that saved a state; None where it is too damaged to say."""
+    """The id of the run that saved a state; None if it is too damaged to be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return _read(place / ABOUT)["content"]["run"]
+        return json.loads(read_text(place / ABOUT))["content"]["run"]
     return None
-
-
-def _read(path: Path) -> typing.Any:
-    """JSON of a state, infinities included. Raises OSError, ValueError and RecursionError."""
-    return json.loads(read_text(path))
 
 
 def write_state(place: Path, run: object, state: ResumeState) -> None:
@@ -73,22 +69,18 @@ def write_state(place: Path, run: object, state: ResumeState) -> None:
 
 
 def read_about(place: Path) -> dict[str, typing.Any]:
-    """What state.json says, once every byte of the state has been checked; no torch. Raises CheckpointError."""
+    """The `run`, `step`, `facts` and `sizes` of a state whose files are undamaged; no torch. Raises CheckpointError."""
     try:
-        stored = _read(place / ABOUT)
+        stored = json.loads(read_text(place / ABOUT))
         content = stored["content"]
-        if stored["sha256"] != _digest(content):
-            raise CheckpointError(f"{ABOUT} is not what was saved", where=str(place))
+        about = {name: content[name] for name in ("run", "step", "facts", "sizes")}
+        sizes = about["sizes"].values() if isinstance(about["sizes"], dict) else (-1,)
+        sound = stored["sha256"] == _digest(content) and type(about["step"]) is int
+        sound = sound and about["step"] == step_of(place) and isinstance(about["facts"], dict)
+        if not sound or not all(type(size) is int and size >= 0 for size in sizes):
+            raise ValueError
         if sha256_of(place / TENSORS) != content["tensors"]:
             raise CheckpointError(f"{TENSORS} is not what was saved", where=str(place))
-        about = {name: content[name] for name in ("run", "step", "facts", "sizes")}
-        if (
-            about["step"] != step_of(place)
-            or type(about["step"]) is not int
-            or not isinstance(about["facts"], dict)
-            or not _are_sizes(about["sizes"])
-        ):
-            raise ValueError
         return about
     except OSError as error:
         raise CheckpointError(f"{error.strerror or error}", where=str(place)) from error
@@ -97,14 +89,9 @@ def read_about(place: Path) -> dict[str, typing.Any]:
 
 
 def read_state(place: Path) -> ResumeState:
-    """Read a state and check every byte of it. Raises CheckpointError."""
+    """A resume state, each byte checked by its digest. Raises CheckpointError."""
     about = read_about(place)
     return ResumeState(about["step"], load_tensors(place / TENSORS), about["facts"], about["sizes"])
-
-
-def _are_sizes(value: object) -> bool:
-    """True for numbers of bytes by the names of the logs."""
-    return isinstance(value, dict) and all(type(size) is int and size >= 0 for size in value.values())
 
 
 def _digest(content: object) -> str:

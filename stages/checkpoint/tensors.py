@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors of any shape, dtype and device to one file, whole or not at all.
 
-    The same tensors and metadata always give the same bytes. Raises OutputError.
+    Equal tensors and metadata give equal bytes. Raises OutputError.
     """
     import safetensors.torch
 
@@ -52,14 +52,14 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def tensor_metadata(path: str | Path) -> dict[str, str]:
-    """The texts stored beside the tensors. Raises CheckpointError for a missing or damaged file."""
+    """The metadata of a tensor file. Raises CheckpointError for a missing or damaged file."""
     return read_header(path)[0].get("__metadata__") or {}
 
 
 def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
     """The header of a safetensors file and the offset in bytes at which its tensors start, without torch.
 
-    Raises CheckpointError for a missing file, and for one whose tensors do not fill it as the header says.
+    Raises CheckpointError for a missing file, and for one whose size does not match its header.
     """
     import safetensors
 
@@ -74,9 +74,8 @@ def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
     except (safetensors.SafetensorError, ValueError) as error:
         raise damaged(path, str(error)) from error
     except OSError as error:
-        raise CheckpointError(
-            f"cannot read: {error.strerror or error}", where=str(path), fix="see that the file is there and readable"
-        ) from error
+        what, fix = f"cannot read: {error.strerror or error}", "check that the file exists and is readable"
+        raise CheckpointError(what, where=str(path), fix=fix) from error
 
 
 def damaged(path: str | Path, reason: str, fix: str = "") -> CheckpointError:

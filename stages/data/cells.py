@@ -1,6 +1,6 @@
-"""Cells of a dataset as JSON: one rule for what reward functions are handed and what `rlhf sample` writes.
+"""Cells of a dataset as JSON, for the columns of reward functions and the rows that `rlhf sample` writes.
 
-A cell is null, true, false, a number, text, a list, or an object with text keys. What other files hold becomes:
+A cell is null, true, false, a number, text, a list, or an object with text keys. Other types are converted:
 
     NaN, infinity                        null
     decimal                              number
@@ -8,8 +8,8 @@ A cell is null, true, false, a number, text, a list, or an object with text keys
     duration                             seconds
     bytes                                base64 text
     UUID                                 text
-    map                                  object; keys that are no text as their JSON
-    category, array of numpy             their values
+    map                                  object; keys that are not text as their JSON
+    category, numpy array                their values
 
 Objects and lists may be nested `DEEPEST` levels deep.
 """
@@ -34,39 +34,28 @@ _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def json_value(value: object, depth: int = 0) -> object:
-    """A cell as JSON. Raises ValueError, in words, for what has no JSON form."""
+    """A cell as JSON. Raises ValueError, with the reason, for a value that has no JSON form."""
     if isinstance(value, str):
-        if not value.isascii():
-            _check_unicode(value)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("the text holds half a character (a lone surrogate)") from None
         return value
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, (dict, list, tuple)):
-        if depth >= DEEPEST:
-            raise ValueError(f"nested more than {DEEPEST} levels deep")
-        return _json_object(value, depth) if isinstance(value, dict) else [json_value(v, depth + 1) for v in value]
-    return _json_leaf(value, depth)
-
-
-def _json_object(value: dict, depth: int) -> dict[str, object]:
-    found = {_json_key(key): json_value(item, depth + 1) for key, item in value.items()}
-    if len(found) < len(value):
+    if not isinstance(value, (dict, list, tuple)):
+        return _json_leaf(value, depth)
+    if depth >= DEEPEST:
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
+    if not isinstance(value, dict):
+        return [json_value(item, depth + 1) for item in value]
+    keys = (json_value(key) for key in value)
+    names = [key if isinstance(key, str) else json.dumps(key) for key in keys]
+    if len(set(names)) < len(names):
         raise ValueError("two keys of an object are the same text")
-    return found
-
-
-def _json_key(key: object) -> str:
-    plain = json_value(key)
-    return plain if isinstance(plain, str) else json.dumps(plain)
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("the text holds half a character (a lone surrogate)") from None
+    return {name: json_value(item, depth + 1) for name, item in zip(names, value.values(), strict=True)}
 
 
 def _json_leaf(value: object, depth: int) -> object:
@@ -85,7 +74,7 @@ def _json_leaf(value: object, depth: int) -> object:
         return str(value)
     if hasattr(value, "as_py"):
         return _json_scalar(value)
-    if hasattr(value, "tolist"):  # a scalar or an array of numpy
+    if hasattr(value, "tolist"):  # a numpy scalar or array
         return json_value(value.tolist(), depth + 1)
     raise ValueError(f"a {type(value).__name__} has no JSON form")
 
@@ -94,56 +83,50 @@ def _json_leaf(value: object, depth: int) -> object:
 
 
 def table_rows(table: pyarrow.Table) -> Iterator[dict[str, object]]:
-    """Rows of a table: lists and objects of Python's values; dates, times and the like stay Arrow's own scalars.
+    """Rows of a table: lists and objects of Python values; dates, times and the like remain Arrow scalars.
 
-    Python has no year 10,000 and no zone it does not know: such a cell is read all the same, and `json_value` gives
+    Python has no year 10,000 and not every time zone: such a cell is read all the same, and `json_value` gives
     its text. Raises ValueError for an object with two fields of one name.
     """
-    columns = [_column_values(table.column(place)) for place in range(table.num_columns)]
+    columns = [
+        column.to_pylist() if _is_plain(column.type) else [_value_of(scalar) for scalar in column]
+        for column in table.itercolumns()
+    ]
     return (dict(zip(table.column_names, cells, strict=True)) for cells in zip(*columns, strict=True))
 
 
-def _column_values(column: pyarrow.ChunkedArray) -> list[object]:
-    return column.to_pylist() if _is_plain(column.type) else [_value_of(scalar) for scalar in column]
-
-
 def _is_plain(kind: pyarrow.DataType) -> bool:
-    """True for types whose every value Python has."""
+    """True for types all of whose values exist in Python."""
+    import pyarrow
     from pyarrow import types
 
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_dictionary(kind):
         return _is_plain(kind.value_type)
     if types.is_struct(kind):
-        return all(_is_plain(kind.field(place).type) for place in range(kind.num_fields))
-    if types.is_dictionary(kind):
-        return _is_plain(kind.value_type)
-    text = (types.is_string, types.is_large_string, types.is_string_view)
-    binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
-    others = (types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal)
-    return any(matches(kind) for matches in (*text, *binary, *others))
+        return all(_is_plain(field.type) for field in kind)
+    return not (types.is_nested(kind) or types.is_temporal(kind) or isinstance(kind, pyarrow.BaseExtensionType))
 
 
 def _value_of(scalar: typing.Any) -> object:
-    """A scalar as Python's value; a leaf that Python might not have as it is."""
+    """A scalar as a Python value; a leaf that might not exist in Python as it is."""
     import pyarrow
     from pyarrow import types
 
     kind = scalar.type
     if not scalar.is_valid:
         return None
-    if isinstance(kind, pyarrow.BaseExtensionType) and kind.extension_name != "arrow.uuid":
-        return _value_of(scalar.value)
-    if types.is_dictionary(kind):
+    if types.is_dictionary(kind) or (
+        isinstance(kind, pyarrow.BaseExtensionType) and kind.extension_name != "arrow.uuid"
+    ):
         return _value_of(scalar.value)
     if types.is_map(kind):
-        entries = scalar.values
-        keys, items = ([_value_of(s) for s in entries.field(place)] for place in (0, 1))
-        found = dict(zip(keys, items, strict=True))
-        if len(found) < len(keys):
+        keys, items = ([_value_of(item) for item in scalar.values.field(place)] for place in (0, 1))
+        entries = dict(zip(keys, items, strict=True))
+        if len(entries) < len(keys):
             raise ValueError("a map has one key twice")
-        return found
+        return entries
     if types.is_struct(kind):
-        names = [kind.field(place).name for place in range(kind.num_fields)]
+        names = [field.name for field in kind]
         if len(set(names)) < len(names):
             raise ValueError("an object has two fields of one name")
         return {name: _value_of(scalar[name]) for name in names}
@@ -153,7 +136,7 @@ def _value_of(scalar: typing.Any) -> object:
 
 
 def _json_scalar(scalar: typing.Any) -> object:
-    """JSON for an Arrow scalar that `table_rows` left as it was; Arrow's text, in UTC, of a time that Python lacks."""
+    """JSON for an Arrow scalar; Arrow's text, in UTC, for a time that Python cannot represent."""
     import pyarrow
     from pyarrow import types
 
@@ -163,6 +146,6 @@ def _json_scalar(scalar: typing.Any) -> object:
         return scalar.value / _PER_SECOND[kind.unit] if rest else whole
     try:
         return json_value(scalar.as_py())
-    except (OverflowError, ValueError, KeyError):  # the year 10,000, a zone that nobody knows
+    except (OverflowError, ValueError, KeyError):  # the year 10,000, an unknown time zone
         plain = scalar.cast(pyarrow.timestamp("s"), safe=False) if types.is_timestamp(kind) else scalar
         return plain.cast(pyarrow.string()).as_py().replace(" ", "T")

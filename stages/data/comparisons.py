@@ -1,4 +1,4 @@
-"""Which response is better: comparisons out of chosen/rejected rows, ranked lists and ratings."""
+"""Comparisons of responses, from chosen/rejected rows, ranked lists and ratings."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ TURN = "\n\nAssistant:"  # ends the prompt in texts written like Anthropic's HH 
 class Pair:
     """One judgement: response `better` beats response `worse`, both being indices into a comparison's responses.
 
-    `probability` that `better` really is the better one is never below a half: a pair that is given with less is
-    stored the other way round, as what it says. At exactly a half it is a tie, and without a margin the order means
-    nothing. `margin` is
-    the lead of `better` over `worse`, in the units of the rows. It belongs to the order in which it was given, so it
-    changes its sign with that order, and every loss of the pair stays the same.
+    `probability` is the probability that `better` is preferred. A pair given with less than a half is stored with its
+    responses swapped, so it is never below a half. At a half the pair is a tie, and without a margin its order has no
+    meaning. `margin` is the lead of `better` over `worse`, in the units of the rows; it changes its sign when the
+    responses are swapped, so every loss of the pair stays the same.
     """
 
     better: int
@@ -32,10 +31,8 @@ class Pair:
 
     def __post_init__(self) -> None:
         if self.probability < 0.5:
-            turned = {"better": self.worse, "worse": self.better, "probability": 1 - self.probability}
-            if self.margin:  # 0 stays 0, not -0
-                turned["margin"] = -self.margin
-            for name, value in turned.items():
+            swapped = {"better": self.worse, "worse": self.better, "probability": 1 - self.probability}
+            for name, value in (swapped | {"margin": 0.0 - self.margin}).items():  # 0 becomes 0, not -0
                 object.__setattr__(self, name, value)
 
     @property
@@ -52,12 +49,12 @@ class Comparison:
     prompt: Content
     responses: tuple[Content, ...]  # text if the prompt is text, else messages
     pairs: tuple[Pair, ...]
-    guessed: bool = field(default=False, compare=False)  # the prompt is what texts share, so it may end in a response
+    guessed: bool = field(default=False, compare=False)  # the prompt is the texts' shared prefix, perhaps too long
 
 
 @dataclass(frozen=True)
 class Rating:
-    """One rating of one response, as a row gives it."""
+    """One rating of one response."""
 
     where: str
     prompt: Content
@@ -70,10 +67,10 @@ class Rating:
 
 
 def compare_chosen(row: RawRow) -> Comparison:
-    """A row with `prompt`, `chosen` and `rejected`, the last two with or without the prompt's messages repeated.
+    """The comparison of a row with `prompt`, `chosen` and `rejected`, which may repeat the prompt's messages.
 
-    Optional are `probability`, that `chosen` really is the better one, and `margin`, by which it leads `rejected`.
-    A text prompt goes with message lists only where it is the last message that both lists share. Raises DatasetError.
+    Optional columns are `probability`, that `chosen` is preferred, and `margin`, its lead over `rejected`. A text
+    prompt fits message lists only if it is the last message that both share. Raises DatasetError.
     """
     prompt, chosen, rejected = row.prompt(), row.content("chosen"), row.content("rejected")
     if isinstance(prompt, str) and not isinstance(chosen, str) and not isinstance(rejected, str):
@@ -84,14 +81,16 @@ def compare_chosen(row: RawRow) -> Comparison:
 
 
 def compare_without_prompt(row: RawRow) -> Comparison:
-    """A row with `chosen` and `rejected` alone: the beginning they share is the prompt. Raises DatasetError."""
+    """The comparison of a row with only `chosen` and `rejected`: their shared prefix is the prompt.
+
+    Raises DatasetError.
+    """
     chosen, rejected = row.content("chosen"), row.content("rejected")
+    _refuse_equal(row, chosen, rejected)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        _refuse_equal(row, chosen, rejected)
         prompt: Content = shared_text(chosen, rejected)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     elif isinstance(chosen, tuple) and isinstance(rejected, tuple):
-        _refuse_equal(row, chosen, rejected)
         prompt = shared_messages(chosen, rejected)
     else:
         raise bad_row("`chosen` and `rejected` must both be text or both be messages", row.at("rejected"))
@@ -102,9 +101,9 @@ def compare_without_prompt(row: RawRow) -> Comparison:
 
 
 def shared_text(chosen: str, rejected: str) -> str:
-    """The prompt that two texts share: up to the last assistant turn they both open, else up to a whole word.
+    """The shared prefix of two texts, up to the last assistant turn that both open, else up to a whole word.
 
-    The whitespace before the word where they part belongs to the responses. Empty if they share nothing.
+    The whitespace before the first different word belongs to the responses. Empty if they share nothing.
     """
     shared = os.path.commonprefix([chosen, rejected])
     turn = shared.rfind(TURN)
@@ -114,7 +113,7 @@ def shared_text(chosen: str, rejected: str) -> str:
 
 
 def shared_messages(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[Message, ...]:
-    """The leading messages two conversations share, up to the last one that an assistant turn can answer."""
+    """The shared leading messages of two conversations, up to the last one that an assistant turn can answer."""
     pairs = zip(chosen, rejected, strict=False)
     shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
     while shared and shared[-1]["role"] == "assistant":
@@ -123,24 +122,22 @@ def shared_messages(chosen: Sequence[Message], rejected: Sequence[Message]) -> t
 
 
 def _compare_two(row: RawRow, prompt: Content, chosen: Content, rejected: Content) -> Comparison:
-    responses = (
-        _as_response(prompt, chosen, row.at("chosen")),
-        _as_response(prompt, rejected, row.at("rejected")),
-    )
+    responses = (_as_response(prompt, chosen, row.at("chosen")), _as_response(prompt, rejected, row.at("rejected")))
     _refuse_equal(row, *responses)
-    margin = _optional_number(row, "margin", 0.0)
-    probability = _optional_number(row, "probability", 1.0)
+    margin, probability = (
+        default if row.values.get(name) in (None, "") else row.number(name)
+        for name, default in (("margin", 0.0), ("probability", 1.0))
+    )
     if not 0 <= probability <= 1:
-        raise bad_row(f"a probability lies between 0 and 1, found {probability:g}", row.at("probability"))
+        raise bad_row(f"a probability must be between 0 and 1, found {probability:g}", row.at("probability"))
     if margin < 0 and probability > 0.5:
-        raise bad_row(
-            f"`chosen` is preferred, but its margin over `rejected` is negative, {margin:g}", row.at("margin")
-        )
+        what = f"`chosen` is preferred, but its margin over `rejected` is negative, {margin:g}"
+        raise bad_row(what, row.at("margin"))
     return Comparison(row.where, prompt, responses, (Pair(0, 1, probability, margin),))
 
 
 def _as_response(prompt: Content, response: Content, where: str) -> Content:
-    """`response` in the prompt's form, without the prompt's messages if it repeats them."""
+    """`response` in the form of the prompt, without the prompt's messages if it repeats them."""
     if isinstance(prompt, str):
         if not isinstance(response, str):
             raise bad_row("the prompt is text but the response is messages; give both in one form", where)
@@ -152,12 +149,8 @@ def _as_response(prompt: Content, response: Content, where: str) -> Content:
     if response[: len(prompt)] == prompt:
         response = response[len(prompt) :]
     if not response or response[-1]["role"] != "assistant" or not response[-1]["content"].strip():
-        raise bad_row("the response does not end with an assistant turn that says something", where)
+        raise bad_row("the response does not end with an assistant turn that has text", where)
     return response
-
-
-def _optional_number(row: RawRow, field: str, default: float) -> float:
-    return default if row.values.get(field) in (None, "") else row.number(field)
 
 
 def _refuse_equal(row: RawRow, chosen: Content, rejected: Content) -> None:
@@ -169,15 +162,16 @@ def _refuse_equal(row: RawRow, chosen: Content, rejected: Content) -> None:
 
 
 def compare_ranked(row: RawRow) -> Comparison:
-    """A row with `prompt`, `responses` and `ranks`: rank 1 is best, equal ranks are ties. Raises DatasetError."""
+    """The comparison of a row with `prompt`, `responses` and `ranks`: rank 1 is best, equal ranks are ties.
+
+    Raises DatasetError.
+    """
     prompt = row.prompt()
-    given, ranks = _cells(row, "responses"), _cells(row, "ranks")
-    if len(given) != len(ranks):
-        raise bad_row(f"there are {len(given)} responses but {len(ranks)} ranks", row.at("ranks"))
-    responses = tuple(
-        _as_response(prompt, check_content(response, where), where) for where, response in _numbered(row, "responses")
-    )
-    places = [check_number(rank, where) for where, rank in _numbered(row, "ranks")]
+    cells, ranks = _list(row, "responses"), _list(row, "ranks")
+    if len(cells) != len(ranks):
+        raise bad_row(f"there are {len(cells)} responses but {len(ranks)} ranks", row.at("ranks"))
+    responses = tuple(_as_response(prompt, check_content(cell, where), where) for where, cell in cells)
+    places = [check_number(rank, where) for where, rank in ranks]
     if len(set(places)) < 2:
         raise bad_row("at least two different ranks are needed to compare anything", row.at("ranks"))
     pairs = []
@@ -190,28 +184,28 @@ def compare_ranked(row: RawRow) -> Comparison:
     return Comparison(row.where, prompt, responses, tuple(pairs))
 
 
-def _cells(row: RawRow, field: str) -> list[object]:
+def _list(row: RawRow, field: str) -> list[tuple[str, object]]:
+    """The items of a list, each with its place for messages."""
     value = row.get(field)
     if not isinstance(value, list):
         raise bad_row(f"expected a list, found {named(value)}", row.at(field))
-    return value
-
-
-def _numbered(row: RawRow, field: str) -> Iterable[tuple[str, object]]:
-    return ((row.at(f"{field}[{index}]"), value) for index, value in enumerate(_cells(row, field)))
+    return [(row.at(f"{field}[{index}]"), item) for index, item in enumerate(value)]
 
 
 # --- ratings ------------------------------------------------------------------------------------------------------
 
 
 def read_rating(row: RawRow, *, needs_annotator: bool = False) -> Rating:
-    """A row with `prompt`, `response` and `rating` (higher is better), perhaps `annotator`. Raises DatasetError."""
+    """The rating of a row with `prompt`, `response`, `rating` (higher is better) and optional `annotator`.
+
+    Raises DatasetError.
+    """
     prompt = row.prompt()
     response = _as_response(prompt, row.content("response"), row.at("response"))
     annotator = row.values.get("annotator")
     if annotator in (None, ""):
         if needs_annotator:
-            raise bad_row("normalise_raters needs to know who rated this row", row.at("annotator"))
+            raise bad_row("normalise_raters needs the annotator of each row", row.at("annotator"))
         annotator = None
     elif isinstance(annotator, bool) or not isinstance(annotator, (str, int)):
         raise bad_row(f"expected a name or a number, found {named(annotator)}", row.at("annotator"))
@@ -219,9 +213,9 @@ def read_rating(row: RawRow, *, needs_annotator: bool = False) -> Rating:
 
 
 def compare_ratings(ratings: Iterable[Rating], threshold: float) -> tuple[list[Comparison], list[str]]:
-    """Comparisons within each prompt, in order of first appearance, and why other prompts gave none.
+    """Comparisons within each prompt, in order of first appearance, and the reasons why other prompts give none.
 
-    A response's ratings are averaged first; differences up to `threshold` are ties; margins are differences.
+    The ratings of a response are averaged; differences up to `threshold` are ties; margins are differences.
     """
     groups: dict[str, list[Rating]] = {}
     for rating in ratings:
@@ -237,58 +231,57 @@ def compare_ratings(ratings: Iterable[Rating], threshold: float) -> tuple[list[C
 
 
 def annotator_agreement(ratings: Iterable[Rating], threshold: float) -> tuple[int, int]:
-    """How often two annotators prefer the same of two responses to a prompt, and how often both prefer one at all.
+    """The number of times that two annotators prefer the same of two responses, and of times that both prefer one.
 
-    Every two annotators count once for every two responses that both rated more than `threshold` apart.
+    Every two annotators count once for every two responses to a prompt that both rated more than `threshold` apart.
     """
-    given: dict[str, dict[str, dict[str, list[float]]]] = {}  # prompt -> annotator -> response -> ratings
+    by_prompt: dict[str, dict[str, dict[str, list[float]]]] = {}  # prompt -> annotator -> response -> ratings
     for rating in ratings:
         if rating.annotator is not None:
-            by_response = given.setdefault(_identity(rating.prompt), {}).setdefault(rating.annotator, {})
+            by_response = by_prompt.setdefault(_identity(rating.prompt), {}).setdefault(rating.annotator, {})
             by_response.setdefault(_identity(rating.response), []).append(rating.rating)
     agreed = both = 0
-    for raters in given.values():
-        means = [{response: fmean(numbers) for response, numbers in found.items()} for found in raters.values()]
+    for raters in by_prompt.values():
+        means = [{response: fmean(numbers) for response, numbers in rated.items()} for rated in raters.values()]
         for one, other in itertools.combinations(means, 2):
             for a, b in itertools.combinations(one.keys() & other.keys(), 2):
-                mine, theirs = one[a] - one[b], other[a] - other[b]
-                if abs(mine) > threshold and abs(theirs) > threshold:
-                    agreed, both = agreed + (mine * theirs > 0), both + 1
+                lead, other_lead = one[a] - one[b], other[a] - other[b]
+                if abs(lead) > threshold and abs(other_lead) > threshold:
+                    agreed, both = agreed + (lead * other_lead > 0), both + 1
     return agreed, both
 
 
 def _compare_group(group: list[Rating], threshold: float) -> Comparison:
     responses: dict[str, Content] = {}
-    given: dict[str, list[float]] = {}
+    ratings: dict[str, list[float]] = {}
     for rating in group:
         key = _identity(rating.response)
         responses[key] = rating.response
-        given.setdefault(key, []).append(rating.rating)
-    means = {key: fmean(numbers) for key, numbers in given.items()}
-    won = [
+        ratings.setdefault(key, []).append(rating.rating)
+    means = {key: fmean(numbers) for key, numbers in ratings.items()}
+    ordered = [
         (one, other) if means[one] > means[other] else (other, one)
         for one, other in itertools.combinations(means, 2)
         if abs(means[one] - means[other]) > threshold
     ]
-    compared = [key for key in means if any(key in pair for pair in won)]
+    compared = [key for key in means if any(key in pair for pair in ordered)]
     pairs = tuple(
         Pair(compared.index(better), compared.index(worse), margin=means[better] - means[worse])
-        for better, worse in won
+        for better, worse in ordered
     )
     return Comparison(group[0].where, group[0].prompt, tuple(responses[key] for key in compared), pairs)
 
 
 def normalise_ratings(ratings: Sequence[Rating]) -> list[Rating]:
-    """The same ratings as z-scores of each annotator (population deviation; 0 where they never vary)."""
+    """The ratings as z-scores of each annotator (population standard deviation; 0 if all are equal)."""
     by_annotator: dict[str | None, list[float]] = {}
     for rating in ratings:
         by_annotator.setdefault(rating.annotator, []).append(rating.rating)
     scale = {name: (fmean(numbers), pstdev(numbers)) for name, numbers in by_annotator.items()}
     normalised = []
     for rating in ratings:
-        mean, spread = scale[rating.annotator]
-        score = (rating.rating - mean) / spread if spread else 0.0
-        normalised.append(Rating(rating.where, rating.prompt, rating.response, score, rating.annotator))
+        mean, std = scale[rating.annotator]
+        normalised.append(replace(rating, rating=(rating.rating - mean) / std if std else 0.0))
     return normalised
 
 

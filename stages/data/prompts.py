@@ -1,8 +1,8 @@
-"""What makes two prompts the same, in whatever form the rows give them: text, messages, or a rendered conversation.
+"""The words of a prompt, equal for equal prompts in any form: text, messages, or a rendered conversation.
 
-Chat templates are not known here, so the marks of the usual ones are: a turn is found by its mark, and what is compared
-is the words. Marks that are not known stay words. Where two prompts are taken for one too often nothing is lost but a
-little choice: they land on one side of the split.
+Chat templates are not available here, so turns are found by the marks of the usual templates, and their words are
+compared. Unknown marks count as words. If two different prompts are taken for one, they are only put on the same side
+of the split.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TAG = re.compile(
     )""",
     re.VERBOSE | re.IGNORECASE,
 )
-# Transcripts, our own `plain`, Vicuna and Alpaca; spelled out, since ignoring case takes six times as long.
+# Transcripts, our own `plain`, Vicuna and Alpaca; both cases spelled out, since IGNORECASE takes six times as long.
 NAME = re.compile(
     r"[HhUuAaSsBbIiRr](?:uman|UMAN|ser|SER|ssistant|SSISTANT|ystem|YSTEM|ot|i|I|nstruction|nput|esponse):"
 )
-INLINE = ("human", "user", "assistant")  # also within a line, where they are capitalised
+INLINE = ("human", "user", "assistant")  # also within a line, if capitalised
 SPEAKERS, HEADINGS = (*INLINE, "system", "bot", "ai"), (*INLINE, "system", "instruction", "input", "response")
-# What Alpaca's and Vicuna's templates begin with; every other beginning is part of the question.
+# The first words of Alpaca's and Vicuna's templates; every other beginning is part of the question.
 BOILERPLATE = re.compile(
     r"Below is an instruction[^.]*\.(?: Write a response[^.]*\.)?"
     r"|A chat (?:between|with) [^.]*assistant\.(?: The assistant gives[^.]*\.)?"
@@ -48,24 +48,22 @@ ROLES = {
 
 
 def first_question(row: Demonstration | Prompt | Comparison) -> str:
-    """The words that the assistant is asked before it first speaks; a conversation is known by them at any turn.
+    """The user's words before the first assistant turn, which identify a conversation at any turn.
 
-    What stands before the first mark is asked too, since it is within the user's turn where a template surrounds it. A
-    system line and the usual beginnings of templates do not count: templates add them by themselves. For a text without
-    turns it is the whole text.
+    Text before the first mark counts as the user's. A system line and the usual first words of templates do not count,
+    since templates add them; without any other words, the system's are used. A text without turns counts whole.
     """
-    asked: dict[str, list[str]] = {USER: [], SYSTEM: []}
+    turns: dict[str, list[str]] = {USER: [], SYSTEM: []}
     for role, words in _turns(_prompt_of(row)):
         if role != ASSISTANT:
-            asked[SYSTEM if role == SYSTEM or BOILERPLATE.fullmatch(words) else USER].append(words)
-        elif any(asked[USER]):
+            turns[SYSTEM if role == SYSTEM or BOILERPLATE.fullmatch(words) else USER].append(words)
+        elif any(turns[USER]):
             break
-    found = (" ".join(filter(None, asked[role])) for role in (USER, SYSTEM))
-    return next(filter(None, found), "") or whole_prompt(row)
+    return " ".join(filter(None, turns[USER])) or " ".join(filter(None, turns[SYSTEM])) or whole_prompt(row)
 
 
 def whole_prompt(row: Demonstration | Prompt | Comparison) -> str:
-    """The words of every turn before the response, the system's too."""
+    """The words of every turn before the response, including the system's."""
     content = _prompt_of(row)
     turns = list(_turns(content))
     while turns and (turns[-1][0] == ASSISTANT or not turns[-1][1]):
@@ -74,28 +72,27 @@ def whole_prompt(row: Demonstration | Prompt | Comparison) -> str:
 
 
 def _prompt_of(row: Demonstration | Prompt | Comparison) -> Content:
-    """Where a row's prompt stands; a demonstration without one is all text, which may be a rendered conversation."""
+    """The prompt of a row; for a demonstration without one its whole text, perhaps a rendered conversation."""
     if isinstance(row, Demonstration):
         return row.prompt or row.messages or row.completion
     return _whole_lines(row) if isinstance(row, Comparison) and row.guessed else row.prompt
 
 
 def _whole_lines(row: Comparison) -> Content:
-    """A guessed prompt without its last line, which holds what the responses happen to share.
+    """A guessed prompt without its last line, which holds words that the responses happen to share.
 
-    It stays whole where the responses part at a line break, and where an assistant's turn keeps them apart from the
-    question.
+    It stays whole if the responses begin with a line break, or if it ends in an assistant turn.
     """
     prompt, response = row.prompt, row.responses[0]
-    parted = isinstance(response, str) and response.startswith("\n")
-    if not isinstance(prompt, str) or parted or list(_marked_turns(prompt))[-1][0] == ASSISTANT:
+    new_line = isinstance(response, str) and response.startswith("\n")
+    if not isinstance(prompt, str) or new_line or list(_marked_turns(prompt))[-1][0] == ASSISTANT:
         return prompt
     cut = prompt[: max(prompt.rfind("\n"), 0)]
     return cut if cut.strip() else prompt
 
 
 def _turns(content: Content) -> Iterator[tuple[str, str]]:
-    """Roles and words of a prompt's turns; what stands before the first mark of a text is the user's."""
+    """Roles and words of a prompt's turns; text before the first mark is the user's."""
     if isinstance(content, str):
         yield from _marked_turns(content)
         return
@@ -116,9 +113,9 @@ def _marked_turns(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _marks(text: str) -> Iterator[tuple[int, int, str]]:
-    """Where the marks of turns begin and end in a text, and the name that each gives.
+    """Begin, end and name of each mark of a turn in a text.
 
-    Names mark a turn where a line begins, and where the words of another mark do.
+    A name marks a turn at the start of a line or directly after another mark.
     """
     last = 0
     for mark in heapq.merge(TAG.finditer(text), NAME.finditer(text), key=lambda mark: mark.start()):

@@ -1,4 +1,4 @@
-"""One row of a dataset as it was read, and typed access to its cells."""
+"""One row of a dataset as read from its file, and typed access to its cells."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ ROW_FIX = "correct the row, or drop such rows with --skip-bad-rows"
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it was read; `where` is "path:line" or "path: row N"."""
+    """One row as read from its file; `where` is "path:line" or "path: row N"."""
 
     values: dict[str, object]
     where: str
 
     def at(self, field: str) -> str:
-        """Where one field of this row stands, for messages."""
+        """The place of one field of this row, for messages."""
         return f"{self.where}: {field}"
 
     def get(self, field: str) -> object:
-        """A cell that must be there. Raises DatasetError."""
+        """A cell that must exist. Raises DatasetError."""
         if field not in self.values:
             raise bad_row(f"`{field}` is missing; the row has {listed(self.values)}", self.at(field))
         return self.values[field]
 
     def text(self, field: str) -> str:
-        """A text that is not blank, exactly as it stands. Raises DatasetError."""
+        """A text that is not blank, unchanged. Raises DatasetError."""
         return check_text(self.get(field), self.at(field))
 
     def number(self, field: str) -> float:
@@ -55,23 +55,23 @@ class RawRow:
         return check_messages(self.get(field), self.at(field))
 
     def prompt(self, field: str = "prompt") -> Content:
-        """A prompt: text, or messages that leave the next word to the assistant. Raises DatasetError."""
+        """A prompt: text, or messages that an assistant turn can follow. Raises DatasetError."""
         return check_prompt(self.content(field), self.at(field))
 
     def others(self, *used: str) -> dict[str, object]:
         """Every other cell as JSON (stages/data/cells.py). Raises DatasetError for one that has no JSON form."""
-        found = {}
+        others = {}
         for name, value in self.values.items():
             if name not in used:
                 try:
-                    found[name] = json_value(value)
+                    others[name] = json_value(value)
                 except ValueError as error:
                     raise bad_row(str(error), self.at(quoted(name))) from None
-        return found
+        return others
 
 
 def bad_row(what: str, where: str) -> DatasetError:
-    """The error of a row that cannot be used."""
+    """The error for a row that cannot be used."""
     return DatasetError(what, where=where, fix=ROW_FIX)
 
 
@@ -112,7 +112,7 @@ def _check_message(item: object, where: str) -> Message:
         raise bad_row(f"expected a message with `role` and `content`, found {named(item)}", where)
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     if item.get("tool_calls"):
-        raise bad_row("tool calls are not supported; write what the assistant says into `content`", where)
+        raise bad_row("tool calls are not supported; write the assistant's text into `content`", where)
     for key in (role_key, content_key):
         if not isinstance(item.get(key), str):
             raise bad_row(f"expected text in `{key}`, found {named(item.get(key))}", where)
@@ -134,7 +134,7 @@ def check_prompt(content: Content, where: str) -> Content:
 
 
 def quoted(name: object) -> str:
-    """A name as a file has it, short and in one line, for messages."""
+    """A name from a file, shortened and on one line, for messages."""
     text = str(name) if str(name).isprintable() else repr(str(name))[1:-1]
     return text if len(text) <= NAME_SHOWN else text[:NAME_SHOWN] + "..."
 
@@ -147,14 +147,14 @@ def listed(names: Iterable[str]) -> str:
 
 
 def named(value: object) -> str:
-    """What a value is, in JSON's words."""
+    """The kind of a value, in the terms of JSON, for messages."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (int, float)):
         return f"the number {value}"
     if isinstance(value, str):
         return f"the text {value[:40]!r}" + ("..." if len(value) > 40 else "")
-    if hasattr(value, "as_py"):  # of Arrow: a date, a time and the like
+    if hasattr(value, "as_py"):  # an Arrow scalar: a date, a time and the like
         return f"a {value.type}"  # type: ignore[attr-defined]
     names = {dict: "an object", list: "a list"}
     return names.get(type(value), f"a {type(value).__name__}")

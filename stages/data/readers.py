@@ -1,8 +1,7 @@
-"""Readers of dataset files: each yields the rows, and the error in place of a row that is malformed."""
+"""Readers of dataset files: each yields raw rows, with an error in place of each malformed row."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import importlib
@@ -23,16 +22,16 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON, half of an escaped cha
 
 
 def read_file(path: Path) -> tuple[Iterator[RawRow | DatasetError], str]:
+    """The rows of a dataset file, and its sha256. Raises DatasetError."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         kind = f"`{path.suffix}` is not a known kind of file" if path.suffix else "the file has no suffix"
-        raise DatasetError(kind, where=str(path), fix=f"known kinds are {', '.join(READERS)}")
+        raise DatasetError(kind, where=str(path), fix=f"give a file that ends in {', '.join(READERS)}")
     try:
         data = read_bytes(path)
     except OSError as error:
-        raise DatasetError(
-            f"cannot be read: {error.strerror or error}", where=str(path), fix="see that you may read it"
-        ) from None
+        what = f"cannot be read: {error.strerror or error}"
+        raise DatasetError(what, where=str(path), fix="check its permissions") from None
     if not data.strip():
         raise DatasetError("the file is empty", where=str(path), fix="give a dataset with at least one row")
     if reader is not _read_parquet:
@@ -48,7 +47,7 @@ def _refuse_other_encodings(data: bytes, path: Path) -> None:
         raise DatasetError(what, where=f"{path}:1", fix="save it as UTF-8")
     if b"\0" in data and path.suffix.lower() == ".csv":
         line = 1 + data.count(b"\n", 0, data.index(b"\0"))
-        raise DatasetError("a NUL byte stands in the text", where=f"{path}:{line}", fix="save the file as UTF-8 text")
+        raise DatasetError("the text contains a NUL byte", where=f"{path}:{line}", fix="save the file as UTF-8 text")
 
 
 def _read_jsonl(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
@@ -68,17 +67,17 @@ def _read_json(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
     try:
         content = _parse_json(_decode(data, path))
     except (ValueError, RecursionError) as error:
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        lines = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and data.lstrip()[:1] == b"{"
-        fix = "it looks like one object per line: rename it to .jsonl" if lines else "write an array of objects"
+        line, fix = "", "write an array of objects"
+        if isinstance(error, json.JSONDecodeError):
+            line = f":{error.lineno}"
+            if error.msg == "Extra data" and data.lstrip()[:1] == b"{":
+                fix = "rename it to .jsonl, since it has one object per line"
         raise DatasetError(f"not valid JSON: {_json_reason(error)}", where=f"{path}{line}", fix=fix) from None
     items = content.get("data") if isinstance(content, dict) else content
     if not isinstance(items, list):
-        raise DatasetError(
-            f"expected an array of objects, found {named(content)}",
-            where=str(path),
-            fix='write [{...}, {...}] or {"data": [{...}, {...}]}; one object per line belongs into a .jsonl file',
-        )
+        what = f"expected an array of objects, found {named(content)}"
+        fix = 'write [{...}, {...}] or {"data": [{...}, {...}]}; rename a file with one object per line to .jsonl'
+        raise DatasetError(what, where=str(path), fix=fix)
     surrogates = SURROGATE.search(data) is not None
     for number, item in enumerate(items, 1):
         try:
@@ -90,7 +89,7 @@ def _read_json(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
 def _json_row(item: object, where: str, surrogates: bool) -> RawRow | DatasetError:
     if not isinstance(item, dict):
         return bad_row(f"expected a JSON object, found {named(item)}", where)
-    if surrogates:  # half a pair would be text that no tokenizer and no UTF-8 file takes
+    if surrogates:  # a lone surrogate is text that no tokenizer accepts and no UTF-8 file can store
         try:
             json.dumps(item, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -99,16 +98,20 @@ def _json_row(item: object, where: str, surrogates: bool) -> RawRow | DatasetErr
 
 
 def _parse_json(text: str) -> object:
-    """JSON as a Python value; raises ValueError also for a name that an object has twice."""
-    return json.loads(text, object_pairs_hook=_unique)
+    """JSON as a Python value; raises ValueError also for a key that an object has twice."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"{_list_doubles([name for name, _ in pairs])} is given twice")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{listed(sorted({n for n in names if names.count(n) > 1}))} is given twice")
-    return found
+def _list_doubles(names: list[str]) -> str:
+    """The names that are given more than once, for messages; "" if there are none."""
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    return listed(doubles) if doubles else ""
 
 
 def _json_reason(error: Exception) -> str:
@@ -120,9 +123,9 @@ def _json_reason(error: Exception) -> str:
 def _read_csv(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
     records = _csv_records(_decode(data, path), path)
     header_line, header = next(records, (1, []))
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DatasetError(f"the header has {listed(twice)} twice", where=f"{path}:{header_line}", fix="rename one")
+    doubles = _list_doubles(header)
+    if doubles:
+        raise DatasetError(f"the header has {doubles} twice", where=f"{path}:{header_line}", fix="rename one")
     for line, cells in records:
         if len(cells) == len(header):
             yield RawRow(dict(zip(header, cells, strict=True)), f"{path}:{line}")
@@ -131,31 +134,23 @@ def _read_csv(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
 
 
 def _csv_records(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each record that is not blank, with the physical line it starts on."""
+    """Each record that is not blank, with the number of its first line."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         line = reader.line_num + 1
-        with _long_cells():
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:  # a broken quote swallows what follows, so there is no next row to skip to
-                raise DatasetError(
-                    f"not valid CSV: {error}", where=f"{path}:{line}", fix='quote cells with "...", doubling quotes'
-                ) from None
+        limit = csv.field_size_limit(2**31 - 1)  # 128 KiB per cell by default; global to the process, so restored below
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # the text after a broken quote is one cell, so there is no next row to skip to
+            raise DatasetError(
+                f"not valid CSV: {error}", where=f"{path}:{line}", fix='quote cells with "...", doubling quotes'
+            ) from None
+        finally:
+            csv.field_size_limit(limit)
         if cells is None:
             return
         if cells:
             yield line, cells
-
-
-@contextlib.contextmanager
-def _long_cells() -> Iterator[None]:
-    """Lift csv's limit of 128 KiB per cell, which is global to the process, for a moment."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def _read_parquet(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
@@ -174,7 +169,7 @@ def _read_parquet(data: bytes, path: Path) -> Iterator[RawRow | DatasetError]:
 
 
 def _decode(data: bytes, path: Path, line: int = 1) -> str:
-    """`data`, which begins on `line`, as text."""
+    """UTF-8 `data` as text. Raises DatasetError, counting lines from `line`."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -187,15 +182,13 @@ READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parq
 
 
 def import_library(library: str, where: str) -> typing.Any:
-    """A library that reads this kind of dataset. Raises DatasetError where it cannot be imported."""
+    """An imported library that reads this kind of dataset. Raises DatasetError if the import fails."""
     try:
         return importlib.import_module(library)
     except Exception as error:  # a broken installation fails in any way
         package = library.partition(".")[0]
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         why = "is not installed" if missing else f"cannot be imported: {type(error).__name__}: {first_line(error)}"
-        raise DatasetError(
-            f"the `{package}` library {why}",
-            where=where,
-            fix=f"pip install {package}, or give the path of a .jsonl, .json or .csv file",
-        ) from None
+        what = f"the `{package}` library {why}"
+        fix = f"run pip install {package}, or give the path of a .jsonl, .json or .csv file"
+        raise DatasetError(what, where=where, fix=fix) from None

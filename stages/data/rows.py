@@ -1,10 +1,10 @@
-"""Typed rows out of a dataset: which format its columns spell, and what each row means in it."""
+"""Typed rows of a dataset: the row format, detected by its columns, and the rows in that format."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stages.data import comparisons
 from stages.data.comparisons import Comparison, Pair
@@ -24,7 +24,7 @@ SUFFIXES = tuple(READERS)  # of files that hold rows
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What the base should learn to say. With a chat template, `messages` count if there are any."""
+    """A response to imitate. With a chat template, `messages` are used if there are any."""
 
     where: str
     prompt: str  # "" for a plain text and for a conversation
@@ -34,7 +34,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the policy is asked. With a chat template, `messages` count if there are any."""
+    """A prompt to respond to. With a chat template, `messages` are used if there are any."""
 
     where: str
     prompt: Content
@@ -47,17 +47,17 @@ class Dataset:
     """The usable rows of a dataset, all of one kind."""
 
     rows: list
-    kind: str  # "demonstration", "comparison", "rating" or "prompt": what the file holds
+    kind: str  # of the rows in the file: "demonstration", "comparison", "rating" or "prompt"
     source: str
     digest: str
     skipped: int  # rows dropped as unusable, and prompts whose ratings gave no comparison
-    problems: list[str]  # why, for the first few
+    problems: list[str]  # the reasons for the first few
     agreement: tuple[int, int] = (0, 0)  # `annotator_agreement` of ratings
 
 
 @dataclass(frozen=True)
 class Format:
-    """Columns that spell one kind of row, and the function that reads such a row."""
+    """The columns of one kind of row, and the function that reads such a row."""
 
     kind: str
     columns: tuple[str, ...]
@@ -88,10 +88,6 @@ def _from_conversation(key: str, row: RawRow) -> Demonstration:
     return Demonstration(row.where, "", "", messages)
 
 
-def _from_text(row: RawRow) -> Demonstration:
-    return Demonstration(row.where, "", row.text("text"))
-
-
 def _from_alpaca(row: RawRow) -> Demonstration:
     prompt, question = _alpaca_prompt(row)
     answer = row.text("output")
@@ -99,29 +95,25 @@ def _from_alpaca(row: RawRow) -> Demonstration:
 
 
 def _alpaca_prompt(row: RawRow) -> tuple[str, tuple[Message, ...]]:
-    """An instruction with its input as plain text under headings, and as a user's message."""
+    """An instruction with its input as plain text under headings, and as a user message."""
     instruction = row.text("instruction")
-    heading, asked = f"### Instruction:\n{instruction}\n\n", instruction
-    if row.values.get("input") not in (None, "") and str(row.values["input"]).strip():
-        given = row.text("input")
-        heading, asked = f"{heading}### Input:\n{given}\n\n", f"{instruction}\n\n{given}"
-    return f"{heading}### Response:\n", ({"role": "user", "content": asked},)
+    text, question = f"### Instruction:\n{instruction}\n\n", instruction
+    if row.values.get("input") is not None and str(row.values["input"]).strip():
+        context = row.text("input")
+        text, question = f"{text}### Input:\n{context}\n\n", f"{instruction}\n\n{context}"
+    return f"{text}### Response:\n", ({"role": "user", "content": question},)
 
 
 def _require_assistant(messages: Sequence[Message], where: str) -> None:
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise bad_row("no assistant turn says anything, so there is nothing to learn", where)
+        raise bad_row("every assistant turn is empty or missing, so there is nothing to learn", where)
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 
-def _ask(row: RawRow) -> Prompt:
-    return Prompt(row.where, row.prompt(), row.others("prompt"))
-
-
-def _ask_again(key: str, row: RawRow) -> Prompt:
-    """The prompt of a conversation: everything before its closing assistant turn, if it has one."""
+def _prompt_of_conversation(key: str, row: RawRow) -> Prompt:
+    """Everything before the closing assistant turns of a conversation."""
     messages = row.messages(key)
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -130,7 +122,7 @@ def _ask_again(key: str, row: RawRow) -> Prompt:
     return Prompt(row.where, check_prompt(messages, row.at(key)), row.others(key))
 
 
-def _ask_alpaca(row: RawRow) -> Prompt:
+def _prompt_of_alpaca(row: RawRow) -> Prompt:
     prompt, messages = _alpaca_prompt(row)
     return Prompt(row.where, prompt, row.others("instruction", "input"), messages)
 
@@ -142,7 +134,7 @@ DEMONSTRATIONS = (
     Format("demonstration", ("messages",), functools.partial(_from_conversation, "messages")),
     Format("demonstration", ("conversations",), functools.partial(_from_conversation, "conversations")),
     Format("demonstration", ("instruction", "output"), _from_alpaca),
-    Format("demonstration", ("text",), _from_text),
+    Format("demonstration", ("text",), lambda row: Demonstration(row.where, "", row.text("text"))),
 )
 COMPARISONS = (
     Format("comparison", ("prompt", "chosen", "rejected"), comparisons.compare_chosen),
@@ -151,10 +143,10 @@ COMPARISONS = (
     Format("rating", ("prompt", "response", "rating"), comparisons.read_rating),
 )
 PROMPTS = (
-    Format("prompt", ("prompt",), _ask),
-    Format("prompt", ("messages",), functools.partial(_ask_again, "messages")),
-    Format("prompt", ("conversations",), functools.partial(_ask_again, "conversations")),
-    Format("prompt", ("instruction",), _ask_alpaca),
+    Format("prompt", ("prompt",), lambda row: Prompt(row.where, row.prompt(), row.others("prompt"))),
+    Format("prompt", ("messages",), functools.partial(_prompt_of_conversation, "messages")),
+    Format("prompt", ("conversations",), functools.partial(_prompt_of_conversation, "conversations")),
+    Format("prompt", ("instruction",), _prompt_of_alpaca),
 )
 ALIASES = {
     "prompt": ("question", "query", "instruction", "problem", "context", "input", "post", "document"),
@@ -176,17 +168,15 @@ ALIASES = {
 def read_demonstrations(
     source: str, *, map: Mapping[str, str] | None = None, skip_bad_rows: bool = False, limit_rows: int | None = None
 ) -> Dataset:
-    """Read a dataset for SFT: `Demonstration` rows. Raises DatasetError."""
-    found = _load(source, map, skip_bad_rows)
-    return _read(found, DEMONSTRATIONS, skip_bad_rows, limit_rows)
+    """The `Demonstration` rows of a dataset, for SFT. Raises DatasetError."""
+    return _read(_load(source, map, skip_bad_rows), DEMONSTRATIONS, skip_bad_rows, limit_rows)
 
 
 def read_prompts(
     source: str, *, map: Mapping[str, str] | None = None, skip_bad_rows: bool = False, limit_rows: int | None = None
 ) -> Dataset:
-    """Read a dataset of prompts: `Prompt` rows. Raises DatasetError."""
-    found = _load(source, map, skip_bad_rows)
-    return _read(found, PROMPTS, skip_bad_rows, limit_rows)
+    """The `Prompt` rows of a dataset. Raises DatasetError."""
+    return _read(_load(source, map, skip_bad_rows), PROMPTS, skip_bad_rows, limit_rows)
 
 
 def read_comparisons(
@@ -198,108 +188,100 @@ def read_comparisons(
     rating_threshold: float = 0.0,
     normalise_raters: bool = False,
 ) -> Dataset:
-    """Read a dataset of preferences: `Comparison` rows, of which ratings give one per prompt. Raises DatasetError."""
-    found = _load(source, map, skip_bad_rows)
-    if _choose_format(found, COMPARISONS, skip_bad_rows).kind == "comparison":
-        return _read(found, COMPARISONS, skip_bad_rows, limit_rows)
+    """The `Comparison` rows of a dataset of preferences; ratings give one per prompt. Raises DatasetError."""
+    raw = _load(source, map, skip_bad_rows)
+    if _choose_format(raw, COMPARISONS, skip_bad_rows).kind == "comparison":
+        return _read(raw, COMPARISONS, skip_bad_rows, limit_rows)
     read_rating = functools.partial(comparisons.read_rating, needs_annotator=normalise_raters)
-    rated = _read(found, (Format("rating", ("prompt", "response", "rating"), read_rating),), skip_bad_rows, None)
+    rated = _read(raw, (Format("rating", ("prompt", "response", "rating"), read_rating),), skip_bad_rows, None)
     ratings = comparisons.normalise_ratings(rated.rows) if normalise_raters else rated.rows
     usable, ties = comparisons.compare_ratings(ratings, rating_threshold)
     if not usable:
-        raise DatasetError(
-            f"no two responses to the same prompt differ by more than {rating_threshold:g} in rating",
-            where=source,
-            fix="give several rated responses per prompt, or a lower rating_threshold",
-        )
+        what = f"no two responses to the same prompt differ by more than {rating_threshold:g} in rating"
+        fix = "give several rated responses per prompt, or a lower rating_threshold"
+        raise DatasetError(what, where=source, fix=fix)
     problems = (rated.problems + ties)[:PROBLEMS_KEPT]
     agreement = comparisons.annotator_agreement(ratings, rating_threshold)
-    return Dataset(usable[:limit_rows], "rating", source, found.digest, rated.skipped + len(ties), problems, agreement)
+    return Dataset(usable[:limit_rows], "rating", source, raw.digest, rated.skipped + len(ties), problems, agreement)
 
 
 def detect_kind(source: str, *, map: Mapping[str, str] | None = None) -> str:
-    """What a dataset holds, by its first row's columns: "comparison", "rating", "demonstration" or "prompt".
+    """The kind of a dataset's rows, by the first row's columns: "comparison", "rating", "demonstration" or "prompt".
 
     Raises DatasetError.
     """
     return _choose_format(_load(source, map, False), COMPARISONS + DEMONSTRATIONS + PROMPTS, False).kind
 
 
-def _read(found: RawDataset, formats: Sequence[Format], skip_bad_rows: bool, limit_rows: int | None) -> Dataset:
-    chosen = _choose_format(found, formats, skip_bad_rows)
+def _read(raw: RawDataset, formats: Sequence[Format], skip_bad_rows: bool, limit_rows: int | None) -> Dataset:
+    row_format = _choose_format(raw, formats, skip_bad_rows)
     usable: list = []
-    problems = list(found.problems)
-    for row in found.rows:
+    problems = list(raw.problems)
+    for row in raw.rows:
         if limit_rows is not None and len(usable) == limit_rows:
             break
         try:
-            usable.append(chosen.build(row))
+            usable.append(row_format.build(row))
         except DatasetError as error:
             if not skip_bad_rows:
                 raise
             problems.append(f"{error.where}: {error.what}")
     if not usable:
-        raise DatasetError(
-            f"none of the {len(problems)} rows can be used; {problems[0]}",
-            where=found.name,
-            fix=f"{chosen.kind} rows were expected with {listed(chosen.columns)}; correct them, or see --map",
-        )
-    return Dataset(usable, chosen.kind, found.name, found.digest, len(problems), problems[:PROBLEMS_KEPT])
+        columns = listed(row_format.columns)
+        what = f"none of the {len(problems)} rows can be used; {problems[0]}"
+        fix = f"correct the rows ({row_format.kind} rows with {columns} were expected), or see --map"
+        raise DatasetError(what, where=raw.name, fix=fix)
+    return Dataset(usable, row_format.kind, raw.name, raw.digest, len(problems), problems[:PROBLEMS_KEPT])
 
 
 def _load(source: str, map: Mapping[str, str] | None, skip_bad_rows: bool) -> RawDataset:
-    """The raw rows under the names that `map` (name: column) gives them."""
-    found = read_raw_dataset(source, skip_bad_rows=skip_bad_rows)
+    """The raw rows, with columns renamed by `map` (name: column)."""
+    raw = read_raw_dataset(source, skip_bad_rows=skip_bad_rows)
     if not map:
-        return found
-    columns = list(dict.fromkeys(name for row in found.rows for name in row.values))
-    taken = set(columns) - set(map.values())
+        return raw
+    columns = list(dict.fromkeys(name for row in raw.rows for name in row.values))
+    unmapped = set(columns) - set(map.values())
     for name, column in map.items():
         where = f"{source}: --map {quoted(name)}={quoted(column)}"
         if column not in columns:
-            raise DatasetError(
-                f"there is no column `{quoted(column)}`", where=where, fix=f"columns are {listed(columns)}"
-            )
-        if list(map.values()).count(column) > 1:
-            raise DatasetError(f"the column `{quoted(column)}` gets two names", where=where, fix="map each column once")
-        if name in taken:
+            what, fix = f"there is no column `{quoted(column)}`", f"use one of the columns {listed(columns)}"
+        elif list(map.values()).count(column) > 1:
+            what, fix = f"the column `{quoted(column)}` gets two names", "map each column once"
+        elif name in unmapped:
+            what = f"two columns would be called `{quoted(name)}`"
             fix = f"rename the other one too, for example --map {name}={column},other_{name}={name}"
-            raise DatasetError(f"two columns would be called `{quoted(name)}`", where=where, fix=fix)
-    new_names = {column: name for name, column in map.items()}
-    rows = [
-        RawRow({new_names.get(name, name): value for name, value in row.values.items()}, row.where)
-        for row in found.rows
-    ]
-    return RawDataset(found.name, rows, found.digest, found.problems)
+        else:
+            continue
+        raise DatasetError(what, where=where, fix=fix)
+    names = {column: name for name, column in map.items()}
+    rows = [RawRow({names.get(name, name): cell for name, cell in row.values.items()}, row.where) for row in raw.rows]
+    return replace(raw, rows=rows)
 
 
-def _choose_format(found: RawDataset, formats: Sequence[Format], skip_bad_rows: bool) -> Format:
-    """The first format that the first row fits; where bad rows are skipped, the first row that fits any."""
-    for row in found.rows if skip_bad_rows else found.rows[:1]:
+def _choose_format(raw: RawDataset, formats: Sequence[Format], skip_bad_rows: bool) -> Format:
+    """The first format that fits the first row or, if bad rows are skipped, the first row that any format fits."""
+    for row in raw.rows if skip_bad_rows else raw.rows[:1]:
         for candidate in formats:
             if candidate.fits(row.values):
                 return candidate
-    first = found.rows[0]
+    first = raw.rows[0]
     accepted = "; ".join("+".join(candidate.columns) for candidate in formats)
     others = (other for other in COMPARISONS + DEMONSTRATIONS + PROMPTS if other.fits(first.values))
     kind = next((f", which is a {other.kind} row" for other in others), "")
     wanted = " or ".join(dict.fromkeys(candidate.kind for candidate in formats if candidate.kind != "rating"))
-    raise DatasetError(
-        f"the row has {listed(first.values)}{kind}; a {wanted} row has one of: {accepted}",
-        where=first.where,
-        fix=_suggest_map(list(first.values), formats),
-    )
+    what = f"the row has {listed(first.values)}{kind}; a {wanted} row has one of: {accepted}"
+    raise DatasetError(what, where=first.where, fix=_suggest_map(list(first.values), formats))
 
 
 def _suggest_map(columns: Sequence[str], formats: Sequence[Format]) -> str:
-    """Advice for columns that fit no format: the first renaming that would make them fit one."""
+    """Advice for columns that fit no format: the first renaming after which they fit one."""
     if len(columns) == 1 and any(mark in columns[0] for mark in (";", "\t", "|")):
         return "separate the columns of a .csv file by commas"
     for candidate in formats:
         renamed: dict[str, str] = {}
         for name in candidate.columns:
-            known = {alias.lower() for alias in (name, *ALIASES.get(name, ()))}
-            free = (c for c in columns if c.lower() in known and c not in (*candidate.columns, *renamed.values()))
+            aliases = {alias.lower() for alias in (name, *ALIASES.get(name, ()))}
+            free = (c for c in columns if c.lower() in aliases and c not in (*candidate.columns, *renamed.values()))
             column = name if name in columns else next(free, None)
             if column is not None:
                 renamed[name] = column

@@ -1,4 +1,4 @@
-"""Raw rows from a file, a saved datasets folder or the hub, and typed access to their cells. Executes nothing."""
+"""Raw rows of a file, a saved datasets folder or a hub dataset. Executes no code of theirs."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?")
 
 @dataclass(frozen=True)
 class RawDataset:
-    """Everything one dataset holds; `problems` are the rows that were skipped because they cannot be read."""
+    """The rows of a dataset before they are typed; `problems` are errors of the rows that were skipped."""
 
     name: str
     rows: list[RawRow]
-    digest: str  # sha256 of the file, or of the rows as canonical JSON where there is no single file
+    digest: str  # sha256 of the file, or of the rows as canonical JSON if there is no single file
     problems: tuple[str, ...] = ()
 
 
 def read_raw_dataset(source: str, *, skip_bad_rows: bool = False) -> RawDataset:
-    """Read every row of a file, of a folder saved by `datasets`, or of a hub dataset `org/name[:split]`.
+    """Every row of a file, of a folder saved by `datasets`, or of a hub dataset `org/name[:split]`.
 
-    Raises DatasetError for what is missing, unreadable or empty, and, unless they are skipped, for the first row
-    that is malformed.
+    Raises DatasetError for a dataset that is missing, unreadable or empty and, unless bad rows are skipped, for the
+    first malformed row.
     """
     path, split = _locate(source)
     if path is None:
-        found, digest = _from_datasets(_load_hub(source, split), source)
-    elif path.is_dir() and _is_saved_dataset(path):
-        found, digest = _from_datasets(_load_saved(path, split), source)
+        items, digest = _from_datasets(_load_hub(source, split), source)
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        items, digest = _from_datasets(_load_saved(path, split), source)
     else:
         file = _only_file(path) if path.is_dir() else path
         if split is not None:
-            raise DatasetError(f"`{file}` has no splits", where=source, fix=f"leave `:{split}` away")
-        found, digest = read_file(file)
+            raise DatasetError(f"`{file}` has no splits", where=source, fix=f"leave out `:{split}`")
+        items, digest = read_file(file)
     rows, problems = [], []
-    for row in found:
+    for row in items:
         if isinstance(row, RawRow):
             rows.append(row)
         elif skip_bad_rows:
@@ -60,19 +60,18 @@ def read_raw_dataset(source: str, *, skip_bad_rows: bool = False) -> RawDataset:
     return RawDataset(source, rows, digest, tuple(problems))
 
 
-# --- finding it ---------------------------------------------------------------------------------------------------
+# --- finding a dataset --------------------------------------------------------------------------------------------
 
 
 def _locate(source: str) -> tuple[Path | None, str | None]:
-    """The local path (None: the hub) and the split asked for, if any."""
+    """The local path (None: the hub) and the split in `source`, if any."""
+    fix = "give an existing file or folder, or a hub id org/name"
     if not source.strip():
-        raise DatasetError("no dataset is named", where="dataset", fix="give a file, a folder or a hub id org/name")
+        raise DatasetError("no dataset is named", where="dataset", fix=fix)
     local = os.path.expanduser(source)
     special = describe_special(local)
     if special:
-        raise DatasetError(
-            f"it is {special}", where=source, fix="give an existing file or folder, or a hub id org/name"
-        )
+        raise DatasetError(f"it is {special}", where=source, fix=fix)
     if os.path.exists(local):
         return Path(local), None
     head, _, split = local.rpartition(":")
@@ -83,31 +82,25 @@ def _locate(source: str) -> tuple[Path | None, str | None]:
         return None, split or "train"
     folder = Path(local).parent
     names = [entry.name for entry in folder.iterdir()] if os.access(folder, os.R_OK) and folder.is_dir() else []
-    near = difflib.get_close_matches(Path(local).name, names, n=1)
-    fix = f"did you mean `{folder / near[0]}`?" if near else "give an existing file or folder, or a hub id org/name"
+    similar = difflib.get_close_matches(Path(local).name, names, n=1)
+    if similar:
+        fix = f"did you mean `{folder / similar[0]}`?"
     raise DatasetError("there is no such file or folder", where=source, fix=fix)
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _only_file(folder: Path) -> Path:
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
-        raise DatasetError(
-            f"cannot be read: {error.strerror or error}", where=str(folder), fix="see that you may read it"
-        ) from None
+        what = f"cannot be read: {error.strerror or error}"
+        raise DatasetError(what, where=str(folder), fix="check its permissions") from None
     files = [entry for entry in entries if entry.suffix.lower() in READERS and entry.is_file()]
     if len(files) == 1:
         return files[0]
     holds = ", ".join(entry.name for entry in entries[:12]) + (", ..." if len(entries) > 12 else "")
-    raise DatasetError(
-        f"the folder holds {len(files) or 'no'} dataset files and was not saved by `datasets`: {holds or 'empty'}",
-        where=str(folder),
-        fix="name one file" if files else f"give a folder with one {', '.join(READERS)} file",
-    )
+    what = f"the folder holds {len(files) or 'no'} dataset files and was not saved by `datasets`: {holds or 'empty'}"
+    fix = "name one file" if files else f"give a folder with one {', '.join(READERS)} file"
+    raise DatasetError(what, where=str(folder), fix=fix)
 
 
 # --- the datasets library -----------------------------------------------------------------------------------------
@@ -116,22 +109,20 @@ def _only_file(folder: Path) -> Path:
 def _load_saved(folder: Path, split: str | None) -> Iterable:
     datasets = import_library("datasets", str(folder))
     try:
-        found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever the library trips over, the folder is what is wrong
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of any type, but the cause is the folder
         raise DatasetError(
             f"not a readable saved dataset: {first_line(error)}", where=str(folder), fix="save it again"
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(saved, dict):
         if split is not None:
-            raise DatasetError("this saved dataset has no splits", where=str(folder), fix=f"leave `:{split}` away")
-        return found
-    if (split or "train") not in found:
-        raise DatasetError(
-            f"there is no split `{split}`" if split else "no split is named and there is no `train`",
-            where=str(folder),
-            fix=f"choose one: {', '.join(f'{folder}:{name}' for name in found)}",
-        )
-    return found[split or "train"]
+            raise DatasetError("this saved dataset has no splits", where=str(folder), fix=f"leave out `:{split}`")
+        return saved
+    if (split or "train") not in saved:
+        what = f"there is no split `{split}`" if split else "no split is named and there is no `train`"
+        fix = f"choose one: {', '.join(f'{folder}:{name}' for name in saved)}"
+        raise DatasetError(what, where=str(folder), fix=fix)
+    return saved[split or "train"]
 
 
 def _load_hub(source: str, split: str | None) -> Iterable:
@@ -139,9 +130,9 @@ def _load_hub(source: str, split: str | None) -> Iterable:
     repository = source.partition(":")[0]
     try:
         return datasets.load_dataset(repository, split=split)
-    except Exception as error:  # the library raises anything from HTTP errors to ValueError here
+    except Exception as error:  # of any type, from HTTP errors to ValueError
         offline = isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("httpx")
-        reason = "could not be reached" if offline else f"did not give it: {first_line(error)}"
+        reason = "could not be reached" if offline else f"does not provide it: {first_line(error)}"
         fix = "check the path; for a hub dataset, check the network, the name and the split (org/name:split)"
         raise DatasetError(f"there is no such local path, and the hub {reason}", where=source, fix=fix) from None
 

@@ -1,4 +1,4 @@
-"""Holding rows out for evaluation, by prompt, so that no prompt is both learned and tested, in any stage."""
+"""Held-out rows for evaluation, split by prompt, so that no stage both trains and evaluates on one prompt."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ SALT = "0"
 
 
 def split_held_out(rows: Sequence[Row], fraction: float, limit: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and at most `limit` held-out ones to measure on, each in the order given.
+    """Rows to train on, and at most `limit` held-out rows for evaluation, both in the order given.
 
-    A prompt is held out if its hash, as a number in [0, 1), lies below `fraction`. That depends on nothing but the
-    prompt's words, so it is the same for every dataset, form of row, stage and seed. Rows held out beyond `limit` (the
-    lowest hashes are measured) are not trained on either. All rows of a prompt land on one side.
+    A prompt is held out if its hash, a number in [0, 1), is below `fraction`. The hash depends only on the prompt's
+    words, so it is the same for every dataset, row format, stage and seed. If more than `limit` rows are held out,
+    those with the lowest hashes are used; the others are not trained on either. All rows of a prompt are on one side.
 
-    Where no prompt lies below, the one with the lowest hash is held out. With fewer than 10 prompts, or where one has
-    most of the rows, rows are held out by every turn of their prompts as well, and if these are as few, by the rows'
-    whole contents. No such key takes more than half of what training is to have. At least one row is held out where
-    `fraction` > 0 and there are two rows, and at least one is trained on. Other stages may train on rows chosen
-    in these ways (`held_out_everywhere` is False).
+    If no hash is below `fraction`, the prompt with the lowest is held out. With fewer than 10 prompts, or if one prompt
+    has most of the rows, rows are also held out by the words of every turn and, if these are as few, by their whole
+    content. None of these keys removes more than half of the rows that are to be trained on. With `fraction` > 0 and
+    two rows, at least one is held out and at least one is trained on. Rows chosen by the later keys may be trained on
+    by other stages (`held_out_everywhere` is then False).
     """
     if fraction <= 0 or limit < 1 or len(rows) < 2:
         return list(rows), []
@@ -45,17 +45,16 @@ def is_held_out(row: Row, fraction: float) -> bool:
 
 
 def held_out_everywhere(held_out: Iterable[Row], fraction: float) -> bool:
-    """Whether every stage holds these rows' prompts out; not where `split_held_out` had to choose them otherwise."""
+    """Whether every stage holds these rows' prompts out; False if `split_held_out` had to use its later keys."""
     return all(is_held_out(row, fraction) for row in held_out)
 
 
 def shared_prompts(rows: Sequence[Row], others: Iterable[Row]) -> list[Row]:
-    """Those of `rows` that have a prompt of `others`: by `prompt_key` where that divides them, else by every turn."""
+    """The `rows` with a prompt that `others` have: by `prompt_key` if there are enough of these, else by every turn."""
     others = list(others)
-    divides = _divides([_hash(prompt_key(row)) for row in (*rows, *others)], FEWEST_PROMPTS)
-    key = prompt_key if divides else whole_prompt
-    known = {key(row) for row in others}
-    return [row for row in rows if key(row) in known]
+    key = prompt_key if _divides([prompt_key(row) for row in (*rows, *others)], FEWEST_PROMPTS) else whole_prompt
+    keys = {key(row) for row in others}
+    return [row for row in rows if key(row) in keys]
 
 
 def warn_of_trained_prompts(eval_dataset: str, held_out: Sequence[Row], train: Iterable[Row]) -> tuple[str, ...]:
@@ -65,17 +64,17 @@ def warn_of_trained_prompts(eval_dataset: str, held_out: Sequence[Row], train: I
         return ()
     return (
         f"{len(shared)} of {len(held_out)} rows of --eval-dataset {eval_dataset} have prompts that are trained on, so "
-        f"what is measured on them is no test; the first is {shared[0].where}",
+        f"their metrics are not held-out metrics; the first is {shared[0].where}",
     )
 
 
 def prompt_key(row: Row) -> str:
-    """What makes two rows' prompts the same: the words of `first_question`."""
+    """The key by which two rows have the same prompt: the words of `first_question`."""
     return json.dumps(first_question(row))
 
 
 def _choose(rows: Sequence[Row], fraction: float) -> tuple[list[float], set[int]]:
-    """A hash per row, and the places of the rows to hold out by it, by the first kind of key that divides the rows."""
+    """A hash per row and the indices of the rows to hold out, by the first kind of key that divides the rows."""
     kinds: list[tuple[Callable[[Row], str], int]] = [
         (prompt_key, FEWEST_PROMPTS),
         (lambda row: json.dumps(whole_prompt(row)), FEWEST_PROMPTS),
@@ -88,21 +87,21 @@ def _choose(rows: Sequence[Row], fraction: float) -> tuple[list[float], set[int]
         if _divides(hashes, least):
             lowest = min(hashes)
             return hashes, held or {place for place, number in enumerate(hashes) if number == lowest}
-    hashes = [_hash(str(place)) for place in range(len(rows))]  # nothing better is left to choose by
+    hashes = [_hash(str(place)) for place in range(len(rows))]  # no key divides the rows
     return hashes, held or _below(hashes, fraction, held) or {hashes.index(min(hashes))}
 
 
 def _below(hashes: list[float], fraction: float, held: set[int]) -> set[int]:
-    """Places beside `held` whose hash lies below `fraction`; none where half of what training is to have would go."""
-    rest = [place for place in range(len(hashes)) if place not in held]
-    found = {place for place in rest if hashes[place] < fraction}
-    return found if 2 * (len(rest) - len(found)) > (1 - fraction) * len(rest) else set()
+    """Indices not in `held` with a hash below `fraction`; none if too few others would remain."""
+    others = [place for place in range(len(hashes)) if place not in held]
+    below = {place for place in others if hashes[place] < fraction}
+    return below if 2 * (len(others) - len(below)) > (1 - fraction) * len(others) else set()
 
 
-def _divides(hashes: list[float], least: int) -> bool:
-    """Whether at least so many keys differ, and none has most of the rows."""
-    counts = Counter(hashes)
-    return len(counts) >= least and 2 * max(counts.values()) <= len(hashes)
+def _divides(keys: Sequence[str | float], least: int) -> bool:
+    """Whether at least `least` keys are different, and none has most of the rows."""
+    counts = Counter(keys)
+    return len(counts) >= least and 2 * max(counts.values()) <= len(keys)
 
 
 def _content_key(row: Row) -> str:

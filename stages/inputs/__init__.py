@@ -1,6 +1,6 @@
-"""What a command works on, opened and checked before torch is imported: models, rows, reward sources, the output.
+"""Inputs of a command, opened and checked before torch is imported: models, rows, reward sources, the output.
 
-Every mistake of the user's that can be seen without a tokenizer is found here, within a second, with nothing written.
+Every user error that can be found without a tokenizer is found here, within a second, and nothing is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stages.tables import metrics_table
 
 
 def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
-    """Open what a stage's config names; raises a UserError for the first thing that is wrong."""
+    """The inputs that a stage's config names. Raises a UserError for the first one that is wrong."""
     if getattr(config, "load_in_4bit", False):
         _check_4bit_packages()
     openers = {
@@ -31,12 +31,12 @@ def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
         "sample": sample_inputs,
         "export": export_inputs,
     }
-    found = openers[stage](config, overwrite)
-    return replace(found, warnings=found.warnings + adapter_beside(found.source.base))
+    inputs = openers[stage](config, overwrite)
+    return replace(inputs, warnings=inputs.warnings + adapter_beside(inputs.source.base))
 
 
 def already_done(stage: str, config: Any, inputs: Inputs) -> Result:
-    """The result of a command whose work was done before."""
+    """The result of a command whose run is already finished."""
     inputs.run.tidy()
     manifest = inputs.run.manifest
     data = {"metrics": manifest.metrics, "steps": manifest.steps, "seconds": manifest.seconds}
@@ -48,8 +48,5 @@ def _check_4bit_packages() -> None:
     """Raise ConfigError if a package that a base in 4 bits needs is not installed."""
     missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"a base in 4 bits needs {' and '.join(missing)}, which is not installed",
-            where="--load-in-4bit",
-            fix="pip install 'rlhf[4bit]', or leave it out",
-        )
+        what = f"a base in 4 bits needs {' and '.join(missing)}, which is not installed"
+        raise ConfigError(what, where="--load-in-4bit", fix="run pip install 'rlhf[4bit]', or leave --load-in-4bit out")

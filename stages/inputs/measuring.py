@@ -1,4 +1,4 @@
-"""What is done with checkpoints: the inputs of `rlhf evaluate`, `sample` and `export`."""
+"""Inputs of the commands that use checkpoints: `rlhf evaluate`, `sample` and `export`."""
 
 from __future__ import annotations
 
@@ -29,61 +29,52 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     if config.max_response_tokens is not None:
         check_response_fits(config, source)
     kinds = f"{config.dataset} holds {kind}s", "give another --dataset"
-    answers = kind != "demonstration" or bool(rewards or gold)
+    samples = kind != "demonstration" or bool(rewards or gold)
     if kind != "demonstration":
         refuse_idle(config, ("mask", "max_tokens"), *kinds)
-    if not answers:
+    if not samples:
         refuse_idle(config, ("reference",), *kinds)
-    advice = "give --reward {} to score by it, or comparisons as --dataset"
+    advice = "give --reward {} to score with it, or comparisons as --dataset"
     also = open_beside(config.also, source, POLICIES, advice, trust_remote_code=trusted)
-    if also and not answers:
-        raise DatasetError(
-            f"{config.dataset} holds demonstrations; --also measures answers to prompts",
-            where="--dataset",
-            fix="give prompts, or --reward to have the demonstrations' prompts answered and scored",
-        )
+    if also and not samples:
+        what = f"{config.dataset} holds demonstrations; --also compares responses to prompts"
+        fix = "give prompts, or --reward to sample and score responses to the demonstrations' prompts"
+        raise DatasetError(what, where="--dataset", fix=fix)
     _check_outputs(config)
     read = files.read_demonstrations if kind == "demonstration" else files.read_prompts
     data = read_rows(read, config, config.dataset)
     warnings = describe_left_out(data)
-    if reference is None and answers:
+    if reference is None and samples:
         try:
             reference = parent_of(source, trusted)
         except UserError as error:
             if also or config.plot:
-                raise CheckpointError(
-                    f"KL cannot be measured: {error.what}", where="--reference", fix="name where KL is measured from"
-                ) from None
-            warnings += (f"KL is not measured: {error.what}; name another --reference",)
+                fix = "give the model from which KL is measured"
+                raise CheckpointError(f"KL cannot be measured: {error.what}", where="--reference", fix=fix) from None
+            warnings += (f"KL is not measured: {error.what}; give another --reference",)
     more = {"rewards": rewards, "gold": gold, "against": against, "reference": reference, "also": also}
     return Inputs(source, data, warnings=warnings, **more)
 
 
 def _comparing_inputs(config: EvaluateConfig, source: ModelRef, reference: ModelRef | None, kind: str) -> Inputs:
-    """Reward models and implicit rewards on comparisons."""
+    """Inputs for reward models, or implicit rewards of policies, on comparisons."""
     model = candidate_of(config.model, source)
     if model.stage == "reward" and kind not in ("comparison", "rating"):
-        raise DatasetError(
-            f"{config.dataset} holds {kind}s; a reward model is measured on comparisons",
-            where="--dataset",
-            fix="give rows with prompt, chosen and rejected",
-        )
+        what = f"{config.dataset} holds {kind}s; a reward model is measured on comparisons"
+        raise DatasetError(what, where="--dataset", fix="give rows with prompt, chosen and rejected")
     if model.stage not in ("reward", *IMPLICIT):
-        raise DatasetError(
-            f"{config.dataset} holds comparisons, but {config.model} is neither a reward model nor a DPO or PPO policy",
-            where="--dataset",
-            fix="give prompts or demonstrations, or a reward, dpo or ppo checkpoint as --model",
-        )
+        kinds = f"{config.model} is neither a reward model nor a DPO or PPO policy"
+        what = f"{config.dataset} holds comparisons, but {kinds}"
+        fix = "give prompts or demonstrations, or a reward, dpo or ppo checkpoint as --model"
+        raise DatasetError(what, where="--dataset", fix=fix)
     for name in ("against", "best_of", "plot", "reward", "gold"):
         if getattr(config, name):
-            raise ConfigError(
-                f"{config.model} is measured on comparisons, where nothing is sampled",
-                where=f"--{name.replace('_', '-')}",
-                fix="leave it out, use --also to compare, or give a policy as --model with prompts as --dataset",
-            )
+            what = f"{config.model} is measured on comparisons, and nothing is sampled"
+            fix = "leave it out, use --also to compare, or give a policy as --model with prompts as --dataset"
+            raise ConfigError(what, where=f"--{name.replace('_', '-')}", fix=fix)
     refuse_idle(config, ("mask",), f"{config.dataset} holds {kind}s", "give another --dataset")
     trust = {"trust_remote_code": config.trust_remote_code}
-    advice = "give reward, dpo or ppo checkpoints, or --reward to have it answer"
+    advice = "give reward, dpo or ppo checkpoints, or --reward to sample from it"
     also = open_beside(config.also, source, ("reward", *IMPLICIT), advice, **trust)
     models = [with_reference(candidate, reference, **trust) for candidate in (model, *also)]
     _check_outputs(config)
@@ -100,7 +91,7 @@ def _other(name: str | None, what: str, source: ModelRef, trusted: bool) -> Mode
 
 
 def _check_outputs(config: EvaluateConfig) -> None:
-    """The files that `rlhf evaluate` writes."""
+    """Raise OutputError or ConfigError unless `rlhf evaluate` can write its files."""
     if config.output:
         check_output_file(config.output, "--output", (".json",), REPORT_KEYS, config.dataset)
     if config.plot:
@@ -119,11 +110,8 @@ def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
 def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
     source = open_first(config, ADAPTERS)
     if source.manifest is None:
-        raise CheckpointError(
-            f"{config.model} is a base model; there is no adapter to merge",
-            where="--model",
-            fix="give a checkpoint of this tool",
-        )
+        what = f"{config.model} is a base model; there is no adapter to merge"
+        raise CheckpointError(what, where="--model", fix="give a checkpoint of this tool")
     output = absolute(config.output, "--output")
     special = describe_special(output)
     if special:

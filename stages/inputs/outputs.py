@@ -1,4 +1,4 @@
-"""Files that a command writes beside checkpoints, checked before any work: responses, reports and plots."""
+"""Checks of the files that commands write outside checkpoints: responses, reports and plots."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ REPORT_KEYS = ("model", "dataset")  # of what `rlhf evaluate` writes
 def check_output_file(
     name: str, flag: str, suffixes: tuple[str, ...], mark: tuple[str, ...] | str, dataset: str
 ) -> None:
-    """Raise OutputError unless a name is a new file, or one that this command wrote before and does not read now.
+    """Raise OutputError unless `name` is a new file, or one that this command wrote earlier and does not read now.
 
-    `mark` is what a file of ours holds: the keys of its first JSON object, or a text.
+    `mark` identifies a file of ours: the keys of its first JSON object, or a text in it.
     """
-    path, read = absolute(name, flag), Path(os.path.expanduser(dataset))
-    problem = _find_problem(path, suffixes, mark, read)
+    path = absolute(name, flag)
+    problem = _find_problem(path, suffixes, mark, Path(os.path.expanduser(dataset)))
     if problem:
         raise OutputError(
             f"{name} {problem}", where=flag, fix=f"give another file name ending in {' or '.join(suffixes)}"
@@ -36,7 +36,8 @@ def check_output_file(
         raise OutputError(f"nothing can be written into {place}", where=flag, fix="choose another place")
 
 
-def _find_problem(path: Path, suffixes: tuple[str, ...], mark: tuple[str, ...] | str, read: Path) -> str:
+def _find_problem(path: Path, suffixes: tuple[str, ...], mark: tuple[str, ...] | str, dataset: Path) -> str:
+    """The reason why a file cannot be written; "" if it can."""
     if path.is_dir():
         return "is a folder"
     if path.suffix not in suffixes:
@@ -46,16 +47,16 @@ def _find_problem(path: Path, suffixes: tuple[str, ...], mark: tuple[str, ...] |
         return f"is {special}"
     if path.exists() and not _is_ours(path, mark):
         return "was not written by this command and will not be overwritten"
-    if path.exists() and read.exists() and os.path.samefile(path, read):
+    if path.exists() and dataset.exists() and os.path.samefile(path, dataset):
         return "is the dataset that is read"
-    inside_dataset = read.is_dir() and os.path.realpath(read) == os.path.dirname(os.path.realpath(path))
+    inside_dataset = dataset.is_dir() and os.path.realpath(dataset) == os.path.dirname(os.path.realpath(path))
     if path.suffix in SUFFIXES and inside_dataset:
-        return "lies in the dataset's folder, where it would be read as rows"
+        return "is inside the dataset's folder, where it would be read as rows"
     return ""
 
 
 def _is_ours(path: Path, mark: tuple[str, ...] | str) -> bool:
-    """True for a file that is empty, holds a text of ours, or begins with a JSON object of these keys."""
+    """True for a file that is empty, contains the text `mark`, or begins with a JSON object of the keys `mark`."""
     try:
         if isinstance(mark, str):
             content = read_bytes(path)

@@ -1,4 +1,4 @@
-"""What every command's inputs are made of."""
+"""The inputs of a command, and checks that several commands share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Reader = Callable[..., Dataset]  # one of stages.data.rows
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a stage needs from disk; what a stage does not use is empty."""
+    """Everything a command reads from disk; unused fields are empty."""
 
     source: ModelRef
     data: Dataset | None = None
@@ -50,14 +50,17 @@ class Inputs:
 
 
 def open_first(config: Any, stages: tuple[str, ...]) -> ModelRef:
+    """The model of --model: a base, or a checkpoint of one of `stages`."""
     return open_model(config.model, stages=stages, what="--model", trust_remote_code=config.trust_remote_code)
 
 
 def read_rows(read: Reader, config: Any, name: str) -> Dataset:
+    """The rows of a dataset, by the config's knobs for datasets."""
     return read(name, map=config.map, skip_bad_rows=config.skip_bad_rows, limit_rows=config.limit_rows)
 
 
 def describe_left_out(data: Dataset) -> tuple[str, ...]:
+    """A warning if rows of a dataset were dropped."""
     if not data.skipped:
         return ()
     return (f"{data.skipped} rows of {data.source} cannot be used and were dropped; {data.problems[0]}",)

@@ -1,4 +1,4 @@
-"""What the training stages work on: rows to train on and held-out ones, reward sources, the output folder."""
+"""Inputs of the training stages: training and held-out rows, reward sources, the output folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ from stages.checkpoint.run import open_run
 from stages.config import DpoConfig, PpoConfig, RewardConfig, SftConfig, TrainingKnobs
 from stages.data import rows as files
 from stages.data.rows import Dataset
-from stages.data.splits import (
-    held_out_everywhere,
-    is_held_out,
-    shared_prompts,
-    split_held_out,
-    warn_of_trained_prompts,
-)
+from stages.data.splits import held_out_everywhere, is_held_out, shared_prompts, split_held_out, warn_of_trained_prompts
 from stages.errors import ConfigError, DatasetError, RewardError
 from stages.inputs.parts import (
     Inputs,
@@ -38,7 +32,7 @@ from stages.rollout.reward_specs import open_rewards
 
 def sft_inputs(config: SftConfig, overwrite: bool) -> Inputs:
     source = open_first(config, POLICIES)
-    return _training("sft", config, overwrite, source, files.read_demonstrations)
+    return _training("sft", config, overwrite, source, files.read_demonstrations, {})
 
 
 def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
@@ -46,22 +40,33 @@ def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
     demonstrations = None
     if config.demonstrations:
         demonstrations = files.read_demonstrations(config.demonstrations, skip_bad_rows=config.skip_bad_rows)
-    digests = {"demonstrations": demonstrations.digest} if demonstrations else {}
-    found = _training(
-        "reward", config, overwrite, source, _comparison_reader(config), digests, demonstrations=demonstrations
-    )
-    _refuse_idle_ratings(config, found.data)
-    if config.loss_margin and not any(pair.margin for row in found.data.rows for pair in row.pairs):
+    inputs = _comparisons("reward", config, overwrite, source, demonstrations)
+    if config.loss_margin and not any(pair.margin for row in inputs.data.rows for pair in row.pairs):
         why, fix = f"no row of {config.dataset} has a margin", "give rows with `margin`, or ratings"
         refuse_idle(config, ("loss_margin",), why, fix)
-    return found
+    return inputs
 
 
 def dpo_inputs(config: DpoConfig, overwrite: bool) -> Inputs:
-    source = open_first(config, POLICIES)
-    found = _training("dpo", config, overwrite, source, _comparison_reader(config))
-    _refuse_idle_ratings(config, found.data)
-    return found
+    return _comparisons("dpo", config, overwrite, open_first(config, POLICIES))
+
+
+def _comparisons(
+    stage: str,
+    config: RewardConfig | DpoConfig,
+    overwrite: bool,
+    source: ModelRef,
+    demonstrations: Dataset | None = None,
+) -> Inputs:
+    """Inputs of a stage that trains on comparisons or ratings."""
+    ratings = {"rating_threshold": config.rating_threshold, "normalise_raters": config.normalise_raters}
+    read = functools.partial(files.read_comparisons, **ratings)
+    digests = {"demonstrations": demonstrations.digest} if demonstrations else {}
+    inputs = _training(stage, config, overwrite, source, read, digests, demonstrations=demonstrations)
+    if inputs.data.kind != "rating":
+        why, fix = f"{config.dataset} holds comparisons, not ratings", "give rows with prompt, response and rating"
+        refuse_idle(config, ("rating_threshold", "normalise_raters"), why, fix)
+    return inputs
 
 
 def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
@@ -73,14 +78,10 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
     if config.ptx_dataset:
         texts = files.read_demonstrations(config.ptx_dataset, skip_bad_rows=config.skip_bad_rows)
         digests["ptx_dataset"], ptx = texts.digest, list(texts.rows)
-    found = _training("ppo", config, overwrite, source, files.read_prompts, digests, rewards=rewards, ptx=ptx)
-    found = found if config.eval_dataset else _without_held_out_ptx(found, config)
-    return found if found.done else _with_verdicts(found, config.force)
-
-
-def _comparison_reader(config: RewardConfig | DpoConfig) -> Reader:
-    ratings = {"rating_threshold": config.rating_threshold, "normalise_raters": config.normalise_raters}
-    return functools.partial(files.read_comparisons, **ratings)
+    inputs = _training("ppo", config, overwrite, source, files.read_prompts, digests, rewards=rewards, ptx=ptx)
+    if not config.eval_dataset:
+        inputs = _without_held_out_ptx(inputs, config)
+    return inputs if inputs.done else _with_verdicts(inputs, config.force)
 
 
 def _training(
@@ -89,29 +90,29 @@ def _training(
     overwrite: bool,
     source: ModelRef,
     read: Reader,
-    digests: dict[str, str] | None = None,
+    digests: dict[str, str],
     **more: Any,
 ) -> Inputs:
-    """Rows split into training and held-out, and the output folder, for a stage that trains.
+    """Inputs of a stage that trains: rows split into training and held-out rows, and the output folder.
 
-    `digests` are those of further inputs; `more` are further fields of `Inputs`.
+    `digests` are digests of further inputs, `more` further fields of `Inputs`.
     """
     _check_adapter_fits(config, source)
     data = read_rows(read, config, config.dataset)
-    inputs = {"dataset": data.digest, "model": source.digest, **(digests or {})}
+    inputs = {"dataset": data.digest, "model": source.digest, **digests}
     warnings, notes, unmeasured = describe_left_out(data), (), 0
     if config.eval_dataset:
-        held = read_rows(read, config, config.eval_dataset)
-        inputs["eval_dataset"] = held.digest
-        train, held_out = list(data.rows), list(held.rows)[: config.eval_limit]
-        trained_on = [*train, *more.get("ptx", [])]
-        warnings += (*describe_left_out(held), *warn_of_trained_prompts(config.eval_dataset, held_out, trained_on))
+        evaluation = read_rows(read, config, config.eval_dataset)
+        inputs["eval_dataset"] = evaluation.digest
+        train, held_out = list(data.rows), evaluation.rows[: config.eval_limit]
+        warnings += describe_left_out(evaluation)
+        warnings += warn_of_trained_prompts(config.eval_dataset, held_out, [*train, *more.get("ptx", [])])
     else:
         train, held_out = split_held_out(data.rows, config.eval_fraction, config.eval_limit)
         unmeasured = len(data.rows) - len(train) - len(held_out)
-        checkpoints = [source, *(spec.checkpoint for spec in more.get("rewards", []))]
-        parents = [one.manifest for one in checkpoints if one is not None and one.manifest is not None]
-        warnings += warn_of_another_split(config.dataset, held_out, config.eval_fraction, parents)
+        models = [source, *(spec.checkpoint for spec in more.get("rewards", []))]
+        parents = [model.manifest for model in models if model is not None and model.manifest is not None]
+        warnings += _warn_of_another_split(config, held_out, parents)
     if unmeasured:
         notes += (f"{unmeasured} more rows have held-out prompts: not trained on, nor measured (--eval-limit)",)
     writer = read_launch().rank == 0
@@ -120,29 +121,21 @@ def _training(
 
 
 def _without_held_out_ptx(inputs: Inputs, config: PpoConfig) -> Inputs:
-    """PPO's demonstrations without those of prompts that are held out, here or in every stage.
+    """PPO's demonstrations without those of held-out prompts, of this run or of every stage.
 
     Raises DatasetError if none are left.
     """
-    here = {row.where for row in shared_prompts(inputs.ptx, inputs.held_out)}
-    kept = [row for row in inputs.ptx if row.where not in here and not is_held_out(row, config.eval_fraction)]
-    left_out = len(inputs.ptx) - len(kept)
-    if not left_out:
+    shared = {row.where for row in shared_prompts(inputs.ptx, inputs.held_out)}
+    ptx = [row for row in inputs.ptx if row.where not in shared and not is_held_out(row, config.eval_fraction)]
+    if len(ptx) == len(inputs.ptx):
         return inputs
-    if not kept:
-        raise DatasetError(
-            f"every row's prompt is held out for evaluation, so no row of {config.ptx_dataset} can be trained on",
-            where="--ptx-dataset",
-            fix="give demonstrations of other prompts, another --eval-fraction, or an --eval-dataset of its own",
-        )
-    note = f"{left_out} of {len(inputs.ptx)} rows of --ptx-dataset have held-out prompts and are not trained on"
-    return replace(inputs, ptx=kept, notes=(*inputs.notes, note))
-
-
-def _refuse_idle_ratings(config: RewardConfig | DpoConfig, data: Dataset) -> None:
-    if data.kind != "rating":
-        why, fix = f"{data.source} holds comparisons, not ratings", "give rows with prompt, response and rating"
-        refuse_idle(config, ("rating_threshold", "normalise_raters"), why, fix)
+    if not ptx:
+        what = f"every row's prompt is held out for evaluation, so no row of {config.ptx_dataset} can be trained on"
+        fix = "give demonstrations of other prompts, another --eval-fraction, or an --eval-dataset"
+        raise DatasetError(what, where="--ptx-dataset", fix=fix)
+    left_out = f"{len(inputs.ptx) - len(ptx)} of {len(inputs.ptx)} rows of --ptx-dataset"
+    note = f"{left_out} have held-out prompts and are not trained on"
+    return replace(inputs, ptx=ptx, notes=(*inputs.notes, note))
 
 
 def _check_adapter_fits(config: TrainingKnobs, source: ModelRef) -> None:
@@ -150,33 +143,29 @@ def _check_adapter_fits(config: TrainingKnobs, source: ModelRef) -> None:
         return
     stored, _, lora_type = read_adapter_shape(source.folder)
     if config.lora_type not in (None, lora_type):
-        raise ConfigError(
-            f"lora_type is {config.lora_type}, but the adapter of {source.name} is {lora_type}",
-            where="lora_type",
-            fix="leave lora_type out to continue with that adapter, or start from the base",
-        )
+        what = f"lora_type is {config.lora_type}, but the adapter of {source.name} is {lora_type}"
+        fix = "leave lora_type out to continue with that adapter, or start from the base"
+        raise ConfigError(what, where="lora_type", fix=fix)
     if config.lora_rank is not None and config.lora_rank < stored:
-        raise ConfigError(
-            f"lora_rank {config.lora_rank} is smaller than {stored}, the rank of {source.name}",
-            where="lora_rank",
-            fix=f"leave lora_rank out, or give at least {stored}",
-        )
+        what = f"lora_rank {config.lora_rank} is smaller than {stored}, the rank of {source.name}"
+        raise ConfigError(what, where="lora_rank", fix=f"leave lora_rank out, or give at least {stored}")
 
 
 def _with_verdicts(inputs: Inputs, force: bool) -> Inputs:
-    """Repeat the verdict on every reward model; raises RewardError for a no-go without `force`."""
+    """Inputs with the verdict on every reward model as a note or warning.
+
+    Raises RewardError for a no-go without `force`.
+    """
     notes, warnings = inputs.notes, inputs.warnings
     for spec in inputs.rewards:
         if spec.checkpoint is None:
             continue
-        decision, reasons = verdict_of(spec.checkpoint.folder)
-        line = f"verdict on {spec.name}: {decision}" + (f"; {'; '.join(reasons)}" if reasons else "")
+        decision, reasons = _read_verdict(spec.checkpoint.folder)
         if decision == "no-go" and not force:
-            raise RewardError(
-                f"the verdict on {spec.name} is no-go: {'; '.join(reasons)}",
-                where="--reward",
-                fix="train it on more or better comparisons, or pass --force to go on all the same",
-            )
+            what = f"the verdict on {spec.name} is no-go: {reasons}"
+            fix = "train it on more or better comparisons, or pass --force to use it anyway"
+            raise RewardError(what, where="--reward", fix=fix)
+        line = f"verdict on {spec.name}: {decision}" + (f"; {reasons}" if reasons else "")
         if decision in ("no-go", "caution"):
             warnings += (line,)
         else:
@@ -184,39 +173,35 @@ def _with_verdicts(inputs: Inputs, force: bool) -> Inputs:
     return replace(inputs, notes=notes, warnings=warnings)
 
 
-def verdict_of(folder: Path) -> tuple[str, list[str]]:
-    """The decision and its reasons that `rlhf reward` left in a checkpoint; ("none", why) if it left none."""
+def _read_verdict(folder: Path) -> tuple[str, str]:
+    """The decision and the reasons in a reward checkpoint's report.json; ("none", why) if it has no verdict."""
     try:
         verdict = read_json(folder / "report.json")["verdict"]
-        return str(verdict["decision"]), [str(reason) for reason in verdict["reasons"]]
+        return str(verdict["decision"]), "; ".join(map(str, verdict["reasons"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return "none", ["its report.json has no verdict, so nothing is known of how good it is"]
+        return "none", "its report.json has no verdict, so its quality is unknown"
 
 
-def warn_of_another_split(dataset: str, held_out: list, fraction: float, parents: list[Manifest]) -> tuple[str, ...]:
-    """Warnings if another stage may train, or a parent was possibly trained, on prompts that are held out here."""
-    warnings = [_describe_parent(parent, fraction) for parent in parents]
+def _warn_of_another_split(config: TrainingKnobs, held_out: list, parents: list[Manifest]) -> tuple[str, ...]:
+    """Warnings if another stage may train, or a parent may have been trained, on prompts that are held out here."""
+    fraction, warnings = config.eval_fraction, ()
     if not held_out_everywhere(held_out, fraction):
-        warnings.insert(
-            0,
-            f"{dataset} has too few prompts, or too many rows of one, to hold out those that every stage does at "
-            f"--eval-fraction {fraction:g}, so another stage may train on what is measured here; give --eval-dataset "
-            "to be sure",
+        warnings += (
+            f"{config.dataset} has too few prompts, or too many rows of one, to hold out the prompts that every stage "
+            f"holds out at --eval-fraction {fraction:g}, so another stage may train on rows that are evaluated here; "
+            "give --eval-dataset to be sure",
         )
-    return tuple(warning for warning in warnings if warning)
-
-
-def _describe_parent(parent: Manifest, fraction: float) -> str:
-    """How a parent may have been trained on prompts that are held out here; "" if it was not."""
-    share = parent.config.get("eval_fraction")
-    if not fraction or not isinstance(share, (int, float)):
-        return ""
-    if parent.config.get("eval_dataset"):
-        why = "was tested on an --eval-dataset and trained on all of its dataset"
-    elif share < fraction:
-        why = f"held out {share:g} of the prompts, this run {fraction:g}"
-    elif parent.versions.get("split") != SPLIT:
-        why = "was made by an earlier rlhf, which held out other prompts"
-    else:
-        return ""
-    return f"{parent.folder} {why}: it may have been trained on prompts that are held out here"
+    for parent in parents:
+        share = parent.config.get("eval_fraction")
+        if not fraction or not isinstance(share, (int, float)):
+            continue
+        if parent.config.get("eval_dataset"):
+            why = "was evaluated on an --eval-dataset and trained on all of its dataset"
+        elif share < fraction:
+            why = f"held out {share:g} of the prompts, this run {fraction:g}"
+        elif parent.versions.get("split") != SPLIT:
+            why = "was made by an earlier rlhf, which held out other prompts"
+        else:
+            continue
+        warnings += (f"{parent.folder} {why}: it may have been trained on prompts that are held out here",)
+    return warnings
