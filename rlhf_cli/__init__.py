@@ -1,1 +1,1 @@
-"""The terminal: commands, options, progress and tables. Knows nothing of the algorithm."""
+"""The terminal: commands, options, progress and tables. Independent of the algorithm."""

@@ -1,4 +1,4 @@
-"""What a command prints: progress and messages on stderr, from rank 0 alone; its result on stdout."""
+"""Output of a command: progress and messages on stderr, from rank 0 only; its result on stdout."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LIVE = ("loss", "eval_loss", "accuracy", "eval_accuracy", "lr")
 SHOWN_AT_MOST = 5
 LINE_EVERY_SHARE = 0.05  # of a phase's steps
 LINES_APART = 2.0  # seconds, at least
-LINE_AFTER = 60.0  # seconds, even where a share of the steps takes longer
-PIPED_WIDTH = 100  # columns, where there is no terminal to ask
+LINE_AFTER = 60.0  # seconds, at most, even if that share of the steps takes longer
+PIPED_WIDTH = 100  # columns, if stdout is no terminal
 NUMERIC = re.compile(r"[-+−]?[\d.,]+( ?[%s])?( ± [\d.,]+( ?%)?)?|[-–]?|nan|inf|-inf")
 
 # Control characters (C0 without newline and tab, DEL, C1), bidirectional marks and overrides, and lone surrogates.
@@ -32,12 +32,12 @@ UNPRINTABLE = re.compile(
 
 
 def plain(text: object) -> str:
-    """Text that cannot steer a terminal: every control character but newline and tab becomes U+FFFD."""
+    """Text without effect on a terminal: every control character but newline and tab becomes U+FFFD."""
     return UNPRINTABLE.sub("\ufffd", str(text).replace("\r\n", "\n"))
 
 
 def rank() -> int:
-    """This process's rank, as torchrun tells it; 0 when alone, and where the environment contradicts itself."""
+    """This process's rank under torchrun; 0 for a single process, and if the environment contradicts itself."""
     try:
         return read_launch().rank
     except ConfigError:
@@ -50,14 +50,14 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line to stderr; a reader that has gone away is no reason to stop."""
+    """Print a line to stderr; a closed pipe is ignored."""
     with contextlib.suppress(OSError, ValueError):
         print(plain(text), file=stream or sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def reporting() -> Iterator[Reporter]:
-    """The `Reporter` of one command: a `Console` on rank 0, silence elsewhere; an open phase is closed at the end."""
+    """The `Reporter` of one command: a `Console` on rank 0, else `Silent`; open phases are closed at the end."""
     if rank():
         yield Silent()
         return
@@ -69,13 +69,13 @@ def reporting() -> Iterator[Reporter]:
 
 
 def live_metrics(metrics: dict[str, float]) -> str:
-    """The few numbers worth watching, by the names they have in metrics.jsonl."""
+    """The most important numbers of a step, by their names in metrics.jsonl."""
     names = [n for n in (LIVE_PPO if "reward_score" in metrics else LIVE) if n in metrics]
     return "  ".join(f"{n} {number(metrics[n])}" for n in (names or list(metrics)[:SHOWN_AT_MOST]))
 
 
 def number(value: object) -> str:
-    """A number at the precision an eye can use."""
+    """A number with four significant digits, or without decimals from 1,000 on."""
     if not isinstance(value, (int, float)):
         return plain(value)
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"
@@ -91,11 +91,11 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class Phase:
-    """A stretch of `total` steps under way."""
+    """A phase of `total` steps in progress."""
 
     title: str
     total: int
-    begun_at: int  # steps behind it when it began, from an earlier run
+    begun_at: int  # steps that an earlier run has made
     begun: float  # seconds of the clock
     step: int
     shown_step: int  # of the last line printed
@@ -104,12 +104,12 @@ class Phase:
     task: object = None  # the terminal's progress task
 
     def remaining(self, now: float) -> float | None:
-        """Seconds left at the speed so far; None before the first step."""
+        """Seconds left at the mean speed so far; None before the first step."""
         steps = self.step - self.begun_at
         return (now - self.begun) / steps * max(self.total - self.step, 0) if steps > 0 else None
 
     def line(self, now: float) -> str:
-        """The phase in one line."""
+        """The phase's step, metrics and remaining time in one line."""
         left = self.remaining(now)
         ending = f"  ({duration(left)} left)" if left and self.step < self.total else ""
         return "  ".join(filter(None, [f"{self.title} {self.step}/{self.total}", live_metrics(self.metrics)])) + ending
@@ -124,15 +124,15 @@ class Console:
         self.progress = None
 
     def note(self, text: str) -> None:
-        """One line worth knowing."""
+        """Print one line of information."""
         self._say(text)
 
     def warn(self, text: str) -> None:
-        """One line that asks for attention."""
+        """Print one line that asks for attention."""
         self._say(f"warning: {text}")
 
     def begin(self, title: str, total: int, done: int = 0) -> None:
-        """A phase of `total` steps starts, `done` of them behind it."""
+        """Start a phase of `total` steps, of which `done` are made."""
         now = self.clock()
         phase = Phase(plain(title), total, done, now, step=done, shown_step=done, shown=now)
         self.phases.append(phase)
@@ -142,7 +142,7 @@ class Console:
             self.progress.start()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """The phase stands at `step`; `metrics` are this step's numbers (may be empty)."""
+        """Show that the phase is at `step`; `metrics` are this step's numbers (may be empty)."""
         if not self.phases:
             return
         phase, now = self.phases[-1], self.clock()
@@ -156,7 +156,7 @@ class Console:
             self._line(phase, now)
 
     def end(self) -> None:
-        """The phase is over."""
+        """End the phase."""
         if not self.phases:
             return
         phase = self.phases.pop()
@@ -169,7 +169,7 @@ class Console:
             self._line(phase, self.clock())
 
     def close(self) -> None:
-        """End every phase that is still open, so that what is printed next has a line of its own."""
+        """End every open phase, so that the next output begins on a new line."""
         while self.phases:
             self.end()
 
@@ -196,7 +196,7 @@ def _progress(stream: TextIO):
     from rich.console import Console as Terminal
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    # markup=False: titles and metric names are not ours to interpret.
+    # markup=False: brackets in titles and metric names are text.
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
@@ -212,10 +212,10 @@ def _progress(stream: TextIO):
 
 
 def show(result: Result, as_json: bool, stream: TextIO | None = None) -> None:
-    """Print a result, with `as_json` as one JSON object and nothing else; raises OSError from a stdout that is gone."""
+    """Print a result, with `as_json` as exactly one JSON object; raises OSError if stdout cannot be written."""
     stream = stream or sys.stdout
     if as_json:
-        import json  # only now: it is no part of a quick answer
+        import json  # only now, to start faster
 
         print(json.dumps(payload(result), indent=2), file=stream)
     else:
@@ -227,17 +227,12 @@ def show(result: Result, as_json: bool, stream: TextIO | None = None) -> None:
 
 def payload(result: Result) -> dict[str, object]:
     """The object of --json: the result's data, with command, status, output and next; non-finite numbers as null."""
-    about = {
-        "command": result.command,
-        "status": result.status,
-        "output": result.output,
-        "next": list(result.next),
-    }
-    return jsonable({**about, **result.data, **about})  # type: ignore[return-value]
+    fixed = {"command": result.command, "status": result.status, "output": result.output, "next": list(result.next)}
+    return jsonable({**fixed, **result.data, **fixed})  # type: ignore[return-value]
 
 
 def jsonable(value: object) -> object:
-    """A value as JSON has it: NaN and infinities are null, scalars of other libraries plain numbers, the rest text."""
+    """A value for JSON: NaN and infinities become null, scalars of other libraries numbers, everything else text."""
     if isinstance(value, dict):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -250,7 +245,7 @@ def jsonable(value: object) -> object:
 
 
 def closing(result: Result) -> list[str]:
-    """The lines under the tables: what was written, and commands worth running now."""
+    """The lines below the tables: what was written, and the next commands."""
     lines = []
     if result.status == "dry run":
         lines.append("dry run: nothing was written")
@@ -262,7 +257,7 @@ def closing(result: Result) -> list[str]:
 
 
 def show_tables(tables: tuple[Table, ...], stream: TextIO) -> None:
-    """Print tables: on a terminal with its width and rules, elsewhere as aligned plain text."""
+    """Print tables: on a terminal at its width and with rules, otherwise as aligned plain text."""
     if not tables:
         return
     from rich.console import Console as Terminal
@@ -276,7 +271,7 @@ def show_tables(tables: tuple[Table, ...], stream: TextIO) -> None:
             continue
         with console.capture() as captured:
             console.print(*_rendered(table, terminal), sep="\n")
-        # Cells are padded to their column; spaces at a line's end help nobody.
+        # Rich pads cells to their column; remove spaces at the end of lines.
         stream.write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n\n")
 
 
@@ -300,6 +295,6 @@ def _rendered(table: Table, terminal: bool) -> list[object]:
         numeric = not tall and bool(cells) and all(NUMERIC.fullmatch(cell) for cell in cells)
         grid.add_column(Text(plain(name)), justify="right" if numeric else "left", overflow="fold")
     for place, row in enumerate(rows):
-        gap = "\n" if tall and not terminal and place < len(rows) - 1 else ""  # where no rule divides tall rows
+        gap = "\n" if tall and not terminal and place < len(rows) - 1 else ""  # instead of a rule between tall rows
         grid.add_row(*(Text(cell + gap) for cell in row))
     return [Text(plain(table.title), style="bold"), grid] if table.title else [grid]

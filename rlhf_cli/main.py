@@ -1,14 +1,13 @@
-"""The app: one command per stage, made from its config class. The only place where an error becomes an exit code."""
+"""The app: one command per stage, made from its config class. Only here an error becomes an exit code."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -19,13 +18,13 @@ from rlhf_cli.console import plain, rank, reporting, say, show
 from rlhf_cli.options import PanelCommand, given, help_all_option, knob_options, nearest, option, write_panels
 from rlhf_cli.program import App, load, stdout_for_results, unprintable
 from stages import __version__
-from stages.config import REQUIRED, STAGES, TrainingKnobs, default_of, knobs
+from stages.config import STAGES, TrainingKnobs
 from stages.errors import ConfigError, Interrupted, StopRequested, TrainingStopped, UserError, escape_lines, words_of
 from stages.launch import check_docstrings, check_launch
 from stages.recipe import read_recipe, removal_of, resolve
-from stages.results import Reporter, Result
+from stages.results import Result
 
-# A command worth copying for each stage; one without an entry is shown with its required knobs.
+# An example of each command for its help page.
 EXAMPLES = {
     "sft": "rlhf sft --model Qwen/Qwen2.5-0.5B --dataset demonstrations.jsonl --output runs/x/sft",
     "reward": "rlhf reward --model runs/x/sft --dataset comparisons.jsonl --output runs/x/reward",
@@ -45,7 +44,7 @@ RUN_OPTIONS = {
         None,
     ),
     "json": ("--json", "print the result as one JSON object", bool | None, None),
-    "debug": ("--debug", "show the traceback of a defect", bool | None, None),
+    "debug": ("--debug", "show the traceback of an internal error", bool | None, None),
 }
 HELP = """Reinforcement learning from human feedback, from a base model to a PPO policy.
 
@@ -53,13 +52,13 @@ HELP = """Reinforcement learning from human feedback, from a base model to a PPO
 sft -> reward -> ppo -> evaluate -> report, each reading the folder of the one before:
   rlhf sft --model BASE --dataset demonstrations.jsonl --output runs/x/sft
 """
-# Of the system's errors those that no check of ours foresees everywhere, and that are never a defect.
-NO_DEFECTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT)
+# Errors of the system that are never internal errors, wherever they occur.
+SYSTEM_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT)
 PACKAGES = tuple(str(Path(__file__).resolve().parents[1] / name) + os.sep for name in ("rlhf_cli", "stages"))
 
 
 class Group(TyperGroup):
-    """The commands; a mistake in the command line itself is answered like every other mistake."""
+    """The commands; an error in the command line is reported like every other error."""
 
     def format_options(self, ctx: typer.Context, formatter: Any) -> None:
         """Write the options and the commands of the help page."""
@@ -67,15 +66,15 @@ class Group(TyperGroup):
         self.format_commands(ctx, formatter)
 
     def main(self, *args: object, standalone_mode: bool = True, **kwargs: object) -> object:
-        """Run a command line and exit with its code, or return the code where `standalone_mode` is off."""
+        """Run a command line and exit with its code, or return the code if `standalone_mode` is off."""
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
         except SystemExit as end:
             if not isinstance(end.__context__, BrokenPipeError):
                 raise
-            code = 0  # nobody reads the help page: no failure
+            code = 0  # the reader of the help page has closed the pipe
         except Exception as error:
-            if not hasattr(error, "format_message"):  # what Typer's mistakes have in common in all its versions
+            if not hasattr(error, "format_message"):  # all usage errors of Typer have it, in all its versions
                 raise
             code = usage_error(error)
         if standalone_mode:
@@ -84,7 +83,7 @@ class Group(TyperGroup):
 
 
 def usage_error(error: Exception) -> int:
-    """Say what is wrong with a command line and what was likely meant; exit code 2."""
+    """Print what is wrong with a command line and the option that was likely meant; returns exit code 2."""
     wrong, ctx = getattr(error, "option_name", None), getattr(error, "ctx", None)
     message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
     what, fix = message[:1].lower() + message[1:], f"see {ctx.command_path if ctx else 'rlhf'} --help"
@@ -107,9 +106,9 @@ app = App(
 )
 
 
-def show_version(asked: bool) -> None:
-    """Answer `rlhf --version`, before any other option is looked at."""
-    if asked:
+def show_version(show: bool) -> None:
+    """Print the version for `rlhf --version`, before any other option is read."""
+    if show:
         print(f"rlhf {__version__}")
         raise typer.Exit(0)
 
@@ -119,13 +118,13 @@ VERSION = typer.Option("--version", callback=show_version, is_eager=True, help="
 
 @app.callback(invoke_without_command=True)
 def root(ctx: typer.Context, version: Annotated[bool, VERSION] = False) -> None:
-    """Answer `rlhf` alone; every other command line goes on to its command."""
+    """Print the help page for `rlhf` alone."""
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
 
 
 def add_stage(name: str, cls: type) -> None:
-    """Make the command of a stage from its config class: its knobs, and how this one run is to go."""
+    """Add the command of a stage, with the knobs of its config class and the options of a run."""
     extras = [extra for extra in RUN_OPTIONS if extra != "overwrite" or issubclass(cls, TrainingKnobs)]
     parameters = [*knob_options(cls), *(option(extra, *RUN_OPTIONS[extra]) for extra in extras), help_all_option()]
 
@@ -135,11 +134,8 @@ def add_stage(name: str, cls: type) -> None:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     sentence = inspect.getdoc(cls) or name
-    known = knobs(cls)
-    required = [p.name for p in parameters if p.name in known and default_of(known[p.name][0]) is REQUIRED]
-    plainly = " ".join(["rlhf", name, *(f"--{n.replace('_', '-')} {n.upper()}" for n in required)])
-    text = f"{sentence}\n\n\b\nExample:\n  {EXAMPLES.get(name, plainly)}"
-    app.command(name, cls=PanelCommand, help=text, short_help=sentence)(command)
+    example = f"\n\n\b\nExample:\n  {EXAMPLES[name]}" if name in EXAMPLES else ""
+    app.command(name, cls=PanelCommand, help=sentence + example, short_help=sentence)(command)
 
 
 for stage_name, config_class in STAGES.items():
@@ -157,10 +153,10 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help=RUN_OPTIONS["json"][1])] = False,
     debug: Annotated[bool, typer.Option("--debug", help=RUN_OPTIONS["debug"][1])] = False,
 ) -> int:
-    """Read what the stages wrote about a run."""
+    """Read the results that the stages of runs have written."""
 
     def work() -> Result:
-        with open_reporter() as reporter:
+        with reporting() as reporter:
             return load("report").run(runs, reporter)
 
     return guarded(work, as_json, debug)
@@ -173,8 +169,8 @@ def run_stage(name: str, cls: type, values: dict[str, object]) -> int:
         recipe = read_recipe(str(values["config"]), cls) if values["config"] is not None else {}
         config = resolve(cls, recipe, given(cls, values))
         check_docstrings()
-        with open_reporter() as reporter:
-            # Whatever can be wrong with the inputs is found before torch is imported.
+        with reporting() as reporter:
+            # Errors in the inputs are found before torch is imported.
             inputs = load("inputs").open_inputs(name, config, overwrite=bool(values.get("overwrite")))
             for line in getattr(inputs, "warnings", ()):
                 reporter.warn(line)
@@ -191,48 +187,41 @@ def run_stage(name: str, cls: type, values: dict[str, object]) -> int:
     return guarded(work, bool(values["json"]), bool(values["debug"]))
 
 
-@contextlib.contextmanager
-def open_reporter() -> Iterator[Reporter]:
-    """A stage's way to speak."""
-    with reporting() as reporter:
-        yield reporter
-
-
 def guarded(work: Callable[[], Result], as_json: bool, debug: bool) -> int:
-    """Do a command's work and show its result; every way to end becomes a message and an exit code."""
-    mine = "" if rank() == 0 else f"[rank {rank()}] "
+    """Do a command's work and print its result; every error becomes a message and an exit code."""
+    label = "" if rank() == 0 else f"[rank {rank()}] "
     with stdout_for_results() as stdout:
         try:
             check_launch()
             result = work()
-            return 0 if mine else deliver(result, as_json, stdout)
+            return 0 if label else deliver(result, as_json, stdout)
         except ConfigError as error:
-            if not mine:  # every rank reads the same flags: one of them saying so is enough
+            if not label:  # every rank reads the same flags, so one message is enough
                 say(f"error: {UserError.__str__(error)}")
             return error.exit_code
         except UserError as error:
             if not error.told_by_first:
-                say(f"{mine}error: {UserError.__str__(error)}")
+                say(f"{label}error: {UserError.__str__(error)}")
             return error.exit_code
         except (TrainingStopped, Interrupted) as error:
-            if not mine:
+            if not label:
                 say(str(error))
             return error.exit_code
         except (KeyboardInterrupt, StopRequested) as error:
-            if not mine:
+            if not label:
                 say("interrupted")
             return getattr(error, "exit_code", 130)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in NO_DEFECTS and error.filename is not None:
+            if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS and error.filename is not None:
                 what = escape_lines(f"{error.filename}: {error.strerror}")
-                say(f"{mine}error: {what}\n  -> check the path, and that you may use it")
+                say(f"{label}error: {what}\n  -> check the path, and that you may use it")
                 return 2
-            say(mine + defect(error, debug or os.environ.get("RLHF_DEBUG") == "1"))
+            say(label + describe_internal_error(error, debug or os.environ.get("RLHF_DEBUG") == "1"))
             return 1
 
 
 def deliver(result: Result, as_json: bool, stdout: TextIO) -> int:
-    """Print a result; a reader of stdout that has gone away (`| head`) is not a failure, a full disk is."""
+    """Print a result; a closed pipe (`| head`) is not a failure, a full disk is."""
     try:
         show(result, as_json, stdout)
     except OSError as error:
@@ -240,13 +229,13 @@ def deliver(result: Result, as_json: bool, stdout: TextIO) -> int:
     return 0
 
 
-def defect(error: Exception, debug: bool) -> str:
-    """An unforeseen exception in words: where it arose, or with `debug` the whole traceback."""
-    what = f"this is a defect of rlhf: {type(error).__name__}: {plain(words_of(error))}"
+def describe_internal_error(error: Exception, debug: bool) -> str:
+    """An unforeseen exception as a message with its line, or with `debug` with the whole traceback."""
+    what = f"internal error in rlhf: {type(error).__name__}: {plain(words_of(error))}"
     if debug:
         return "".join(traceback.format_exception(error)) + what
     stack = traceback.extract_tb(error.__traceback__)
     frames = [f"{frame.filename}:{frame.lineno}" for frame in stack if not frame.filename.startswith("<frozen")]
-    ours = [frame for frame in frames if frame.startswith(PACKAGES)]
-    called = f", called from {ours[-1]}" if ours and ours[-1] != frames[-1] else ""
+    own_frames = [frame for frame in frames if frame.startswith(PACKAGES)]
+    called = f", called from {own_frames[-1]}" if own_frames and own_frames[-1] != frames[-1] else ""
     return f"{what}\n  at {frames[-1]}{called}\n  -> run it again with --debug for the whole traceback"

@@ -37,12 +37,12 @@ TYPE_NAMES = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 def knob_options(cls: type) -> list[inspect.Parameter]:
     """One keyword parameter per knob of a config class, in panel order; the default None means "not given"."""
-    found = knobs(cls)
-    panels = [about.panel for _, about, _ in found.values()]
-    own = [p for p in dict.fromkeys(panels) if p not in PANELS_FIRST + PANELS_LAST]
-    order = {panel: place for place, panel in enumerate((*PANELS_FIRST, *own, *PANELS_LAST))}
-    by_panel = sorted(found, key=lambda name: order[found[name][1].panel])
-    return [_parameter(name, *found[name]) for name in by_panel]
+    knobs_by_name = knobs(cls)
+    panels = [about.panel for _, about, _ in knobs_by_name.values()]
+    others = [p for p in dict.fromkeys(panels) if p not in PANELS_FIRST + PANELS_LAST]
+    order = {panel: place for place, panel in enumerate((*PANELS_FIRST, *others, *PANELS_LAST))}
+    by_panel = sorted(knobs_by_name, key=lambda name: order[knobs_by_name[name][1].panel])
+    return [_parameter(name, *knobs_by_name[name]) for name in by_panel]
 
 
 def option(
@@ -59,13 +59,13 @@ def _parameter(name: str, field: dataclasses.Field, about: Knob, kind: object) -
     text = f"{about.help}{repeatable}  {shown_default(default_of(field), about)}".rstrip()
     if kind is bool:
         return option(name, f"{flag}/--no-{flag[2:]}", text, bool | None, panel=about.panel)
-    # Numbers stay text here, so that flags and recipes are read, bounded and complained about by the same code.
+    # Numbers stay text here, so that the same code reads and checks flags and recipes.
     annotation = list[str] | None if typing.get_origin(kind) in (list, dict) else str | None
     return option(name, flag, text, annotation, metavar(about, kind), about.panel)
 
 
 def metavar(about: Knob, kind: object) -> str:
-    """What stands for an option's value in --help: its choices, else its type."""
+    """The placeholder of an option's value in --help: its choices, else its type."""
     if typing.get_origin(kind) is dict:
         return "NAME=COLUMN,..."
     if typing.get_origin(kind) is list:
@@ -92,27 +92,27 @@ def shown_default(default: object, about: Knob) -> str:
 
 
 def given(cls: type, values: dict[str, object]) -> dict[str, object]:
-    """The knobs among `values` that were given, as `stages.config.resolve` takes them (repeated pairs as one text)."""
+    """The knobs among `values` that were given, for `stages.recipe.resolve` (repeated pairs as one text)."""
     kinds = {name: kind for name, (_, _, kind) in knobs(cls).items()}
     flags = {name: values[name] for name in kinds if values.get(name) not in (None, [])}
     return {n: ",".join(v) if typing.get_origin(kinds[n]) is dict else v for n, v in flags.items()}  # type: ignore
 
 
 def nearest(wrong: str, flags: list[str]) -> str | None:
-    """The flag that an unknown one most likely meant."""
+    """The existing flag that is most similar to an unknown one; None if none is similar."""
     near = difflib.get_close_matches(wrong.replace("_", "-"), flags, n=1, cutoff=0.6)
     return near[0] if near else None
 
 
 def help_all_option() -> inspect.Parameter:
-    """The flag --help-all, which answers before any other option is read."""
+    """The flag --help-all, which acts before any other option is read."""
     text = "show every knob and exit"
     about = typer.Option(False, "--help-all", help=text, is_eager=True, callback=_show_all, rich_help_panel=THIS_RUN)
     return inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, annotation=bool, default=about)
 
 
-def _show_all(ctx: typer.Context, asked: bool) -> None:
-    if asked:
+def _show_all(ctx: typer.Context, show: bool) -> None:
+    if show:
         ctx.meta[SHOW_ALL] = True
         typer.echo(ctx.get_help())
         raise typer.Exit(0)
@@ -122,20 +122,20 @@ class PanelCommand(TyperCommand):
     """A command whose help page lists its options under headings, readable at 80 columns."""
 
     def format_options(self, ctx: typer.Context, formatter: typing.Any) -> None:
-        """Write the main options, or with --help-all every option by panel; a line says how many are left out."""
+        """Write the main options and the number of the others, or with --help-all every option by panel."""
         params = self.get_params(ctx)
         cls = STAGES.get(self.name or "")
         if cls is None or not cls.main or ctx.meta.get(SHOW_ALL):
             write_panels(params, formatter)
             return
         by_name = {param.name: param for param in params}
-        known = knobs(cls)
-        required = [name for name in by_name if name in known and default_of(known[name][0]) is REQUIRED]
+        all_knobs = knobs(cls)
+        required = [name for name in by_name if name in all_knobs and default_of(all_knobs[name][0]) is REQUIRED]
         shown = [(REQUIRED_KNOBS, by_name[name]) for name in required]
         shown += [(MAIN_KNOBS, by_name[name]) for name in cls.main]
-        shown += [(THIS_RUN, param) for param in params if param.name not in known]
+        shown += [(THIS_RUN, param) for param in params if param.name not in all_knobs]
         _write_sections(shown, formatter)
-        left_out = len(known) - len(required) - len(cls.main)
+        left_out = len(all_knobs) - len(required) - len(cls.main)
         formatter.write_paragraph()
         formatter.write_text(f"{left_out} more knobs: {ctx.command_path} --help-all")
 

@@ -1,4 +1,4 @@
-"""The process around a command: how it starts, loads what is heavy, and ends."""
+"""The process of a command: its streams, the import of heavy modules, and its end."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ import typer
 
 from rlhf_cli.console import is_terminal, say
 
-SETTINGS = {  # libraries that talk unasked, and torch; whoever set one of these is left in peace
+SETTINGS = {  # for quiet libraries and for torch; variables that the user has set are not changed
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "DATASETS_VERBOSITY": "error",
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch's tensors in large pages of memory: fewer faults, some per cent of the time
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait cost others on a shared machine a factor of 8
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch uses large memory pages: fewer page faults, a few per cent less time
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while waiting slow a shared machine down by a factor of up to 8
 }
 QUIET_PIPED = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 class App(typer.Typer):
-    """A Typer app that, called without arguments, is the program: it ends the process itself."""
+    """A Typer app that, called without arguments, runs as the program and ends the process itself."""
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Run a command line and leave; with arguments, behave like any Typer app."""
+        """Run the command line and end the process; with arguments, behave like any Typer app."""
         if args or kwargs:
             return super().__call__(*args, **kwargs)
         open_streams()
@@ -42,20 +42,20 @@ class App(typer.Typer):
                 code = super().__call__()
             except SystemExit as end:
                 code = end.code
-            except OSError as error:  # of --help and --version: commands tell what became of their results themselves
+            except OSError as error:  # of --help and --version; commands handle those of their results
                 code = unprintable(error, "the answer")
             return leave(code if isinstance(code, int) else int(code is not None))
 
 
 class _Process:
-    at_end: contextlib.ExitStack | None = None  # of the program; None where the process is not its own, as in a test
+    at_end: contextlib.ExitStack | None = None  # of the program; None if the process is not ours, as in a test
 
 
 class Lenient(io.FileIO):
-    """A file that takes everything: what cannot be written, since nobody reads it or the disk is full, is dropped."""
+    """A file that ignores write errors, such as a closed pipe or a full disk."""
 
     def write(self, data: object) -> int:
-        """Write what can be written; returns the length of all."""
+        """Write what can be written; returns the length of all data."""
         try:
             return super().write(data)
         except OSError:
@@ -63,10 +63,10 @@ class Lenient(io.FileIO):
 
 
 def open_streams() -> None:
-    """Give the process standard streams that can be used, whatever it was started with.
+    """Make the standard streams usable, even if the process was started with closed ones.
 
-    A stream that was closed is opened on nothing, for else the next file to be opened would take its number, and get
-    what libraries write there; writing to a stdout that was closed fails as it should. Messages never fail.
+    A closed stream is opened on /dev/null; otherwise the next opened file would get its number, and the output that
+    libraries write to it. Results on a closed stdout fail, as they should; messages on stderr never fail.
     """
     for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
@@ -83,15 +83,15 @@ def open_streams() -> None:
         file = io.BufferedWriter(Lenient(2, "w", closefd=False))
         sys.stderr = io.TextIOWrapper(file, encoding=encoding, errors="backslashreplace", line_buffering=True)
     with contextlib.suppress(AttributeError, ValueError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write is no defect
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the locale cannot encode
 
 
 @contextlib.contextmanager
 def stdout_for_results() -> Iterator[TextIO]:
-    """A stream to stdout that nobody else has: what Python, C or child processes write there meanwhile goes to stderr.
+    """A private stream to stdout: within the block, what Python, C or child processes write to stdout goes to stderr.
 
-    The block's stream is sys.stdout itself where that is not the process's own, as in a test. Where the process ends
-    with the command all is put back after it has: threads that are left may go on to write.
+    The block's stream is sys.stdout itself if that is not the process's stdout, as in a test. If the process ends with
+    the command, stdout is restored only at its end, since other threads may still write.
     """
     outer = sys.stdout
     with contextlib.ExitStack() as here:
@@ -101,11 +101,11 @@ def stdout_for_results() -> Iterator[TextIO]:
             yield outer
             return
         _flush(outer)
-        kept = os.dup(1)
-        _private.add(kept)
+        stdout = os.dup(1)
+        _private.add(stdout)
         os.dup2(2, 1)
-        at_end.callback(_put_back, outer, kept)
-        stream = open(kept, "w", encoding=outer.encoding, errors=outer.errors, closefd=False)  # noqa: SIM115
+        at_end.callback(_restore, outer, stdout)
+        stream = open(stdout, "w", encoding=outer.encoding, errors=outer.errors, closefd=False)  # noqa: SIM115
         try:
             yield stream
         finally:
@@ -114,17 +114,17 @@ def stdout_for_results() -> Iterator[TextIO]:
             _flush_all(outer)
 
 
-def _put_back(outer: TextIO, kept: int) -> None:
-    """Make `kept` the process's stdout again; what was written to it through a buffer meanwhile goes to stderr."""
+def _restore(outer: TextIO, stdout: int) -> None:
+    """Make `stdout` the process's stdout again, after output that is still in buffers has gone to stderr."""
     _flush_all(outer)
-    os.dup2(kept, 1)
-    _private.discard(kept)
-    os.close(kept)
+    os.dup2(stdout, 1)
+    _private.discard(stdout)
+    os.close(stdout)
 
 
 def _flush_all(stream: TextIO) -> None:
-    """Have a stream, and C's own ones, write what they hold back."""
-    import ctypes  # only now: it is no part of a quick answer
+    """Flush a stream and the streams of C."""
+    import ctypes  # only now, to start faster
 
     _flush(stream)
     with contextlib.suppress(OSError, AttributeError):
@@ -143,7 +143,7 @@ def _flush(stream: TextIO) -> None:
         stream.flush()
 
 
-_private: set[int] = set()  # handles of stdout that no other process may hold: whoever reads it waits for its end
+_private: set[int] = set()  # handles of stdout that no child may keep: its reader waits until all are closed
 
 
 def _close_private() -> None:
@@ -157,17 +157,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def unprintable(error: OSError, what: str) -> int:
-    """The exit code for something that cannot be printed: nothing is wrong where its reader has gone away."""
+    """The exit code if `what` cannot be printed: 0 for a closed pipe, else 2 with a message."""
     if isinstance(error, BrokenPipeError):
         return 0
-    say(f"error: {what} cannot be printed: {error.strerror or error}\n  -> see where stdout leads")
+    say(f"error: {what} cannot be printed: {error.strerror or error}\n  -> check where stdout is redirected to")
     return 2
 
 
 def leave(code: int) -> None:
-    """End the process at once: tearing down an interpreter that has loaded torch takes a second and frees nothing.
+    """End the process immediately: finalising an interpreter that has loaded torch takes a second and frees nothing.
 
-    Processes that were started on the way end too, but for those with a session of their own.
+    Child processes end too, except those in a session of their own.
     """
     children = sys.modules.get("stages.training.children")
     if children is not None:
@@ -180,8 +180,8 @@ def leave(code: int) -> None:
 def load(name: str) -> ModuleType:
     """Import `stages.<name>` and all that it needs, with quiet libraries.
 
-    The garbage collector rests meanwhile: imports make a million lasting objects, and walking them over and over
-    costs a fifth of the time.
+    The garbage collector is off meanwhile: imports make a million lasting objects, and scanning them repeatedly takes a
+    fifth of the time.
     """
     for key, value in (SETTINGS if is_terminal(sys.stderr) else SETTINGS | QUIET_PIPED).items():
         os.environ.setdefault(key, value)

@@ -56,9 +56,7 @@ def knob(default: object, help: str, panel: str, **about: object) -> typing.Any:
 
 REQUIRED = dataclasses.MISSING
 MODEL, DATA, OUTPUT, TRAINING, OPTIMISER, LORA = "Model", "Data", "Output", "Training", "Optimiser", "LoRA"
-ROLLOUT, REWARD, PPO, EVALUATION, DEVICE = "Rollout", "Reward", "PPO", "Evaluation", "Device"
-PREFERENCE = "Preference"
-LORA_TYPES = ("lora", "rslora", "dora")
+ROLLOUT, REWARD, PPO, EVALUATION, DEVICE, PREFERENCE = "Rollout", "Reward", "PPO", "Evaluation", "Device", "Preference"
 Conflict = tuple[str, str, str]  # knob, what is wrong with it, and the fix
 Idle = tuple[tuple[str, ...], str, str]  # knobs without effect, why, and what would give them one
 HOLD_OUT = "give --eval-dataset, or an --eval-fraction above 0"
@@ -78,9 +76,7 @@ class ModelKnobs:
     trust_remote_code: bool = knob(False, "run Python code that ships with the base model", MODEL)
     chat_template: str | None = knob(None, "'chatml', 'plain' or a .jinja file", MODEL, auto="the tokenizer's template")
     device: str = knob(AUTO, "auto, cpu, cuda or cuda:N", DEVICE)
-    dtype: str = knob(
-        AUTO, "precision of the frozen base; auto is bfloat16 on CUDA, float32 on CPU", DEVICE, choices=DTYPES
-    )
+    dtype: str = knob(AUTO, "precision of the base; auto: bfloat16 on CUDA, float32 on CPU", DEVICE, choices=DTYPES)
     seed: int = knob(0, "seed of all randomness", TRAINING, low=0, high=2**31 - 1)
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -96,9 +92,7 @@ class ModelKnobs:
 class BaseKnobs:
     """How the base is held by a command that never writes its weights."""
 
-    load_in_4bit: bool = knob(
-        False, "load the frozen base in 4 bits (NF4): a quarter of the memory; pip install 'rlhf[4bit]'", DEVICE
-    )
+    load_in_4bit: bool = knob(False, "hold the base in 4 bits (NF4): 1/4 of the memory; needs rlhf[4bit]", DEVICE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +113,10 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
     adam_beta1: ClassVar[float] = 0.9
     adam_eps: ClassVar[float] = 1e-8
 
-    output: str = knob(
-        REQUIRED, "checkpoint folder; run the same command again to resume", OUTPUT, may_change_on_resume=True
-    )
+    output: str = knob(REQUIRED, "checkpoint folder; repeat the command to resume", OUTPUT, may_change_on_resume=True)
     save_every: int = knob(50, "save resume state every N steps", OUTPUT, low=1, may_change_on_resume=True)
     keep_states: int = knob(2, "number of resume states kept while training", OUTPUT, low=1, may_change_on_resume=True)
-    keep_state: bool = knob(
-        False, "keep the resume state after the run has finished", OUTPUT, may_change_on_resume=True
-    )
+    keep_state: bool = knob(False, "keep resume state after the run has finished", OUTPUT, may_change_on_resume=True)
 
     eval_dataset: str | None = knob(None, "held-out rows", DATA, auto="eval_fraction of the dataset")
     eval_fraction: float = knob(0.05, "fraction of prompts held out without eval_dataset", DATA, low=0, high=0.5)
@@ -149,30 +139,23 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
     adam_beta2: float = knob(0.999, "Adam's beta 2", OPTIMISER, low=0, high=0.99999)
     max_grad_norm: float = knob(1.0, "clip the gradient to this norm; 0 turns it off", OPTIMISER, low=0)
     gradient_checkpointing: bool | str = knob(
-        AUTO,
-        "recompute activations in the backward pass: less memory, about 50 % more time; auto enables it on CUDA if "
-        "passes do not fit otherwise (affects results only by rounding)", OPTIMISER, choices=(AUTO, "true", "false"),
-        may_change_on_resume=True,
+        AUTO, "recompute activations in the backward pass: less memory, about 50 % more time; auto enables it on CUDA "
+        "if passes do not fit otherwise (affects results only by rounding)", OPTIMISER,
+        choices=(AUTO, "true", "false"), may_change_on_resume=True,
     )  # fmt: skip
-
     lora_rank: int | None = knob(None, "rank of the adapters", LORA, low=1, high=4096, auto="32, or the checkpoint's")
     lora_alpha: float | None = knob(
         None, "adapters are scaled by alpha / rank", LORA, above=0, high=1e6, auto="32, or the checkpoint's"
     )
     lora_targets: list[str] = knob([], "names of the linear layers to adapt", LORA, auto="all but the output layer")
     lora_type: str | None = knob(
-        None,
-        "lora; rslora divides alpha by the square root of the rank, for large ranks; dora also trains the length of "
-        "each row of the weights, which is slower",
-        LORA,
-        choices=LORA_TYPES,
-        auto="lora, or the checkpoint's",
-    )
+        None, "lora; rslora divides alpha by the square root of the rank, for large ranks; dora also trains the norms "
+        "of weight rows, which is slower", LORA, choices=("lora", "rslora", "dora"), auto="lora, or the checkpoint's",
+    )  # fmt: skip
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.eval_every and not self.holds_out:
-            what = "eval_every needs held-out rows, but eval_fraction is 0 and eval_dataset is not given"
-            yield "eval_every", what, HOLD_OUT
+            yield "eval_every", "eval_fraction is 0 and there is no eval_dataset", HOLD_OUT
 
     def idle(self) -> Iterator[Idle]:
         if self.eval_dataset and self.eval_fraction:
@@ -194,10 +177,8 @@ class SftConfig(TrainingKnobs):
 
     max_tokens: int = knob(1024, "longest row in tokens; longer rows are cut, and no EOS is added to them", DATA, low=2)
     mask: str = knob(
-        "completion",
-        "tokens with a loss: the completion (of messages: the last assistant turn), every assistant turn, or all",
-        TRAINING, choices=MASKS,
-    )  # fmt: skip
+        "completion", "tokens with a loss; completion: the last assistant turn of messages", TRAINING, choices=MASKS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,13 +193,8 @@ class RewardConfig(TrainingKnobs):
     label_smoothing: float = knob(0.0, "probability that a label is wrong", REWARD, low=0, high=0.49)
     rating_threshold: float = knob(0.0, TIES, REWARD, low=0)
     normalise_raters: bool = knob(False, Z_SCORES, REWARD)
-    demonstrations: str | None = knob(
-        None, "shift scores so that these demonstrations have mean 0", REWARD,
-        auto="the training rows' chosen responses",
-    )  # fmt: skip
-    sft_samples: int = knob(
-        32, "score the policy's responses to this many held-out prompts after training; 0 to skip", REWARD, low=0
-    )
+    demonstrations: str | None = knob(None, "rows whose mean score becomes 0", REWARD, auto="the chosen responses")
+    sft_samples: int = knob(32, "score the policy's responses to N held-out prompts at the end", REWARD, low=0)
 
     def idle(self) -> Iterator[Idle]:
         yield from super().idle()
@@ -262,12 +238,8 @@ class RolloutKnobs:
 
     max_prompt_tokens: int | None = knob(None, "longest prompt in tokens", ROLLOUT, low=1, auto="context - response")
     max_response_tokens: int = knob(128, "longest response in tokens", ROLLOUT, low=1, high=10**6)
-    temperature: float = knob(
-        0.7, "sampling temperature; logits are divided by it for log-probabilities too", ROLLOUT, above=0
-    )
-    rollout_batch_size: int | str = knob(
-        AUTO, "responses sampled at the same time", ROLLOUT, low=1, may_change_on_resume=True
-    )
+    temperature: float = knob(0.7, "sampling temperature, used for log-probabilities too", ROLLOUT, above=0)
+    rollout_batch_size: int | str = knob(AUTO, "responses decoded together", ROLLOUT, low=1, may_change_on_resume=True)
     rollout_engine: str = knob(
         AUTO, "decoder for sampling; auto is native if it reproduces the outputs of transformers, else transformers",
         ROLLOUT, choices=(AUTO, "native", "transformers"), may_change_on_resume=True,
@@ -279,12 +251,7 @@ class ScoringKnobs:
     """How reward functions are called."""
 
     reward_timeout: float = knob(
-        600.0,
-        "seconds allowed for one call of a reward function; 0 is no limit",
-        REWARD,
-        low=0,
-        high=1e8,
-        may_change_on_resume=True,
+        600.0, "seconds per call of a reward function; 0: no limit", REWARD, low=0, high=1e8, may_change_on_resume=True
     )
 
 
@@ -300,41 +267,32 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
     ratio_limit: ClassVar[float] = 10.0  # a minibatch with a larger mean probability ratio is skipped
     force_biased_kl: ClassVar[bool] = False
 
-    reward: list[str] = knob(
-        REQUIRED, "reward checkpoint, or file.py:function, each with an optional =weight; repeat for several", REWARD,
-        paths=True,
-    )  # fmt: skip
+    reward: list[str] = knob(REQUIRED, "reward checkpoint or file.py:function, optionally =weight", REWARD, paths=True)
     missing_eos_penalty: float = knob(1.0, "penalty for a response without EOS; 0 turns it off", REWARD, low=0)
     missing_eos: str = knob(
-        AUTO,
-        "how missing_eos_penalty changes the score: subtract: score - penalty; replace: -penalty; floor: min(score - "
-        "penalty, -penalty); auto: floor if most responses of the first rollout end, else subtract", REWARD,
-        choices=(AUTO, "floor", "subtract", "replace"),
+        AUTO, "how missing_eos_penalty changes the score: subtract: score - penalty; replace: -penalty; floor: "
+        "min(score - penalty, -penalty); auto: floor if most responses of the first rollout end, else subtract",
+        REWARD, choices=(AUTO, "floor", "subtract", "replace"),
     )  # fmt: skip
     normalise_scores: bool = knob(False, "normalise scores by their running mean and standard deviation", REWARD)
     score_clip: float | None = knob(None, "clip scores to +- this", REWARD, above=0, auto="off")
     force: bool = knob(
-        False,
-        "train even if the reward model's verdict is no-go (no better than chance on held-out pairs), or the gradient "
-        "of kl_estimator is not that of the KL", REWARD, may_change_on_resume=True,
+        False, "train even if the reward model's verdict is no-go (no better than chance on held-out pairs), or the "
+        "gradient of kl_estimator is not that of the KL", REWARD, may_change_on_resume=True,
     )  # fmt: skip
     length_penalty: float = knob(0.0, "penalty per token beyond length_limit", REWARD, low=0)
     length_limit: int = knob(0, "length up to which a response has no length penalty, in tokens", REWARD, low=0)
     ptx_dataset: str | None = knob(None, "demonstrations or texts for a language-modelling loss", DATA, auto="none")
-    ptx_coef: float = knob(
-        1.0, "weight of the language-modelling loss on ptx_dataset (PPO-ptx, InstructGPT)", PPO, low=0
-    )
+    ptx_coef: float = knob(1.0, "weight of the loss on ptx_dataset (PPO-ptx, InstructGPT)", PPO, low=0)
     whiten_rewards: bool = knob(False, "scale rewards to unit variance; shortens responses, see README", REWARD)
-
     kl_coef: float = knob(0.05, "weight of the KL to the reference in the reward", PPO, low=0)
     kl_target: float | None = knob(None, "adapt kl_coef towards this sequence KL", PPO, above=0, auto="fixed kl_coef")
     kl_horizon: int = knob(10_000, "with kl_target: responses over which kl_coef adapts; larger is slower", PPO, low=1)
     gamma: float = knob(1.0, "discount", PPO, low=0, high=1)
     gae_lambda: float = knob(0.95, "lambda of generalised advantage estimation", PPO, low=0, high=1)
     advantage: str = knob(
-        "gae",
-        "advantage estimator; gae needs a critic, the others compare with the prompt's other responses or with the "
-        "batch", PPO, choices=("gae", *CRITIC_FREE),
+        "gae", "advantage estimator; gae needs a critic, the others compare with the prompt's other responses or with "
+        "the batch", PPO, choices=("gae", *CRITIC_FREE),
     )  # fmt: skip
     whiten_advantages: bool = knob(True, "normalise advantages over the batch (never with rloo and grpo)", PPO)
     kl_placement: str = knob(
@@ -342,44 +300,35 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
         PPO, choices=(AUTO, "reward", "loss"),
     )  # fmt: skip
     kl_estimator: str = knob(
-        AUTO, "KL estimator; auto is k1 in the reward, k3 in the loss of grpo, k2 in other losses", PPO,
-        choices=(AUTO, "k1", "k2", "k3"),
-    )  # fmt: skip
+        AUTO, "KL estimator; auto: k1 in rewards, k3 in grpo's loss, else k2", PPO, choices=(AUTO, "k1", "k2", "k3")
+    )
     clip_range: float = knob(0.2, "clip range of the probability ratio", PPO, above=0, high=10)
     clip_range_high: float | None = knob(None, "upper clip range of the ratio", PPO, above=0, auto="clip_range")
-    dual_clip: float | None = knob(
-        None, "dual clip c: limit the loss of a token whose advantage A is negative to -c * A", PPO, above=1, auto="off"
-    )
+    dual_clip: float | None = knob(None, "limit the loss of an advantage A < 0 to this * -A", PPO, above=1, auto="off")
     loss_aggregation: str = knob(
-        "token",
-        "how token losses are averaged; token: over all tokens; sequence: over the tokens of each response, then over "
-        "responses; constant: token losses divided by responses * max_response_tokens", PPO,
+        "token", "mean of token losses; token: over all tokens; sequence: over the tokens of each response, then over "
+        "responses; constant: their sum / (responses * max_response_tokens)", PPO,
         choices=("token", "sequence", "constant"),
     )  # fmt: skip
     entropy_coef: float = knob(0.0, "weight of an entropy bonus", PPO, low=0)
     value_clip_range: float = knob(0.2, "clip range of the value's change", PPO, above=0)
     value_coef: float = knob(0.1, "weight of the value loss", PPO, low=0)
-    critic_lambda: float | None = knob(
-        None, "lambda of the critic's targets (returns)", PPO, low=0, high=1, auto="gae_lambda"
-    )
+    critic_lambda: float | None = knob(None, "lambda of the critic's targets", PPO, low=0, high=1, auto="gae_lambda")
     critic_warmup: int = knob(0, "number of initial updates that train only the critic", PPO, low=0)
     ppo_epochs: int = knob(4, "passes over each batch of experience", PPO, low=1)
     minibatches: int = knob(1, "optimiser steps per pass", PPO, low=1)
     target_approx_kl: float | None = knob(
-        0.1, "end an update early once approx_kl exceeds 1.5 times this value", PPO, above=0, auto="never"
+        0.1, "end an update if approx_kl exceeds 1.5 x this", PPO, above=0, auto="never"
     )
     responses_per_prompt: int = knob(1, "responses sampled per prompt", ROLLOUT, low=1, high=10**4)
     critic: str = knob(
-        "adapter",
-        "separate adapter (initialised from the reward model), or a value head on the policy's hidden states", PPO,
-        choices=("adapter", "shared"),
+        "adapter", "adapter: a separate adapter, initialised from the reward model; shared: a value head on the "
+        "policy's hidden states", PPO, choices=("adapter", "shared"),
     )  # fmt: skip
-
     stop_on: list[str] = knob(
         ["kl", "nan"], f"conditions that stop training, comma-separated, or none: {', '.join(CONDITION_NAMES)}", PPO,
         choices=CONDITION_NAMES, may_change_on_resume=True,
     )  # fmt: skip
-
     learning_rate: float = knob(1e-5, "learning rate of the policy at the first update", OPTIMISER, above=0)
     critic_learning_rate: float | None = knob(None, "critic's learning rate", OPTIMISER, above=0, auto="learning_rate")
     warmup_ratio: float = knob(0.0, "fraction of updates with a rising learning rate", OPTIMISER, low=0, high=1)
@@ -410,7 +359,6 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
 
     def idle(self) -> Iterator[Idle]:
         yield from super().idle()
-        yield from self._idle_estimator()
         if not self.length_penalty:
             yield ("length_limit",), "length_penalty is 0", "give a --length-penalty"
         elif self.length_limit >= self.max_response_tokens:
@@ -424,9 +372,6 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
             yield ("kl_horizon",), "kl_coef is fixed without a kl_target", "give --kl-target"
         elif not self.kl_coef:
             yield ("kl_target",), "kl_coef is 0 and stays 0", "give a --kl-coef above 0"
-
-    def _idle_estimator(self) -> Iterator[Idle]:
-        """Knobs without effect under the advantage estimator."""
         if self.advantage in CRITIC_FREE:
             names = ("gae_lambda", "critic_lambda", "critic_learning_rate", "value_clip_range", "value_coef")
             yield names, f"{self.advantage} has no critic", "use --advantage gae"
@@ -469,28 +414,19 @@ class EvaluateConfig(ScoringKnobs, RolloutKnobs, ModelKnobs, BaseKnobs, DataKnob
         "temperature",
     )  # fmt: skip
 
-    output: str | None = knob(None, "also write the report to this .json file", OUTPUT, may_change_on_resume=True)
+    output: str | None = knob(None, "also write the report to this .json file", OUTPUT)
     reward: list[str] = knob([], "reward source that scores responses", REWARD, paths=True)
     gold: list[str] = knob([], "a second reward source, reported separately and never trained on", REWARD, paths=True)
     against: str | None = knob(None, "checkpoint or base to compare with, prompt by prompt", EVALUATION)
-    reference: str | None = knob(
-        None, "checkpoint or base from which KL is measured", EVALUATION, auto="what the policy was trained from"
-    )
+    reference: str | None = knob(None, "model that KL is measured from", EVALUATION, auto="what it was trained from")
     max_tokens: int = knob(1024, "longest demonstration or comparison in tokens", DATA, low=2)
     mask: str = knob("completion", "tokens in the perplexity", EVALUATION, choices=MASKS)
-    best_of: list[int] = knob(
-        [], "also evaluate best-of-n sampling by --reward for these n, such as 1,4,16", EVALUATION, low=1, high=10**4
-    )
+    best_of: list[int] = knob([], "also evaluate best-of-n by --reward, n such as 1,4", EVALUATION, low=1, high=10**4)
     also: list[str] = knob(
         [], "further checkpoint, base or resume state to evaluate in the same table (RUN/state: every saved state): "
         "policies on prompts; reward models, DPO and PPO policies on comparisons", EVALUATION, paths=True,
     )  # fmt: skip
-    plot: str | None = knob(
-        None,
-        "plot scores over KL into this .svg, .png or .pdf file (needs matplotlib)",
-        OUTPUT,
-        may_change_on_resume=True,
-    )
+    plot: str | None = knob(None, "plot scores over KL into this .svg, .png or .pdf file (needs matplotlib)", OUTPUT)
     examples: int = knob(3, "number of prompts shown with their responses", EVALUATION, low=0)
     temperature: float | None = knob(None, "sampling temperature", ROLLOUT, above=0, auto="as in training, else 1.0")
     max_response_tokens: int | None = knob(

@@ -17,7 +17,7 @@ from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
 from stages.results import Reporter, Result
 from stages.tables import comparison_tables
-from stages.training.batching import batch_at, epoch_at, steps_in
+from stages.training.batching import batch_at, steps_in
 from stages.training.comparing import (
     NO_PAIRS,
     REPORT_FILE,
@@ -27,9 +27,9 @@ from stages.training.comparing import (
     encode_comparison,
     held_out_measures,
     numbers_of,
+    pair_means,
     pair_sums,
     pairs_of,
-    step_metrics,
 )
 from stages.training.implicit import cached_logprobs, flatten, logprob_sums, summed_logprobs
 from stages.training.language import count_targets
@@ -40,14 +40,10 @@ from stages.training.session import Session
 def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Train a policy on comparisons and publish it with the report that a reward model would get."""
     session = Session("dpo", config, inputs, reporter)
-    text, limit = session.text, session.max_tokens
-    encode = partial(encode_comparison, text=text, max_tokens=limit)
-    rows = session.encode(inputs.train, encode, "comparisons", limit)
-    held_out = session.encode(inputs.held_out, encode, "held-out comparisons", limit)
-    session.check_coverage(inputs.train, "comparisons")
+    encode = partial(encode_comparison, text=session.text, max_tokens=session.max_tokens)
+    rows, held_out = session.encode_split(encode, "comparisons", session.max_tokens)
     sizes, read = [row.size for row in rows], count_targets(flatten(rows))
-    work = Work("dpo", sizes, config.batch_size, read=read / sum(sizes), computed=computed_share(rows))
-    session.plan(work, steps_in(len(rows), config.batch_size, config.epochs, config.max_steps))
+    session.plan(Work("dpo", sizes, config.batch_size, read=read / sum(sizes), computed=computed_share(rows)))
     check_rows_of_kto(config, rows)
     if dry_run:
         return session.describe_plan()
@@ -55,9 +51,7 @@ def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     session.load_base()
     session.start_role("policy")
     session.add_reference()
-    session.optimise(policy=session.roles.parameters("policy"))
-    size = session.roles.adapters["policy"].size
-    reporter.note(f"{len(rows)} comparisons, {session.total} steps, {size:,} trainable parameters")
+    session.optimise_role("policy", "comparisons")
     reference = ReferenceLogprobs(session, rows, held_out)
     session.train(partial(update, session, reference), partial(evaluate, session, reference))
     if not session.ranks.first:
@@ -93,12 +87,12 @@ class ReferencedComparison:
 
 
 class ReferenceLogprobs:
-    """What the reference says of every response: computed once, when the run has its folder, and kept there."""
+    """Log-probabilities of every response under the reference: computed once and cached in the run's folder."""
 
     def __init__(self, session: Session, rows: list[TokenComparison], held_out: list[TokenComparison]):
         self.session, self.rows, self.held_out_rows = session, rows, held_out
         config, n = session.config, len(rows)
-        # Row numbers of each step of the first epoch that the run makes: where rows are met first.
+        # Row numbers of each step of the first epoch: rows are computed in the order of their first step.
         steps = min(session.total, steps_in(n, config.batch_size, 1.0, None))
         self.batches = [batch_at(step, n, config.batch_size, config.seed, "dpo") for step in range(steps)]
         self.visited = [i for batch in self.batches for i in batch]
@@ -116,7 +110,7 @@ class ReferenceLogprobs:
 
     @cached_property
     def by_row(self) -> dict[int, Tensor]:
-        """Those of a row's responses, by its number."""
+        """Summed log-probabilities of a row's responses, by the row's number."""
         sums = self.train.split([len(self.rows[i].responses) for i in self.visited])
         return dict(zip(self.visited, sums, strict=True))
 
@@ -132,10 +126,7 @@ def update(session: Session, reference: ReferenceLogprobs, step: int) -> dict[st
     baseline = kto_baseline(shifts.to(session.base.device), ranks.sum) if crossed else None
     mine = ranks.share(batch)
     sums = session.add_gradients(partial(backward_dpo, roles, mine, len(batch), config, baseline))
-    rate = session.learning_rate(step)
-    epoch = epoch_at(step + 1, len(rows), config.batch_size)
-    stepped = session.apply_gradients({"policy": rate}, step)
-    return step_metrics(sums, [row.comparison for row in batch], rate, epoch, session.base.device) | stepped
+    return pair_means(sums) | session.finish_step("policy", batch, step)
 
 
 def evaluate(session: Session, reference: ReferenceLogprobs, step: int) -> dict[str, float]:
@@ -180,8 +171,8 @@ def preference_losses(
 ) -> Tensor:
     """Losses (pairs,), each weighted 1 / (pairs of its comparison).
 
-    ratios (R,): log(policy / reference) per response, comparison by comparison. Under kto, which judges responses one
-    by one, a soft label is the expectation: the better one is desirable with the pair's probability, else the other.
+    ratios (R,): log(policy / reference) per response, comparison by comparison. kto has a loss per response; for a soft
+    label it is the expectation: the chosen one is desirable with the pair's probability, otherwise the rejected one.
     """
     pairs = pairs_of(comparisons)
     winners, losers = ratios[pairs.better], ratios[pairs.worse]
@@ -203,14 +194,14 @@ def preference_losses(
 def cross_batch(rows: list[TokenComparison], numbers: list[int]) -> list[TokenRow]:
     """The prompt of each row of a batch with the chosen response of the row after it, the last with that of the first.
 
-    A batch of one row takes the response of the dataset's next row: its own would be no mismatch.
+    A batch of one row takes the response of the dataset's next row, since its own response matches its prompt.
     """
     following = numbers[1:] + numbers[:1] if len(numbers) > 1 else [(numbers[0] + 1) % len(rows)]
     return [cross(rows[i].best, rows[j].best) for i, j in zip(numbers, following, strict=True)]
 
 
 def policy_shifts(roles: Roles, crossed: list[TokenRow]) -> Tensor:
-    """log(policy / reference) (N,) of mismatched rows, on the CPU: how far the policy moved whatever the prompt."""
+    """log(policy / reference) (N,) of mismatched rows, on the CPU, for KTO's reference point."""
     policy, reference = (summed_logprobs(roles, role, crossed) for role in ("policy", "reference"))
     return policy - reference
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.checkpoint.atomic import write_json
 from stages.config import EvaluateConfig
-from stages.data.rows import Demonstration, Prompt
+from stages.data.rows import Prompt
 from stages.diagnostics.comparison_evaluation import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
 from stages.diagnostics.kl_curve import describe_over_optimisation, plot_kl_curve, turning_point
 from stages.diagnostics.plot import write_plot
@@ -35,13 +35,13 @@ from stages.rollout.reward_sources import RewardSources, check_templates
 from stages.tables import evaluation_tables, facts_table, metrics_table
 from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
-from stages.training.opening import check_coverage, context_limit, encode_all, open_base, open_text, report_cuts
+from stages.training.opening import check_coverage, context_limit, encode_all, open_base, open_text, prompt_limit
 
-MOST_BEST_OF_RESPONSES = 10**7  # held in memory until they are measured
+MOST_BEST_OF_RESPONSES = 10**7
 
 
 def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
-    """Measure whatever the model and the dataset allow; writes the report where --output says."""
+    """Measure what the model and the dataset allow; --output gets the report as JSON."""
     source = inputs.source
     output, plot = (absolute(n, f) if n else None for n, f in ((config.output, "--output"), (config.plot, "--plot")))
     text = open_text(source, config, reporter)
@@ -52,36 +52,37 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
         return Result("evaluate", "dry run", None, {"plan": plan}, (facts_table("evaluate: the plan", plan),))
     base = open_base(source, config, text)
     roles = Roles(base)
-    found: dict[str, object] = {"model": config.model, "dataset": config.dataset}
+    report: dict[str, object] = {"model": config.model, "dataset": config.dataset}
     tables: tuple[Table, ...] = ()
     if "comparisons" in rows:
         model = replace(candidate_of(config.model, source), reference=inputs.reference)
         reports = evaluate_on_comparisons(roles, [model, *inputs.also], rows["comparisons"], reporter)
-        own = {name: value for name, value in reports[0].items() if name not in SIDE_BY_SIDE}
-        found |= {reports[0]["kind"]: own} | ({"compared": reports} if inputs.also else {})
+        alone = {name: value for name, value in reports[0].items() if name not in SIDE_BY_SIDE}
+        report |= {reports[0]["kind"]: alone} | ({"compared": reports} if inputs.also else {})
         tables = comparison_evaluation_tables(reports)
     if "demonstrations" in rows:
         roles.add("policy", adapter_of(base, source, trainable=False))
-        found["perplexity"] = measure_perplexity(roles, rows["demonstrations"])
-        warn_above_uniform(found["perplexity"]["loss"], base.vocabulary, "the loss", cause, reporter)
-        tables = (metrics_table("perplexity", found["perplexity"]),)
+        report["perplexity"] = measure_perplexity(roles, rows["demonstrations"])
+        warn_above_uniform(report["perplexity"]["loss"], base.vocabulary, "the loss", cause, reporter)
+        tables = (metrics_table("perplexity", report["perplexity"]),)
     if "prompts" in rows:
         for line in check_engine(base, config.rollout_engine):
             reporter.note(line)
-        found |= measure_policies(config, inputs, roles, text, rows["prompts"], reporter)
-        tables += evaluation_tables(found)
+        report |= measure_policies(config, inputs, roles, text, rows["prompts"], reporter)
+        tables += evaluation_tables(report)
     if output:
-        write_json(output, found)
+        write_json(output, report)
     if plot:
-        write_plot(plot, plot_kl_curve(curve_of(found), found.get("best_of", []), f"{found['prompts']} prompts"))
+        curve = report.get("frontier") or [{"model": report["model"]} | report["policy"]]
+        write_plot(plot, plot_kl_curve(curve, report.get("best_of", []), f"{report['prompts']} prompts"))
         reporter.note(f"drew {config.plot}")
     is_policy = source.manifest is not None and source.manifest.stage != "reward"
     further = (f"rlhf export --model {shlex.quote(config.model)} --output DIR",) if is_policy else ()
-    return Result("evaluate", "done", config.output, found, tables, further)
+    return Result("evaluate", "done", config.output, report, tables, further)
 
 
 def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Reporter) -> dict[str, list]:
-    """What will be measured, encoded, by its kind: comparisons; demonstrations, and prompts where they are answered.
+    """The rows to measure on, tokenised, by kind: comparisons; or demonstrations, or prompts to answer, or both.
 
     Raises DatasetError for rows that do not fit.
     """
@@ -89,48 +90,41 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Repor
     encode = partial(encode_all, skip_bad=config.skip_bad_rows, reporter=reporter)
     if data.kind in ("comparison", "rating"):
         limit = context_limit(config.max_tokens, source, reporter)
-        comparisons = encode(data.rows, partial(encode_comparison, text=text, max_tokens=limit), what="comparisons")
-        report_cuts(comparisons, limit, reporter, "comparisons")
-        return {"comparisons": comparisons}
+        read = partial(encode_comparison, text=text, max_tokens=limit)
+        return {"comparisons": encode(data.rows, read, what="comparisons", limit=limit)}
     rows: dict[str, list] = {}
     if data.kind == "demonstration":
         limit = context_limit(config.max_tokens, source, reporter)
         read = partial(text.demonstration, mask=config.mask, max_tokens=limit)
-        rows["demonstrations"] = encode(data.rows, read, what="demonstrations")
-        report_cuts(rows["demonstrations"], limit, reporter, "demonstrations")
+        rows["demonstrations"] = encode(data.rows, read, what="demonstrations", limit=limit)
     if data.kind == "prompt" or inputs.rewards or inputs.gold:
-        sampling = sampling_of(source, config)
-        longest = min(config.max_prompt_tokens or 2**30, source.context - sampling.max_tokens)
-        asked = [row if isinstance(row, Prompt) else prompt_of(row) for row in data.rows if is_prompt(row)]
-        if not asked:
+        limit = prompt_limit(config, source, sampling_of(source, config).max_tokens)
+        prompts = [row if isinstance(row, Prompt) else prompt_of(row) for row in data.rows]
+        prompts = [prompt for prompt in prompts if prompt is not None]
+        if not prompts:
             raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
-        rows["prompts"] = encode(asked, partial(text.prompt, max_tokens=longest), what="prompts")
+        rows["prompts"] = encode(prompts, partial(text.prompt, max_tokens=limit), what="prompts")
         check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"], reporter)
         check_best_of(config.best_of, len(rows["prompts"]))
     return rows
 
 
 def check_best_of(counts: list[int], prompts: int) -> None:
-    """Raise ConfigError for more responses than memory holds at once."""
+    """Raise ConfigError for more responses than memory holds until they are measured."""
     wanted = max(counts, default=1) * prompts
     if wanted > MOST_BEST_OF_RESPONSES:
         raise ConfigError(
             f"the best of {max(counts):,} responses to {prompts:,} prompts takes {wanted:,} responses; "
-            f"the most is {MOST_BEST_OF_RESPONSES:,}",
+            f"the maximum is {MOST_BEST_OF_RESPONSES:,}",
             where="--best-of",
-            fix="lower it, or measure fewer prompts with --limit-rows",
+            fix="lower it, or use fewer prompts with --limit-rows",
         )
-
-
-def is_prompt(row: object) -> bool:
-    """True where a row can be asked."""
-    return isinstance(row, Prompt) or (isinstance(row, Demonstration) and prompt_of(row) is not None)
 
 
 def measure_perplexity(roles: Roles, rows: list[TokenRow]) -> dict[str, float]:
     """Loss per target token and perplexity on demonstrations."""
-    found = held_out_loss(roles, "policy", rows)
-    return {"loss": found["eval_loss"], "perplexity": found["eval_perplexity"], "rows": len(rows)}
+    losses = held_out_loss(roles, "policy", rows)
+    return {"loss": losses["eval_loss"], "perplexity": losses["eval_perplexity"], "rows": len(rows)}
 
 
 # --- policies on prompts
@@ -139,7 +133,7 @@ def measure_perplexity(roles: Roles, rows: list[TokenRow]) -> dict[str, float]:
 def measure_policies(
     config: EvaluateConfig, inputs: Inputs, roles: Roles, text: Text, prompts: list[PromptRow], reporter: Reporter
 ) -> dict[str, object]:
-    """Score, KL, length of --model's responses; beside those of --against and --also, and the best of several."""
+    """Score, KL and length of the responses of --model, --against and --also, and of the best of several responses."""
     source = inputs.source
     judges = {"score": inputs.rewards, "gold": inputs.gold}
     rewards = {
@@ -155,42 +149,42 @@ def measure_policies(
     sides = {"policy": model} | ({"against": candidate_of(config.against, inputs.against)} if inputs.against else {})
     warn_of_other_sampling([*sides.values(), *inputs.also], sampling, reporter)
     reporter.begin("evaluate", len(sides) + bool(config.best_of) + len(inputs.also))
-    found: dict[str, object] = {"prompts": len(prompts), "temperature": sampling.temperature}
+    report: dict[str, object] = {"prompts": len(prompts), "temperature": sampling.temperature}
     measured: dict[str, ScoredRollout] = {}
     done = 0
     for name, candidate in sides.items():
         measured[name] = measure_candidate(setup, candidate)
-        found[name] = summarise_responses(measured[name])
+        report[name] = summarise_responses(measured[name])
         if name == "policy" and config.best_of:
-            found["best_of"] = best_of_rows(setup, measured[name], config.best_of)
+            report["best_of"] = best_of_rows(setup, measured[name], config.best_of)
             reporter.log(done := done + 1, {})
-        reporter.log(done := done + 1, found[name])
+        reporter.log(done := done + 1, report[name])
     if inputs.also:
-        found |= measure_kl_curve(setup, [model, *inputs.also], measured["policy"], reporter, done)
+        report |= measure_kl_curve(setup, [model, *inputs.also], measured["policy"], reporter, done)
     reporter.end()
     if inputs.against is not None:
         scores = {name: side.scores for name, side in measured.items()}
-        found["compared_with"] = config.against
-        found["win_rate"] = {
+        report["compared_with"] = config.against
+        report["win_rate"] = {
             {"score": "reward"}.get(n, n): win_rate(scores["policy"][n], scores["against"][n], prompts) for n in rewards
         }
-    found["examples"] = examples(prompts, measured, config.examples)
-    return found
+    report["examples"] = examples(prompts, measured, config.examples)
+    return report
 
 
 def warn_of_other_sampling(candidates: list[Candidate], sampling: Sampling, reporter: Reporter) -> None:
-    """Say where a policy is sampled in another way than it was trained: its KL and scores are not those of training."""
+    """Note every policy that is sampled with other settings than it was trained with: its KL and scores differ."""
     used = {"temperature": sampling.temperature, "max_response_tokens": sampling.max_tokens}
     for candidate in candidates:
         trained = {name: candidate.knobs.get(name) for name in used}
         other = [f"{name} {trained[name]:g}" for name in used if trained[name] not in (None, used[name])]
         if candidate.stage == "ppo" and other:
-            now = ", ".join(f"{name} {value:g}" for name, value in used.items())
-            reporter.note(f"{candidate.name} was trained at {' and '.join(other)}; all are measured at {now}")
+            settings = ", ".join(f"{name} {value:g}" for name, value in used.items())
+            reporter.note(f"{candidate.name} was trained at {' and '.join(other)}; all are measured at {settings}")
 
 
 def measure_candidate(setup: EvaluationSetup, candidate: Candidate) -> ScoredRollout:
-    """A candidate's response to every prompt; raises NotFiniteError, with its name, if it computes no numbers."""
+    """A candidate's response to every prompt. Raises NotFiniteError, with its name, for numbers that are not finite."""
     setup.roles.add("policy", candidate_adapter(setup.roles.base, candidate))
     try:
         return measure(setup, [0])
@@ -201,7 +195,7 @@ def measure_candidate(setup: EvaluationSetup, candidate: Candidate) -> ScoredRol
 def measure_kl_curve(
     setup: EvaluationSetup, candidates: list[Candidate], first: ScoredRollout, reporter: Reporter, done: int
 ) -> dict[str, object]:
-    """A row per candidate by rising KL, and where the gold score turns; `first` is what the first one answered."""
+    """A row per candidate by rising KL, and the KL beyond which gold falls; `first` is the first one's rollout."""
     rows, gold = [], {}
     for number, (candidate, label) in enumerate(zip(candidates, labels_of(candidates), strict=True)):
         measured = first if not rows else measure_candidate(setup, candidate)
@@ -210,23 +204,18 @@ def measure_kl_curve(
         gold[candidate.name] = measured.scores.get("gold")
         reporter.log(done + number, summary)
     rows.sort(key=lambda row: row["kl"])
-    found: dict[str, object] = {"frontier": rows}
+    report: dict[str, object] = {"frontier": rows}
     if setup.judges.keys() >= {"score", "gold"}:
         turn = turning_point(rows)
         _, error = mean_with_error(gold[turn[0]["model"]] - gold[turn[1]["model"]]) if turn else (0.0, None)
-        found["over_optimisation"] = describe_over_optimisation(rows, error)
-    return found
-
-
-def curve_of(found: dict) -> list[dict[str, object]]:
-    """Rows of the frontier; where there is none, --model alone."""
-    return found.get("frontier") or [{"model": found["model"]} | found["policy"]]
+        report["over_optimisation"] = describe_over_optimisation(rows, error)
+    return report
 
 
 def win_rate(mine: Tensor, other: Tensor, prompts: list[PromptRow]) -> dict[str, float]:
     """How often one score beats the other, ties half, with its 95 % interval; rows of one prompt are one cluster.
 
-    With one or two prompts, which tell nothing of how prompts differ, it is the interval for these prompts.
+    With fewer than FEWEST_PROMPTS prompts, the interval is that of these prompts alone.
     """
     wins = (mine > other).double() + 0.5 * (mine == other).double()
     places: dict[tuple[int, ...], int] = {}

@@ -15,6 +15,7 @@ from stages.inputs import Inputs
 from stages.models.base import Base, load_base
 from stages.models.checks import check_finite
 from stages.models.heads import ScalarHead
+from stages.models.model_ref import ModelRef
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import scored_template
 from stages.models.tokens import PROBE, Text
@@ -25,48 +26,33 @@ from stages.training.devices import DTYPES, pick_device
 from stages.training.opening import open_text
 from stages.training.reload import probe_sequences
 
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.15,
-    torch.float16: 0.05,
-}  # of the largest logit; rounding of weights
+# Largest difference allowed from rounding weights, as a share of the largest logit.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
 
 def run(config: ExportConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Write the merged model in the wanted precision, load it back with transformers, and compare."""
     source, output = inputs.source, absolute(config.output, "--output")
     text = open_text(source, config, reporter)
-    own = DTYPES.get(str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32)
-    wanted = DTYPES.get(config.dtype, own)
+    stored = DTYPES.get(str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32)
+    wanted = DTYPES.get(config.dtype, stored)
     is_reward = source.manifest.stage == "reward"
     kind = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
     facts = {"kind": kind, "dtype": str(wanted).removeprefix("torch.")}
     if dry_run:
         return Result("export", "dry run", None, {"plan": facts}, (facts_table("export: the plan", facts),))
-    loaded = own if wanted == own else torch.float32  # rounding happens once, after the merge
-    base = load_base(
-        source, device=pick_device(config.device), dtype=loaded, trust_remote_code=config.trust_remote_code
-    )
-    roles = Roles(base)
-    roles.add("merged", adapter_of(base, source, trainable=False))
+    dtype = stored if wanted == stored else torch.float32  # rounding happens once, after the merge
+    base = load_base(source, device=pick_device(config.device), dtype=dtype, trust_remote_code=config.trust_remote_code)
     head = head_of(base, source.folder) if is_reward else None
     sequences = probe_sequences(base)
-    with roles.use("merged"), torch.no_grad():
-        expected = [read_out(base, head, s) for s in sequences]
-    if not all(numbers.isfinite().all() for numbers in expected):
-        raise NotFiniteError(
-            "it computes numbers that are not finite: its weights are too large",
-            where=source.name,
-            fix="train it again with a lower --learning-rate",
-        )
     reporter.note(f"merging the adapter of {source.name} into {source.base_name}")
-    base.lora.merge_and_unload("merged")
+    expected = merge(base, source, head, sequences)
     model = base.model.to(wanted) if head is None else as_classifier(base, head, wanted)
-    check_finite(model, where="--dtype")  # a merged weight may be larger than the wanted precision has room for
+    check_finite(model, where="--dtype")  # a merged weight may be larger than the wanted precision can hold
+    set_special_tokens(model, text)
     if head is None:
         model.generation_config.eos_token_id = list(text.stop_ids)
-    set_special_tokens(model, text)
-    if head is not None and text.has_template:
+    elif text.has_template:
         end_where_scored(text, reporter)
     atomic.clear_leftovers(output.parent, of=output.name)
     with atomic.folder(output) as folder:
@@ -74,13 +60,38 @@ def run(config: ExportConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
         text.tokenizer.save_pretrained(folder)
         difference = compare(folder, head, sequences, expected, base.device, wanted)
     data = {**facts, "largest_difference": difference, "score_bias": float(head.bias) if head else None}
-    rows = (("class", kind), ("precision", facts["dtype"]), ("largest difference after reloading", f"{difference:.2e}"))
+    hint = f"transformers.{kind}.from_pretrained({config.output!r})"
+    return Result("export", "done", config.output, data, (export_table(facts, difference, head, text),), (hint,))
+
+
+def export_table(facts: dict[str, str], difference: float, head: ScalarHead | None, text: Text) -> Table:
+    """What was written, and for a reward model how its score is read."""
+    rows = [("class", facts["kind"]), ("precision", facts["dtype"])]
+    rows.append(("largest difference after reloading", f"{difference:.2e}"))
     if head is not None:
         ends = dict.fromkeys(text.tokenizer.convert_ids_to_tokens([text.eos_id, text.turn_end_id]))
-        rows += (("score = its logit +", f"{float(head.bias):.4f} (score_bias in config.json)"),)
-        rows += (("the score is read at the last token", f"end a text with {', a conversation with '.join(ends)}"),)
-    hint = f"transformers.{kind}.from_pretrained({config.output!r})"
-    return Result("export", "done", config.output, data, (Table("export", ("what", "value"), rows),), (hint,))
+        rows.append(("score = its logit +", f"{float(head.bias):.4f} (score_bias in config.json)"))
+        rows.append(("the score is read at the last token", f"end a text with {', a conversation with '.join(ends)}"))
+    return Table("export", ("what", "value"), tuple(rows))
+
+
+def merge(base: Base, source: ModelRef, head: ScalarHead | None, sequences: list[Tensor]) -> list[Tensor]:
+    """Merge the adapter of `source` into the base; returns what `read_out` gave of each sequence before.
+
+    Raises NotFiniteError if any of it is not finite.
+    """
+    roles = Roles(base)
+    roles.add("merged", adapter_of(base, source, trainable=False))
+    with roles.use("merged"), torch.no_grad():
+        expected = [read_out(base, head, sequence) for sequence in sequences]
+    if not all(numbers.isfinite().all() for numbers in expected):
+        raise NotFiniteError(
+            "it computes numbers that are not finite: its weights are too large",
+            where=source.name,
+            fix="train it again with a lower --learning-rate",
+        )
+    base.lora.merge_and_unload("merged")
+    return expected
 
 
 def read_out(base: Base, head: ScalarHead | None, sequence: Tensor) -> Tensor:
@@ -112,7 +123,7 @@ def as_classifier(base: Base, head: ScalarHead, dtype: torch.dtype) -> nn.Module
 
 
 def end_where_scored(text: Text, reporter: Reporter) -> None:
-    """Let the chat template end a conversation at the token at which the reward model was trained to be read.
+    """Make the chat template end a conversation at the token that the reward model's score is read at.
 
     A classifier reads the last token, and most templates write a line break after the last turn's end token.
     """
@@ -128,7 +139,7 @@ def end_where_scored(text: Text, reporter: Reporter) -> None:
 
 
 def set_special_tokens(model: nn.Module, text: Text) -> None:
-    """Padding must not look like an end: a classifier finds the last token by skipping padding."""
+    """Give the model a padding token that is no stop token: a classifier finds the last token by skipping padding."""
     pad = text.tokenizer.pad_token_id
     if pad is None or pad in text.stop_ids:
         others = [text.tokenizer.unk_token_id, *text.tokenizer.all_special_ids, 0]
@@ -148,15 +159,15 @@ def compare(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Load the written model with transformers; returns its largest difference from the adapter, in logits or score."""
+    """Largest difference, in logits or score, of the written model in transformers from the adapter on its base."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     loader = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
     model = loader.from_pretrained(folder, dtype=dtype).to(device).eval()
     largest, scale = 0.0, 1.0
     for sequence, wanted in zip(sequences, expected, strict=True):
-        found = model(input_ids=sequence[None].to(device)).logits[0].float()
-        largest = max(largest, float((found - wanted).abs().max()))
+        logits = model(input_ids=sequence[None].to(device)).logits[0].float()
+        largest = max(largest, float((logits - wanted).abs().max()))
         scale = max(scale, float(wanted.abs().max()))
     if not largest <= TOLERANCE[dtype] * scale:
         raise AssertionError(f"the exported model differs by {largest} from the checkpoint")

@@ -1,13 +1,14 @@
 """PPO (Schulman et al. 2017; Ziegler et al. 2019). Start here.
 
-A policy learns to write responses that score high, and stays near the reference that it started from. Policy,
-reference, critic and reward model are adapters (roles) on one frozen base. `run` sets them up; then every update does,
-in this order:
-1. `sample`: the policy responds to a batch of prompts, and what it knew of each token is kept;
-2. `judge`: reference, critic and reward sources read the responses; scores and KL become rewards, these advantages;
-3. `learn`: several passes of clipped steps over that experience, policy and critic at once (rollout/clipped.py).
-The rest is elsewhere: what a score is charged with (rollout/charges.py), what is logged (rollout/measures.py), what a
-run is watched for (rollout/watching.py), and everything that all stages share (training/session.py).
+The policy learns to write responses with a high score, at a low KL divergence from the reference it started from.
+Policy, reference, critic and reward model are adapters (roles) on one frozen base. `run` opens them; then every update
+calls three functions, in this order:
+1. `sample`: the policy samples responses to a batch of prompts;
+2. `judge`: reference, critic and reward sources evaluate the responses; scores and KL become rewards, and rewards
+   become advantages and returns;
+3. `learn`: several passes of clipped steps over that experience, policy and critic together (rollout/clipped.py).
+In other files: penalties that change a score (rollout/charges.py), metrics (rollout/metrics.py), conditions that stop a
+run (diagnostics/watchdog.py), and all that the training stages share (training/session.py).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from stages.training.batching import batch_at, prompts_at
 from stages.training.devices import free_memory, peak_memory_gb, pick_device
 from stages.training.language import count_targets, learn_rows
 from stages.training.loop import before_and_after, read_metrics, stop_together
+from stages.training.opening import prompt_limit
 from stages.training.plan import Work, rollout_rows, source_shapes
 from stages.training.session import Session
 
@@ -94,7 +96,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
 
 @dataclass
 class PpoSetup:
-    """What every update works with, beside the session."""
+    """What every update uses: the session, and what only PPO has."""
 
     session: Session
     rewards: RewardSources
@@ -104,45 +106,39 @@ class PpoSetup:
 
     @property
     def config(self) -> PpoConfig:
-        """Its knobs."""
+        """The run's knobs."""
         return self.session.config
 
 
 def encode_rows(session: Session) -> tuple[list[PromptRow], list[PromptRow], list[TokenRow]]:
     """Prompts to train on, held-out prompts, and the demonstrations of the ptx loss, tokenised."""
     config, inputs, text, model = session.config, session.inputs, session.text, session.model
-    longest = min(config.max_prompt_tokens or 2**30, model.context - config.max_response_tokens)
-    encode = partial(text.prompt, max_tokens=longest)
-    prompts = session.encode(inputs.train, encode, "prompts")
-    held_out = session.encode(inputs.held_out, encode, "held-out prompts")
+    encode = partial(text.prompt, max_tokens=prompt_limit(config, model, config.max_response_tokens))
+    prompts, held_out = session.encode_split(encode, "prompts")
     limit = min(model.context, PTX_TOKENS)
     learn = partial(text.demonstration, mask="completion", max_tokens=limit)
     ptx = session.encode(inputs.ptx, learn, "ptx rows", limit)
-    check_templates(inputs.rewards, text, prompts, session.reporter)
-    session.check_coverage(inputs.train, "prompts")
     session.check_coverage(inputs.ptx, "ptx rows")
+    check_templates(inputs.rewards, text, prompts, session.reporter)
     return prompts, held_out, ptx
 
 
 def work_of(config: PpoConfig, prompts: list[PromptRow]) -> Work:
     """What memory depends on, with every response at its longest."""
-    longest, response, several = (
-        max(len(p.ids) for p in prompts),
-        config.max_response_tokens,
-        config.responses_per_prompt,
-    )
+    response, several, parts = config.max_response_tokens, config.responses_per_prompt, config.minibatches
     at_once = config.rollout_batch_size
     at_once = ROWS_AT_ONCE[pick_device(config.device).type] if at_once == AUTO else at_once
-    mean = sum(len(p.ids) for p in prompts) / len(prompts)
-    here = several / config.minibatches  # of a prompt's responses that are in a minibatch, and whether any is
-    any_here = 1 - (1 - 1 / config.minibatches) ** several
+    lengths = [len(prompt.ids) for prompt in prompts]
+    mean = sum(lengths) / len(prompts)
+    share = several / parts  # of a prompt's responses in a minibatch, on average
+    prompt_share = 1 - (1 - 1 / parts) ** several  # probability that a minibatch has any of them, and so the prompt
     return Work(
         "ppo",
-        [len(p.ids) + response for p in prompts],
-        math.ceil(config.batch_size * several / config.minibatches),
+        [length + response for length in lengths],
+        math.ceil(config.batch_size * several / parts),
         read=response / (mean + response),
-        computed=(any_here * mean + here * response) / (here * (mean + response)),
-        prompt=longest,
+        computed=(prompt_share * mean + share * response) / (share * (mean + response)),
+        prompt=max(lengths),
         response=response,
         at_once=min(at_once, config.batch_size * several),
         repeated=several,
@@ -161,9 +157,9 @@ def check_ranks(session: Session) -> None:
 
 
 def open_roles(session: Session) -> None:
-    """Policy and reference start as the same adapter; the critic starts as the reward model. What is trained, and by.
+    """Add the roles and the optimisers: policy and reference start as one adapter, the critic as the reward model.
 
-    Without a critic none is loaded; a shared critic is a head alone, on the policy's states.
+    An advantage estimator without a critic loads none; a shared critic is only a head on the policy's hidden states.
     """
     config, roles = session.config, session.roles
     session.start_role("policy")
@@ -171,20 +167,18 @@ def open_roles(session: Session) -> None:
     trained = {"policy": roles.parameters("policy")}
     if config.advantage == "gae":
         open_critic(session)
-        own = roles.parameters("critic") if config.critic == "adapter" else list(roles.heads["critic"].parameters())
-        trained["critic"] = own
+        shared = config.critic == "shared"
+        trained["critic"] = list(roles.heads["critic"].parameters()) if shared else roles.parameters("critic")
     session.optimise(**trained)
     session.progress.facts["kl_coef"] = config.kl_coef
 
 
 def open_setup(session: Session, ptx: list[TokenRow]) -> PpoSetup:
     """Reward sources, sampling and watchdog of a run whose base is loaded."""
-    config, model, base = session.config, session.model, session.base
-    for line in check_engine(base, config.rollout_engine):
+    config, model, base, engine = session.config, session.model, session.base, session.config.rollout_engine
+    for line in check_engine(base, engine):
         session.reporter.note(line)
-    shapes = source_shapes(model, config)
-    at_once = rollout_rows(config, session.work, model, shapes, free_memory(base.device))
-    engine = config.rollout_engine
+    at_once = rollout_rows(config, session.work, model, source_shapes(model, config), free_memory(base.device))
     return PpoSetup(
         session,
         RewardSources(session.inputs.rewards, session.roles, timeout=config.reward_timeout, signals=session.signals),
@@ -201,7 +195,7 @@ def open_setup(session: Session, ptx: list[TokenRow]) -> PpoSetup:
 
 
 def try_functions(setup: PpoSetup, prompts: list[PromptRow]) -> None:
-    """Score a few short responses, so that a reward function that cannot work is found before anything is written."""
+    """Score a few short responses, so that a broken reward function is found before anything is written."""
     if any(spec.function for spec in setup.rewards.specs):
         session = setup.session
         keys = [(setup.config.seed, "ppo", "try", i) for i in range(len(prompts))]
@@ -214,7 +208,7 @@ def try_functions(setup: PpoSetup, prompts: list[PromptRow]) -> None:
 
 
 def update(setup: PpoSetup, prompts: list[PromptRow], step: int) -> dict[str, float]:
-    """Update `step` on its prompts; returns its metrics. A stop by the watchdog keeps the state from before it."""
+    """Make update `step`; returns its metrics. If the watchdog stops it, the state from before it is saved."""
     config = setup.config
     chosen = [prompts[i] for i in prompts_at(step, len(prompts), config.batch_size, config.seed)]
     try:
@@ -227,7 +221,7 @@ def update(setup: PpoSetup, prompts: list[PromptRow], step: int) -> dict[str, fl
 def ppo_update(setup: PpoSetup, prompts: list[PromptRow], step: int) -> dict[str, float]:
     """Sample, judge, learn, in the order of Huang et al. 2024; returns the update's metrics.
 
-    Raises TrainingStopped if a watched condition says so: of the rollout, before anything is learned from it.
+    Raises TrainingStopped if a condition of --stop-on holds: of the rollout, before anything is learned from it.
     """
     session, began = setup.session, time.perf_counter()
     with session.ranks.together():
@@ -255,13 +249,13 @@ def sample(setup: PpoSetup, prompts: list[PromptRow], step: int) -> Rollout:
     mine = session.ranks.share(list(range(len(prompts))))
     numbered = [(i, k) for i in mine for k in range(config.responses_per_prompt)]
     keys = [(config.seed, "ppo", "rollout", step, i, k) for i, k in numbered]
-    asked = [prompts[i] for i, _ in numbered]
+    repeated = [prompts[i] for i, _ in numbered]
     head = head_on_policy(config)
-    return sample_rollout(session.roles, "policy", session.text, asked, keys, setup.sampling, head=head)
+    return sample_rollout(session.roles, "policy", session.text, repeated, keys, setup.sampling, head=head)
 
 
 def judge(setup: PpoSetup, rollout: Rollout, step: int) -> tuple[ExperienceWithAdvantages, dict[str, float]]:
-    """What is learned from a rollout: its experience, rewards, advantages and returns; and the rollout's metrics."""
+    """A rollout's experience with advantages and returns, which `learn` takes; and the rollout's metrics."""
     config, session = setup.config, setup.session
     with session.ranks.together():
         experience = collect_experience(setup, rollout)
@@ -276,7 +270,7 @@ def judge(setup: PpoSetup, rollout: Rollout, step: int) -> tuple[ExperienceWithA
 
 
 def collect_experience(setup: PpoSetup, rollout: Rollout) -> Experience:
-    """What policy, reference, critic and reward sources compute on a rollout, in one pass each at most."""
+    """Log-probabilities, values and scores of a rollout, with at most one forward pass per role."""
     config, roles = setup.config, setup.session.roles
     stats, mismatch = collect_token_stats(roles, rollout, config.temperature, head=head_on_policy(config))
     if roles.alike("policy", "reference"):
@@ -293,7 +287,7 @@ def collect_experience(setup: PpoSetup, rollout: Rollout) -> Experience:
 
 
 def learn(setup: PpoSetup, judged: ExperienceWithAdvantages, step: int) -> dict[str, float]:
-    """Clipped steps of policy and critic, with the gradient of the ptx loss if there is one; returns their metrics."""
+    """Take the clipped steps of policy and critic, with the ptx loss if there is one; returns their metrics."""
     session = setup.session
     ptx = partial(ptx_step, setup, step) if setup.ptx else None
     return clipped_steps(session, judged, session.learning_rate(step), step, ptx)
@@ -313,7 +307,7 @@ def ptx_step(setup: PpoSetup, step: int, number: int) -> dict[str, float]:
 
 
 def adapt_kl_coef(setup: PpoSetup, kl: float) -> None:
-    """Move kl_coef so that the KL approaches kl_target, if one is asked for."""
+    """Move kl_coef so that the KL approaches kl_target, if one is given."""
     config, facts = setup.config, setup.session.progress.facts
     if config.kl_target is not None:
         episodes = config.batch_size * config.responses_per_prompt
@@ -321,16 +315,16 @@ def adapt_kl_coef(setup: PpoSetup, kl: float) -> None:
 
 
 def keep_state(setup: PpoSetup, stop: TrainingStopped, step: int) -> TrainingStopped:
-    """Save the state from before update `step`, if it is still there, and say in the stop how to go on.
+    """Save the state from before update `step`, if no optimiser has stepped since; returns `stop` with resume advice.
 
-    What stops an update after its first optimiser step leaves the last saved state.
+    A later stop leaves the last saved state.
     """
     session, config = setup.session, setup.config
     progress = session.progress
     if not progress.intact:
         return add_resume_advice(stop, None, config.output, config.stop_on)
     progress.go_back()
-    with session.ranks.together():  # a rank that left earlier would take the one that saves with it
+    with session.ranks.together():  # a rank that ended earlier would end the one that saves
         session.run.save_state(step, progress.tensors(), progress.stored())
     return add_resume_advice(stop, step, config.output, config.stop_on)
 
@@ -339,7 +333,7 @@ def keep_state(setup: PpoSetup, stop: TrainingStopped, step: int) -> TrainingSto
 
 
 def evaluate(setup: PpoSetup, prompts: list[PromptRow], step: int) -> dict[str, float]:
-    """Score, KL and length on held-out prompts, sampled with the same noise every time; a few responses are kept."""
+    """Score, KL and length on held-out prompts, always with the same noise; a few responses go to samples.jsonl."""
     if not prompts:
         return {}
     session, ranks = setup.session, setup.session.ranks

@@ -1,4 +1,4 @@
-"""Recipes and flags become a config: YAML, types, bounds, and precedence default < recipe < flag. Imports no torch."""
+"""Makes a config of recipe and flags: YAML, types, bounds, and precedence default < recipe < flag. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from stages.errors import ConfigError
 from stages.places import absolute, describe_special
 
 NONE = "none"
-LARGEST = 10**12  # of a whole number whose knob states no bound: floats count so far exactly
-OFF = {"gamma": 1.0, "top_p": 1.0}  # of knobs that are turned off by another value than 0
+LARGEST = 10**12  # whole number for a knob without a bound; floats represent it exactly
+OFF = {"gamma": 1.0, "top_p": 1.0}  # values that turn a knob off, if not 0
 Recipe = dict[str, tuple[object, str]]  # knob: (value, "file:line")
 
 
@@ -33,7 +33,7 @@ def read_recipe(path: str | Path, cls: type) -> Recipe:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text) if node is not None else {}
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        # Besides YAML's own errors: those of the loader on a value that does not fit its tag (`!!bool x`).
+        # All but YAMLError come from values that do not fit their tag (`!!bool x`).
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
@@ -45,15 +45,15 @@ def read_recipe(path: str | Path, cls: type) -> Recipe:
         return {}
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
         raise ConfigError("a recipe is a mapping of knobs to values", where=str(path), fix="write `key: value` lines")
-    found: Recipe = {}
+    recipe: Recipe = {}
     for key_node, _ in node.value:
         name, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
-        if name in found:
+        if name in recipe:
             raise ConfigError(f"`{name}` is given twice", where=where, fix="keep one of the two lines")
         if name not in knobs(cls):
             raise ConfigError(f"unknown knob `{name}`", where=where, fix=suggest(name, cls))
-        found[name] = (values[name], where)
-    return found
+        recipe[name] = (values[name], where)
+    return recipe
 
 
 def _read_recipe_text(path: str | Path) -> str:
@@ -71,7 +71,7 @@ def _read_recipe_text(path: str | Path) -> str:
 
 
 def suggest(name: str, cls: type) -> str:
-    """Advice for an unknown knob: why it was removed, or the nearest name there is."""
+    """Advice for an unknown knob: why it was removed, or the nearest existing name."""
     if removal := removal_of(name, cls):
         return removal
     near = difflib.get_close_matches(name.replace("-", "_"), knobs(cls), n=1, cutoff=0.5)
@@ -79,7 +79,7 @@ def suggest(name: str, cls: type) -> str:
 
 
 def removal_of(name: str, cls: type | None) -> str:
-    """What took the place of a former knob of `cls`; "" for any other name."""
+    """What replaces a removed knob of `cls`; "" for any other name."""
     former = name.replace("-", "_")
     if former not in REMOVED or not hasattr(cls, former):
         return ""
@@ -89,8 +89,8 @@ def removal_of(name: str, cls: type | None) -> str:
 def resolve(cls: type, recipe: Recipe, flags: dict[str, object]) -> typing.Any:
     """Build a config of `cls` from defaults, recipe values and flags (a flag that is None was not given).
 
-    Raises ConfigError naming the flag or the recipe line of a value that is missing, of a wrong type or out of bounds,
-    that contradicts another one or has no effect.
+    Raises ConfigError, with the flag or the recipe line, for a value that is missing, of a wrong type, out of bounds,
+    in conflict with another one or without effect.
     """
     values: dict[str, object] = {}
     origin: dict[str, str] = {}
@@ -124,8 +124,8 @@ def resolve(cls: type, recipe: Recipe, flags: dict[str, object]) -> typing.Any:
 def check_idle(config: typing.Any, origin: dict[str, str], flags: set[str]) -> None:
     """Raise ConfigError for a knob that was given and has no effect because of other knobs.
 
-    A recipe may hold the default of any knob, as a checkpoint's config.yaml does, and a knob that has no effect only
-    because of a flag: recipes are shared, and flags win over them. A flag may turn off what is off already.
+    A recipe may have the default of any knob, as a checkpoint's config.yaml does, and a knob that has no effect only
+    because of a flag: recipes are shared, and flags win over them. A flag may turn off a knob that is already off.
     """
     default = {name: default_of(f) for name, (f, _, _) in knobs(type(config)).items()}
     recipe = dataclasses.replace(config, **{n: default[n] for n in flags if default[n] is not REQUIRED})
@@ -141,11 +141,11 @@ def check_idle(config: typing.Any, origin: dict[str, str], flags: set[str]) -> N
                 raise ConfigError(what, where=origin[name], fix=f"leave it out, or {fix}")
 
 
-# --- values -------------------------------------------------------------------------------------------------------
+# --- values
 
 
 def parse(raw: object, kind: object, where: str) -> object:
-    """Turn a recipe or flag value into the knob's type; `3e-4` is a number, `64.0` a whole one, `yes` is not."""
+    """A recipe or flag value in the knob's type: `3e-4` is a number, `64.0` a whole number, `yes` is no boolean."""
     options = (typing.get_args(kind) if typing.get_origin(kind) not in (list, dict) else ()) or (kind,)
     if raw is None or (isinstance(raw, str) and raw.lower() in ("null", "none") and type(None) in options):
         if type(None) in options:
@@ -203,29 +203,29 @@ def _parse_pairs(raw: object) -> dict[str, str]:
     if any(len(pair) != 2 or not pair[0].strip() or not pair[1].strip() for pair in pairs):
         raise ValueError
     if len({pair[0].strip() for pair in pairs}) < len(pairs):
-        raise ValueError  # one name twice: which column is meant?
+        raise ValueError  # one name has two columns
     return {name.strip(): column.strip() for name, column in pairs}
 
 
 def split_list(texts: list[str], about: Knob) -> list[str]:
-    """The items of a list knob: `a,b` is two of them, and each name stands once.
+    """The items of a list knob without repetitions; `a,b` is two items.
 
     A path that contains a comma is one item if it exists. `none` alone is the empty list.
     """
     if about.paths:
         return [item for text in texts for item in split_paths(text)]
-    found = list(dict.fromkeys(word.strip() for text in texts for word in text.split(",") if word.strip()))
-    return [] if about.choices and found == [NONE] else found
+    names = list(dict.fromkeys(word.strip() for text in texts for word in text.split(",") if word.strip()))
+    return [] if about.choices and names == [NONE] else names
 
 
 def split_paths(text: str) -> list[str]:
-    """Files and folders between commas, with what may follow a name (`=0.5`, `:function`)."""
-    parts, found = text.split(","), []
+    """Comma-separated files and folders, each with its weight (`=0.5`) or function (`:name`) if it has one."""
+    parts, paths = text.split(","), []
     while parts:
         joined = next((n for n in range(len(parts), 1, -1) if _exists(",".join(parts[:n]))), 1)
-        found.append(",".join(parts[:joined]).strip())
+        paths.append(",".join(parts[:joined]).strip())
         parts = parts[joined:]
-    return [item for item in found if item]
+    return [item for item in paths if item]
 
 
 def _exists(text: str) -> bool:
@@ -243,7 +243,7 @@ def is_function(source: str) -> bool:
 
 
 def check_characters(value: object, where: str) -> None:
-    """Raise ConfigError for a text with a NUL, or that is not UTF-8: no manifest can hold it, no library open it."""
+    """Raise ConfigError for a text with a NUL or that is not UTF-8, which no manifest can store."""
     parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
     for text in parts if isinstance(parts, list) else [parts]:
         if isinstance(text, str) and ("\0" in text or re.search("[\ud800-\udfff]", text)):
@@ -297,16 +297,15 @@ def _plain(number: float) -> str:
     return str(int(number)) if number == int(number) else str(number)
 
 
-# --- stored configs -----------------------------------------------------------------------------------------------
+# --- stored configs
 
 
 def damaged_knob(stage: str, stored: dict[str, typing.Any]) -> str:
-    """The first knob of a stored config whose value could never have been one; "" if there is none.
+    """The first knob of a stored config with a value that no version accepts; "" if there is none.
 
-    Knobs of other versions are ignored, and so are names of choices, which other versions may have.
+    Unknown knobs and choices are ignored, since other versions may have them.
     """
-    known = knobs(STAGES[stage]) if stage in STAGES else {}
-    for name, (_, about, kind) in known.items():
+    for name, (_, about, kind) in knobs(STAGES[stage]).items() if stage in STAGES else ():
         if name not in stored:
             continue
         try:
@@ -319,7 +318,7 @@ def damaged_knob(stage: str, stored: dict[str, typing.Any]) -> str:
 
 
 def is_stored(value: object, kind: object) -> bool:
-    """True for a value of a type, as JSON gives it back: tuples as lists, dataclasses as objects."""
+    """True for a value of a type as it is read from JSON: tuples as lists, dataclasses as objects."""
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) in (list, tuple):
         return isinstance(value, list) and all(is_stored(item, arguments[0]) for item in value)
@@ -336,11 +335,11 @@ def is_stored(value: object, kind: object) -> bool:
 
 
 def differing(config: object, other: dict[str, object]) -> list[str]:
-    """Names of the knobs that change a result and differ between a config and a stored one.
+    """Names of the knobs that affect results and differ between a config and a stored one.
 
-    A removed knob differs if its stored value is not the one that is fixed now.
+    A removed knob differs if its stored value is not its fixed value.
     """
     fixed = {name: getattr(config, name) for name in REMOVED.keys() & other.keys() if hasattr(config, name)}
-    mine = fixed | as_dict(config)
-    inert = {name for name, (_, about, _) in knobs(type(config)).items() if about.may_change_on_resume}
-    return sorted(n for n in mine.keys() | other.keys() if n not in inert and mine.get(n) != other.get(n))
+    values = fixed | as_dict(config)
+    free = {name for name, (_, about, _) in knobs(type(config)).items() if about.may_change_on_resume}
+    return sorted(n for n in (values.keys() | other.keys()) - free if values.get(n) != other.get(n))

@@ -1,6 +1,6 @@
-"""What came of a run: the numbers its stages left in their manifests, and its policies side by side.
+"""The results of runs: the metrics in their stages' manifests, and their policies side by side.
 
-Reads JSON alone, so it answers at once and needs neither model nor device.
+Reads only JSON, so it is fast and needs neither model nor device.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ MANIFEST, EVALUATION_FILE = "checkpoint.json", "evaluate.json"
 
 
 def run(paths: list[str], reporter: Reporter) -> Result:
-    """Tell what is known of every run folder (or single checkpoint folder) in `paths`.
+    """Results of every run folder (or single checkpoint folder) in `paths`, as tables and JSON.
 
-    Raises CheckpointError for a folder that is missing or empty of results, and for a file that is not JSON.
+    Raises CheckpointError for a folder that is missing or has no results, and for a file that is not JSON.
     """
     runs = {path: read_run(path) for path in dict.fromkeys(paths)}
     tables: list[Table] = []
     if len(runs) > 1:
         tables.append(overview(runs))
-    for path, found in runs.items():
+    for path, results in runs.items():
         label = f"{path}: " if len(runs) > 1 else ""
-        tables += [stage_table(label, found), held_out_table(label, found)]
-        # Whole responses of several runs would bury the numbers; they stay in --json.
-        tables += evaluation_tables(found["evaluation"], label, with_examples=len(runs) == 1)
-    advice = tuple(line for path, found in runs.items() for line in suggest_next_command(path, found))
+        tables += [stage_table(label, results), held_out_table(label, results)]
+        # Responses of several runs would hide the numbers; --json has them.
+        tables += evaluation_tables(results["evaluation"], label, with_examples=len(runs) == 1)
+    advice = tuple(line for path, results in runs.items() for line in suggest_next_command(path, results))
     return Result(
         command="report",
         status="done",
         output=None,
-        data={"runs": [{"run": path, **found} for path, found in runs.items()]},
+        data={"runs": [{"run": path, **results} for path, results in runs.items()]},
         tables=tuple(table for table in tables if table.rows),
         next=advice[:1] if len(runs) > 1 else advice,
     )
@@ -58,7 +58,7 @@ def run(paths: list[str], reporter: Reporter) -> Result:
 def read_run(path: str) -> dict[str, object]:
     """Manifests by stage and the evaluation of one run folder: {"stages": {...}, "evaluation": {...}}.
 
-    Raises CheckpointError where there is nothing to read.
+    Raises CheckpointError if there is nothing to read.
     """
     folder = absolute(path, "RUN")
     if not folder.is_dir():
@@ -66,9 +66,9 @@ def read_run(path: str) -> dict[str, object]:
             "no such folder", where=path, fix="give the folder that holds sft/, reward/, ppo/ or dpo/"
         )
     manifests = {stage: read_optional_json(folder / stage / MANIFEST) for stage in REPORTED_STAGES}
-    own = read_optional_json(folder / MANIFEST)
-    if own:
-        manifests[str(own.get("stage", "checkpoint"))] = own
+    checkpoint = read_optional_json(folder / MANIFEST)
+    if checkpoint:
+        manifests[str(checkpoint.get("stage", "checkpoint"))] = checkpoint
     stages = {stage: manifest for stage, manifest in manifests.items() if manifest}
     evaluation = read_optional_json(folder / EVALUATION_FILE)
     if not stages and not evaluation:
@@ -82,9 +82,9 @@ def read_run(path: str) -> dict[str, object]:
 
 
 def read_optional_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file, {} where there is no such file; raises CheckpointError for anything else."""
+    """A JSON object from a file, {} if there is no such file; raises CheckpointError for anything else."""
     try:
-        found = json.loads(read_text(path))
+        content = json.loads(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
@@ -93,9 +93,9 @@ def read_optional_json(path: Path) -> dict[str, object]:
         raise _damaged(f"{path}:{error.lineno}", error.msg) from None
     except (ValueError, RecursionError) as error:
         raise _damaged(str(path), str(error)) from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise _damaged(str(path), "it is not a JSON object")
-    return found
+    return content
 
 
 def _damaged(where: str, why: str) -> CheckpointError:
@@ -105,10 +105,10 @@ def _damaged(where: str, why: str) -> CheckpointError:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def stage_table(label: str, found: dict) -> Table:
-    """What each stage started from and how long it took."""
+def stage_table(label: str, results: dict) -> Table:
+    """Base, steps, duration and speed of every stage."""
     rows = []
-    for stage, manifest in found["stages"].items():
+    for stage, manifest in results["stages"].items():
         speed = format_number(inner(manifest, "throughput", "tokens_per_second"), 0)
         base = inner(manifest, "base", "name")
         steps, seconds = format_number(manifest.get("steps"), 0), format_number(manifest.get("seconds"), 1)
@@ -116,9 +116,9 @@ def stage_table(label: str, found: dict) -> Table:
     return Table(f"{label}the stages", ("stage", "base", "steps", "seconds", "tokens/s"), tuple(rows))
 
 
-def held_out_table(label: str, found: dict) -> Table:
-    """What each stage does on rows it was not trained on."""
-    sft, reward, ppo, dpo = (part(found["stages"], stage, "metrics") for stage in REPORTED_STAGES)
+def held_out_table(label: str, results: dict) -> Table:
+    """Metrics of every stage on rows it was not trained on."""
+    sft, reward, ppo, dpo = (part(results["stages"], stage, "metrics") for stage in REPORTED_STAGES)
     rows = []
     if is_number(sft.get("eval_loss")):
         rows.append(("SFT: loss per token", change(sft, "eval_loss"), "lower is better"))
@@ -133,12 +133,9 @@ def held_out_table(label: str, found: dict) -> Table:
         longer = format_share(reward["longer_wins_accuracy"])
         rows.append(("for comparison: always prefer the longer one", longer, "what length alone explains"))
     if is_number(ppo.get("eval_score")):
-        kl = (
-            f"at KL {format_number(ppo['eval_kl'], 2)}"
-            if is_number(ppo.get("eval_kl"))
-            else "by what it was trained on"
-        )
-        rows.append(("PPO: score", change(ppo, "eval_score"), kl))
+        kl = ppo.get("eval_kl")
+        note = f"at KL {format_number(kl, 2)}" if is_number(kl) else "by the reward it was trained on"
+        rows.append(("PPO: score", change(ppo, "eval_score"), note))
     if is_number(dpo.get("accuracy")):
         accuracy = format_share(dpo["accuracy"], dpo.get("accuracy_low"), dpo.get("accuracy_high"))
         rows.append(("DPO: prefers the chosen response", accuracy, "by its implicit reward"))
@@ -148,10 +145,10 @@ def held_out_table(label: str, found: dict) -> Table:
 def overview(runs: dict[str, dict]) -> Table:
     """Several runs, a line each."""
     rows = []
-    for path, found in runs.items():
-        sft, reward = (part(found["stages"], stage, "metrics") for stage in ("sft", "reward"))
-        policy, against = (part(found["evaluation"], side) for side in ("policy", "against"))
-        win = part(found["evaluation"], "win_rate", "reward")
+    for path, results in runs.items():
+        sft, reward = (part(results["stages"], stage, "metrics") for stage in ("sft", "reward"))
+        policy, against = (part(results["evaluation"], side) for side in ("policy", "against"))
+        win = part(results["evaluation"], "win_rate", "reward")
         loss, accuracy = format_number(sft.get("eval_loss"), 3), format_share(reward.get("accuracy"))
         scores = (format_number(against.get("score"), 3), format_number(policy.get("score"), 3))
         rows.append((path, loss, accuracy, *scores, format_number(policy.get("kl"), 3), format_share(win.get("rate"))))
@@ -160,7 +157,7 @@ def overview(runs: dict[str, dict]) -> Table:
 
 
 def change(metrics: dict, name: str) -> str:
-    """A measure before training, where it was taken, and after."""
+    """A measure after training, preceded by the one before training if there is one."""
     before = metrics.get(f"{name}_before")
     return (f"{format_number(before, 3)} -> " if is_number(before) else "") + format_number(metrics[name], 3)
 
@@ -168,24 +165,24 @@ def change(metrics: dict, name: str) -> str:
 # --- what to do next ----------------------------------------------------------------------------------------------
 
 
-def suggest_next_command(path: str, found: dict) -> list[str]:
-    """The command that brings a run one step further; none where everything is there."""
-    stages, folder = found["stages"], Path(path)
-    here = {stage: shlex.quote(str(folder / stage)) for stage in REPORTED_STAGES}
-    if found["evaluation"] or not (folder / "sft" / MANIFEST).is_file():
+def suggest_next_command(path: str, results: dict) -> list[str]:
+    """The command for the next stage of a run; none if the run is complete."""
+    stages, folder = results["stages"], Path(path)
+    paths = {stage: shlex.quote(str(folder / stage)) for stage in REPORTED_STAGES}
+    if results["evaluation"] or not (folder / "sft" / MANIFEST).is_file():
         return []
     if "reward" not in stages:
-        return [f"rlhf reward --model {here['sft']} --dataset COMPARISONS --output {here['reward']}"]
+        return [f"rlhf reward --model {paths['sft']} --dataset COMPARISONS --output {paths['reward']}"]
     policies = [stage for stage in ("ppo", "dpo") if stage in stages]
     if not policies and inner(stages, "reward", "metrics", "verdict") == "no-go":
         return []  # `rlhf ppo` would refuse it
     if not policies:
-        return [f"rlhf ppo --model {here['sft']} --reward {here['reward']} --dataset PROMPTS --output {here['ppo']}"]
+        return [f"rlhf ppo --model {paths['sft']} --reward {paths['reward']} --dataset PROMPTS --output {paths['ppo']}"]
     prompts = inner(stages.get("ppo"), "config", "dataset")
     prompts = shlex.quote(prompts) if isinstance(prompts, str) else "PROMPTS"
-    also = f" --also {here['dpo']}" if len(policies) > 1 else ""
+    also = f" --also {paths['dpo']}" if len(policies) > 1 else ""
     target = shlex.quote(str(folder / EVALUATION_FILE))
     return [
-        f"rlhf evaluate --model {here[policies[0]]}{also} --against {here['sft']} --reward {here['reward']}"
+        f"rlhf evaluate --model {paths[policies[0]]}{also} --against {paths['sft']} --reward {paths['reward']}"
         f" --dataset {prompts} --output {target}"
     ]

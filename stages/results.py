@@ -1,9 +1,9 @@
-"""What a stage hands back and how it talks while it works. No torch, no terminal."""
+"""What a stage returns, and how it reports while it works. No torch, no terminal."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -18,37 +18,37 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended: `data` is the one JSON object of --json, the rest is the same for a person."""
+    """How a command ended: `data` is the JSON object of --json, tables and `next` are for people."""
 
     command: str
     status: str  # "done", "already done", "dry run"
     output: str | None  # file or folder written
     data: dict[str, object]
     tables: tuple[Table, ...] = ()
-    next: tuple[str, ...] = field(default=())  # commands worth running now
+    next: tuple[str, ...] = ()  # commands to run next
 
 
 class Reporter(Protocol):
-    """What a stage says while it works; the terminal decides how that looks."""
+    """What a stage reports while it works; the terminal decides how that looks."""
 
     def note(self, text: str) -> None:
-        """One line worth knowing."""
+        """Report one line of information."""
 
     def warn(self, text: str) -> None:
-        """One line that asks for attention."""
+        """Report one line that asks for attention."""
 
     def begin(self, title: str, total: int, done: int = 0) -> None:
-        """A phase of `total` steps starts, `done` of them behind it."""
+        """Start a phase of `total` steps, of which `done` are made."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """The phase stands at `step`; `metrics` are this step's numbers (may be empty)."""
+        """Report that the phase is at `step`; `metrics` are this step's numbers (may be empty)."""
 
     def end(self) -> None:
-        """The phase is over."""
+        """End the phase."""
 
 
 class Silent:
-    """A `Reporter` that says nothing."""
+    """A `Reporter` without output."""
 
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
@@ -58,7 +58,7 @@ class Silent:
 
 
 def next_commands(stage: str, config: Any) -> tuple[str, ...]:
-    """What one runs after a training stage, ready for a shell."""
+    """Commands that usually follow a training stage, ready for a shell."""
     output, model = shlex.quote(config.output), shlex.quote(config.model)
     if stage == "sft":
         return (f"rlhf reward --model {output} --dataset COMPARISONS --output DIR",)

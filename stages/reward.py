@@ -21,7 +21,6 @@ from stages.models.tokens import TokenRow
 from stages.results import Reporter, Result
 from stages.rollout.policy_scores import score_policy_responses
 from stages.tables import comparison_tables
-from stages.training.batching import epoch_at, steps_in
 from stages.training.comparing import (
     NO_PAIRS,
     REPORT_FILE,
@@ -31,11 +30,11 @@ from stages.training.comparing import (
     encode_comparison,
     held_out_measures,
     numbers_of,
+    pair_means,
     pair_sums,
     pairs_of,
     score_and_report,
     score_rows,
-    step_metrics,
 )
 from stages.training.plan import Work
 from stages.training.seeds import derive
@@ -48,22 +47,17 @@ CENTRING_ROWS = 256  # rows whose mean score becomes 0
 def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Train a reward model on comparisons and publish it with a report on held-out ones."""
     session = Session("reward", config, inputs, reporter)
-    text, limit = session.text, session.max_tokens
-    encode = partial(encode_comparison, text=text, max_tokens=limit)
-    rows = session.encode(inputs.train, encode, "comparisons", limit)
-    held_out = session.encode(inputs.held_out, encode, "held-out comparisons", limit)
+    encode = partial(encode_comparison, text=session.text, max_tokens=session.max_tokens)
+    rows, held_out = session.encode_split(encode, "comparisons", session.max_tokens)
     demonstrations = encode_demonstrations(session, rows)
-    session.check_coverage(inputs.train, "comparisons")
-    work = Work("reward", [row.size for row in rows], config.batch_size, read=0.0, computed=computed_share(rows))
-    session.plan(work, steps_in(len(rows), config.batch_size, config.epochs, config.max_steps))
+    sizes, computed = [row.size for row in rows], computed_share(rows)
+    session.plan(Work("reward", sizes, config.batch_size, read=0.0, computed=computed))
     if dry_run:
         return session.describe_plan()
 
     session.load_base()
     session.start_role(ROLE, start_head(session))
-    session.optimise(reward=session.roles.parameters(ROLE))
-    size = session.roles.adapters[ROLE].size
-    reporter.note(f"{len(rows)} comparisons, {session.total} steps, {size:,} trainable parameters")
+    session.optimise_role(ROLE, "comparisons")
     session.train(partial(update, session, rows), partial(evaluate, session, held_out))
     if not session.ranks.first:
         return session.result({})
@@ -84,10 +78,7 @@ def update(session: Session, rows: list[TokenComparison], step: int) -> dict[str
     batch = session.batch(rows, step)
     mine = session.ranks.share(batch)
     sums = session.add_gradients(partial(backward_reward, session.roles, mine, len(batch), session.config))
-    rate = session.learning_rate(step)
-    epoch = epoch_at(step + 1, len(rows), session.config.batch_size)
-    stepped = session.apply_gradients({ROLE: rate}, step)
-    return step_metrics(sums, batch, rate, epoch, session.base.device) | stepped
+    return pair_means(sums) | session.finish_step(ROLE, batch, step)
 
 
 def evaluate(session: Session, held_out: list[TokenComparison], step: int) -> dict[str, float]:
@@ -133,7 +124,7 @@ def reward_losses(scores: Tensor, comparisons: list[TokenComparison], config: Re
 
 
 def start_head(session: Session) -> ScalarHead:
-    """The head of the reward checkpoint that training goes on from, else a random one."""
+    """The head of the reward checkpoint that --model names, else a random one."""
     base, manifest = session.base, session.model.manifest
     if manifest is not None and manifest.stage == "reward":
         return head_of(base, manifest.folder).copy(trainable=True)
@@ -143,7 +134,7 @@ def start_head(session: Session) -> ScalarHead:
 def encode_demonstrations(session: Session, rows: list[TokenComparison]) -> list[TokenRow]:
     """The demonstrations whose mean score becomes 0: those given, else the chosen training responses.
 
-    Read as PPO reads responses, at their end token; given ones too long to keep it are left out.
+    Their score is read at the end token, as in PPO; given ones that are too long to keep it are left out.
     """
     chosen = [row.best for row in rows[:CENTRING_ROWS]]
     if session.inputs.demonstrations is None:
@@ -152,10 +143,10 @@ def encode_demonstrations(session: Session, rows: list[TokenComparison]) -> list
     encoded = session.encode(given, partial(session.text.judged, max_tokens=limit), "demonstrations")
     whole = [row for row in encoded if int(row.ids[-1]) in session.text.stop_ids]
     if len(whole) < len(encoded):
-        left = "the others are" if whole else "preferred training responses are"
+        others = "the other demonstrations" if whole else "chosen training responses"
         session.reporter.warn(
-            f"{len(encoded) - len(whole)} of {len(encoded)} demonstrations lose their end within {limit} tokens; "
-            f"{left} centred on"
+            f"{len(encoded) - len(whole)} of {len(encoded)} demonstrations are longer than max_tokens {limit} and lose "
+            f"their end token; scores are centred on {others}"
         )
     return whole or chosen
 
@@ -163,7 +154,7 @@ def encode_demonstrations(session: Session, rows: list[TokenComparison]) -> list
 def centre(roles: Roles, demonstrations: list[TokenRow]) -> Tensor:
     """Shift the head's bias so that demonstrations score 0 on average (Stiennon 2020; Huang et al. 2024).
 
-    Returns their scores (N,) as they are from now on.
+    Returns their scores (N,) under the shifted head.
     """
     scores = score_rows(roles, ROLE, demonstrations)
     mean = scores.double().mean().float()
@@ -186,7 +177,7 @@ def build_report(
 
 
 def check_policy_scores(session: Session) -> dict[str, object]:
-    """Scores of the responses of the policy that training started from; empty if --model is no policy."""
+    """Scores of the responses of the policy that training started from; empty if --model is a reward model."""
     roles, model = session.roles, session.model
     if model.manifest is not None and model.manifest.stage == "reward":
         return {}

@@ -9,14 +9,17 @@ from stages.config import SampleConfig
 from stages.errors import ConfigError
 from stages.inputs import Inputs
 from stages.inputs.outputs import RESPONSE_KEYS
+from stages.models.base import Base
+from stages.models.model_ref import ModelRef
 from stages.models.roles import Roles, adapter_of
+from stages.models.tokens import PromptRow, Text
 from stages.places import absolute
 from stages.reading import to_json
 from stages.results import Reporter, Result, Table
 from stages.rollout.generate import Sampling, check_engine, generate
 from stages.rollout.samples import flatten_text
 from stages.tables import facts_table
-from stages.training.opening import check_coverage, encode_all, open_base, open_text
+from stages.training.opening import check_coverage, encode_all, open_base, open_text, prompt_limit
 
 SHOWN_RESPONSES = 3
 MOST_SAMPLED_RESPONSES = 10**7  # held in memory until the file is written
@@ -26,8 +29,7 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     """Sample `responses_per_prompt` responses to every prompt and write them."""
     source, output = inputs.source, absolute(config.output, "--output")
     text = open_text(source, config, reporter)
-    longest = min(config.max_prompt_tokens or 2**30, source.context - config.max_response_tokens)
-    encode = partial(text.prompt, max_tokens=longest)
+    encode = partial(text.prompt, max_tokens=prompt_limit(config, source, config.max_response_tokens))
     prompts = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="prompts")
     check_coverage(text, inputs.data.rows, reporter, what="prompts")
     counts = {"prompts": len(prompts), "responses": count_responses(len(prompts), config)}
@@ -36,20 +38,29 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     base = open_base(source, config, text)
     for line in check_engine(base, config.rollout_engine):
         reporter.note(line)
+    rows = sample_rows(config, source, base, text, prompts, reporter)
+    write_text(output, "".join(to_json(row) + "\n" for row in rows))
+    ended = sum(row["ended"] for row in rows) / len(rows)
+    data = {**counts, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
+    shown = tuple((flatten_text(row["prompt"]), row["response"]) for row in rows[:SHOWN_RESPONSES])
+    return Result("sample", "done", config.output, data, (Table("samples", ("prompt", "response"), shown),))
+
+
+def sample_rows(
+    config: SampleConfig, source: ModelRef, base: Base, text: Text, prompts: list[PromptRow], reporter: Reporter
+) -> list[dict[str, object]]:
+    """A row of the file per response: its prompt, text, number among the prompt's, and the prompt's other columns."""
     roles = Roles(base)
     roles.add("policy", adapter_of(base, source, trainable=False))
-    rows, engine = config.rollout_batch_size, config.rollout_engine
-    sampling = Sampling(config.temperature, config.max_response_tokens, config.top_p, rows, engine)
-    repeated = [(i, k) for i in range(len(prompts)) for k in range(config.responses_per_prompt)]
-    keys = [(config.seed, "sample", i, k) for i, k in repeated]
-    reporter.begin("sample", len(repeated))
+    batch_size, engine = config.rollout_batch_size, config.rollout_engine
+    sampling = Sampling(config.temperature, config.max_response_tokens, config.top_p, batch_size, engine)
+    numbers = [(i, k) for i in range(len(prompts)) for k in range(config.responses_per_prompt)]
+    ids, keys = [prompts[i].ids for i, _ in numbers], [(config.seed, "sample", i, k) for i, k in numbers]
+    reporter.begin("sample", len(numbers))
     with roles.use("policy"):
-        responses = generate(
-            base, [prompts[i].ids for i, _ in repeated], keys, text.stop_ids, sampling,
-            progress=lambda done: reporter.log(done, {}),
-        )  # fmt: skip
+        responses = generate(base, ids, keys, text.stop_ids, sampling, progress=partial(reporter.log, metrics={}))
     reporter.end()
-    rows = [
+    return [
         {
             "prompt": prompts[i].text,
             "response": text.response_text(prompts[i].ids, response),
@@ -58,23 +69,18 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
             "tokens": len(response),
             **{name: value for name, value in prompts[i].columns.items() if name not in RESPONSE_KEYS},
         }
-        for (i, k), response in zip(repeated, responses, strict=True)
+        for (i, k), response in zip(numbers, responses, strict=True)
     ]
-    write_text(output, "".join(to_json(row) + "\n" for row in rows))
-    ended = sum(row["ended"] for row in rows) / len(rows)
-    data = {**counts, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
-    shown = tuple((flatten_text(row["prompt"]), row["response"]) for row in rows[:SHOWN_RESPONSES])
-    return Result("sample", "done", config.output, data, (Table("samples", ("prompt", "response"), shown),))
 
 
 def count_responses(prompts: int, config: SampleConfig) -> int:
-    """How many responses are asked for. Raises ConfigError for more than memory holds until the file is written."""
+    """How many responses will be sampled. Raises ConfigError for more than memory holds until the file is written."""
     wanted = prompts * config.responses_per_prompt
     if wanted > MOST_SAMPLED_RESPONSES:
         raise ConfigError(
             f"{config.responses_per_prompt:,} responses to each of {prompts:,} prompts are {wanted:,}; "
-            f"the most in one file is {MOST_SAMPLED_RESPONSES:,}",
+            f"the maximum is {MOST_SAMPLED_RESPONSES:,}",
             where="--responses-per-prompt",
-            fix="lower it, or take fewer prompts at a time with --limit-rows",
+            fix="lower it, or sample fewer prompts with --limit-rows",
         )
     return wanted

@@ -10,8 +10,6 @@ from stages.models.tokens import TokenRow
 from stages.results import Reporter, Result
 from stages.rollout.samples import show_samples
 from stages.tables import metrics_table
-from stages.training.batching import epoch_at, steps_in
-from stages.training.devices import peak_memory_gb
 from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
 from stages.training.plan import Work
 from stages.training.session import Session
@@ -22,22 +20,16 @@ AFTER_TRAINING = "training diverged (lower --learning-rate), unless the loss was
 def run(config: SftConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Train an adapter on demonstrations and publish it as a checkpoint."""
     session = Session("sft", config, inputs, reporter)
-    text, limit = session.text, session.max_tokens
-    encode = partial(text.demonstration, mask=config.mask, max_tokens=limit)
-    rows = session.encode(inputs.train, encode, "demonstrations", limit)
-    held_out = session.encode(inputs.held_out, encode, "held-out demonstrations", limit)
-    session.check_coverage(inputs.train, "demonstrations")
+    encode = partial(session.text.demonstration, mask=config.mask, max_tokens=session.max_tokens)
+    rows, held_out = session.encode_split(encode, "demonstrations", session.max_tokens)
     sizes = [row.size for row in rows]
-    work = Work("sft", sizes, config.batch_size, read=count_targets(rows) / sum(sizes))
-    session.plan(work, steps_in(len(rows), config.batch_size, config.epochs, config.max_steps))
+    session.plan(Work("sft", sizes, config.batch_size, read=count_targets(rows) / sum(sizes)))
     if dry_run:
         return session.describe_plan()
 
     session.load_base()
     session.start_role("policy")
-    session.optimise(policy=session.roles.parameters("policy"))
-    size = session.roles.adapters["policy"].size
-    reporter.note(f"{len(rows)} demonstrations, {session.total} steps, {size:,} trainable parameters")
+    session.optimise_role("policy", "demonstrations")
     session.train(partial(update, session, rows, held_out), partial(evaluate, session, held_out))
     if not session.ranks.first:
         return session.result({})
@@ -53,16 +45,7 @@ def update(session: Session, rows: list[TokenRow], held_out: list[TokenRow], ste
     learned = session.add_gradients(partial(learn_rows, session.roles, "policy", mine, count_targets(batch)))
     if step == 0 and not held_out:
         session.warn_above_uniform(learned["loss"], "the loss of the first batch before training")
-    rate = session.learning_rate(step)
-    return {
-        **learned,
-        "lr": rate,
-        "epoch": epoch_at(step + 1, len(rows), session.config.batch_size),
-        "tokens": sum(row.size for row in batch),
-        "samples": len(batch),
-        "memory_gb": peak_memory_gb(session.base.device),
-        **session.apply_gradients({"policy": rate}, step),
-    }
+    return learned | session.finish_step("policy", batch, step)
 
 
 def evaluate(session: Session, held_out: list[TokenRow], step: int) -> dict[str, float]:

@@ -1,12 +1,11 @@
-"""Every table that a command prints, from one list of measures. No torch: `rlhf report` reads the same from files.
+"""Every table that a command prints, from one list of measures. No torch, so `rlhf report` is fast.
 
-Numbers come from JSON that may lack any of them, or hold what is no number.
+The numbers come from JSON, in which any of them may be missing or of another type.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that is known of a policy on prompts: its key in evaluate.json, and how it is shown."""
+    """A measure of a policy on prompts: its key in evaluate.json, and its format in tables."""
 
     key: str
-    label: str  # where measures are rows
-    heading: str  # where they are columns
+    label: str  # in tables with a row per measure
+    heading: str  # in tables with a column per measure
     digits: int
     percent: bool = False
 
@@ -46,7 +45,7 @@ MEASURES = (
 
 
 def is_number(value: object) -> bool:
-    """Whether a value from JSON is a number; true and false are not, nor is one too large to reckon with."""
+    """Whether a value from JSON is a number that a float can represent; true and false are not."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
 
 
@@ -88,17 +87,17 @@ def format_text(value: object) -> str:
 
 
 def beginning(text: str) -> str:
-    """As much of a response as a table bears; --json has all of it."""
+    """The first SHOWN_CHARACTERS of a response; --json has all of it."""
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " ..."
 
 
 def ending(text: str) -> str:
-    """As much of a prompt as a table bears: its end, which is what was answered."""
+    """The last SHOWN_CHARACTERS of a prompt, which a response answers."""
     return text if len(text) <= SHOWN_CHARACTERS else "... " + text[-SHOWN_CHARACTERS:].lstrip()
 
 
 def inner(mapping: object, *keys: str) -> object:
-    """A nested value, None if any step of the way is absent or not a mapping."""
+    """A nested value; None if a key is missing or a value on the path is not a mapping."""
     for key in keys:
         mapping = mapping.get(key) if isinstance(mapping, dict) else None
     return mapping
@@ -106,8 +105,8 @@ def inner(mapping: object, *keys: str) -> object:
 
 def part(mapping: object, *keys: str) -> dict:
     """A nested mapping, empty if there is none."""
-    found = inner(mapping, *keys)
-    return found if isinstance(found, dict) else {}
+    value = inner(mapping, *keys)
+    return value if isinstance(value, dict) else {}
 
 
 # --- any stage
@@ -120,7 +119,7 @@ def metrics_table(title: str, metrics: dict[str, Any]) -> Table:
 
 
 def facts_table(title: str, facts: dict[str, Any]) -> Table:
-    """Whatever was decided, as a two-column table."""
+    """Numbers, texts and switches as a two-column table."""
     return Table(title, ("what", "value"), tuple((k.replace("_", " "), _fact(v)) for k, v in facts.items()))
 
 
@@ -136,7 +135,7 @@ def memory_table(parts: dict[str, float], title: str = "estimated peak memory") 
 
 
 def alarm_table(alarms: dict[str, list[int]], updates: int, advice: dict[str, str]) -> Table:
-    """A line for each watched condition that held, with the updates at which it did."""
+    """A row for each watched condition that held, with the first and last of its updates."""
     rows = tuple(
         (name, f"{len(steps)} of {updates}", f"{steps[0]}", f"{steps[-1]}", advice[name])
         for name, steps in alarms.items()
@@ -158,7 +157,7 @@ def before_and_after_table(metrics: dict[str, float]) -> Table:
 
 
 def describe_pairs(report: dict, what: str = "") -> str:
-    """How many pairs (`what`) a report is on, and of how many prompts if those are fewer."""
+    """The number of pairs of a report, called `what`, and of their prompts if those are fewer."""
     counted = f"{report['pairs']} {what}".strip()
     return counted if report["clusters"] == report["pairs"] else f"{counted} of {report['clusters']} prompts"
 
@@ -201,7 +200,7 @@ def _range(low: float, high: float) -> str:
 
 
 def scorers_table(reports: list[dict]) -> Table:
-    """Several models' reports on the same comparisons, a row each, and what length alone would reach."""
+    """Several models' reports on the same comparisons, a row each, and the baseline of the longer response."""
     rows = [
         (
             str(report["label"]),
@@ -227,10 +226,10 @@ def evaluation_tables(evaluation: Row, label: str = "", *, with_examples: bool =
 
 
 def name_sides(evaluation: Row) -> tuple[str, ...]:
-    """What is compared: SFT and PPO, unless the folders are called otherwise; PPO alone if nothing was compared."""
+    """Names of the compared policies: SFT and PPO, or those of other folders; only PPO if nothing was compared."""
     paths = [inner(evaluation, key) for key in ("compared_with", "model")]
     names = [Path(path).name if isinstance(path, str) else "" for path in paths]
-    if names[0] and names[0] == names[1]:  # two runs of one stage: only the whole path tells them apart
+    if names[0] and names[0] == names[1]:  # two runs of one stage: only their whole paths differ
         return str(paths[0]), str(paths[1])
     sft, ppo = (name.upper() if name in REPORTED_STAGES else name for name in names)
     alone = not (sft or part(evaluation, "against"))
@@ -238,7 +237,7 @@ def name_sides(evaluation: Row) -> tuple[str, ...]:
 
 
 def policy_table(evaluation: Row, label: str = "") -> Table:
-    """The evaluated policy, beside what it was compared with if it was, measure by measure."""
+    """The evaluated policy, beside the one it was compared with if any, with a row per measure."""
     names = name_sides(evaluation)
     sides = [part(evaluation, side) for side in ("against", "policy")][-len(names) :]
     rows = [
@@ -258,7 +257,7 @@ def policy_table(evaluation: Row, label: str = "") -> Table:
 
 
 def examples_table(evaluation: Row, label: str = "") -> Table:
-    """The same prompts answered by each side, with their scores."""
+    """The same prompts with the response and scores of each policy."""
     names = name_sides(evaluation)
     keys = (("against", "against_score", "against_gold"), ("response", "score", "gold"))[-len(names) :]
     listed = evaluation.get("examples")
@@ -269,25 +268,25 @@ def examples_table(evaluation: Row, label: str = "") -> Table:
 
 def _response(example: Row, text: str, score: str, gold: str) -> str:
     """A response with its scores in a line below."""
-    known = [(name, example.get(key)) for name, key in (("score", score), ("gold", gold))]
-    scores = ", ".join(f"{name} {format_number(value, 2)}" for name, value in known if is_number(value))
+    scored = [(name, example.get(key)) for name, key in (("score", score), ("gold", gold))]
+    scores = ", ".join(f"{name} {format_number(value, 2)}" for name, value in scored if is_number(value))
     lines = [beginning(format_text(example.get(text))), f"[{scores}]" if scores else ""]
     return "\n".join(filter(None, lines))
 
 
 def curve_rows(value: object, name: str) -> list[Row]:
-    """The rows in a value from JSON that have a `name` and a finite KL, by rising KL."""
+    """The rows of a list from JSON that have the key `name` and a finite KL, by rising KL."""
     rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
     return sorted((row for row in rows if name in row and is_finite(row.get("kl"))), key=lambda row: row["kl"])
 
 
 def is_finite(value: object) -> bool:
-    """Whether a value from JSON is a number that can be drawn."""
+    """Whether a value from JSON is a finite number."""
     return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def curve_tables(evaluation: Row, label: str = "") -> tuple[Table, ...]:
-    """The best of n, several policies by KL, and where the gold score turns, as far as they were measured."""
+    """Tables of best-of-n, of several policies by KL, and of over-optimisation, as far as they were measured."""
     best, policies = curve_rows(evaluation.get("best_of"), "n"), curve_rows(evaluation.get("frontier"), "model")
     tables: tuple[Table, ...] = ()
     if best:
@@ -303,8 +302,8 @@ def curve_tables(evaluation: Row, label: str = "") -> tuple[Table, ...]:
     return tables
 
 
-def _curve_table(title: str, first: str, named: Iterable[tuple[str, Row]]) -> Table:
-    named = list(named)
+def _curve_table(title: str, first: str, named: list[tuple[str, Row]]) -> Table:
+    """Measures by column, with a row per name."""
     measures = [m for m in MEASURES if any(is_number(row.get(m.key)) for _, row in named)]
     cells = [(name, *(format_measure(row, measure) for measure in measures)) for name, row in named]
     return Table(title, (first, *(measure.heading for measure in measures)), tuple(cells))

@@ -192,7 +192,7 @@ def as_rank(rank: int, folder: str, out: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}-store", rank=rank, world_size=2)
     ranks = Ranks(CPU)
-    ranks.wait()
+    ranks.largest(0)
     torch.save(learn(folder, ranks), f"{out}-{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -259,7 +259,7 @@ ROWS = {
         LATE, lambda c, p: sft(c, p, "--lora-targets", "query"), ["no linear layer is called `query`", "q_proj"],
     ),
     "CUDA on a machine without": (
-        LATE, lambda c, p: sft(c, p, "--device", "cuda"), ["device: CUDA was asked for", "--device cpu"],
+        LATE, lambda c, p: sft(c, p, "--device", "cuda"), ["device: the device is cuda, but", "--device cpu"],
     ),
     "no such device": (LATE, lambda c, p: sft(c, p, "--device", "abacus"), ["`abacus`", "auto, cpu, cuda"]),
     "missing chat template file": (

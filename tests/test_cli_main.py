@@ -136,7 +136,7 @@ def test_a_new_config_class_is_all_that_a_command_needs(monkeypatch):
     finally:
         app.registered_commands[:] = before
     assert ended.exit_code == 0 and calls[0].config.beta == 0.2
-    assert "rlhf probe --model MODEL --dataset DATASET --output OUTPUT\n" in page and "--overwrite" in page
+    assert "A stage that there is not." in page and "--overwrite" in page and "Example" not in page
 
 
 # --- mistakes in the command line ---------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_a_defect_names_itself_and_its_place(monkeypatch):
     ended, _ = invoke(monkeypatch, SFT, broken)
     line = inspect.getsourcelines(broken)[1] + 1
     assert ended.exit_code == 1 and ended.stdout == ""
-    assert ended.stderr.startswith(f"this is a defect of rlhf: ZeroDivisionError: by nothing\n  at {__file__}:{line}, ")
+    assert ended.stderr.startswith(f"internal error in rlhf: ZeroDivisionError: by nothing\n  at {__file__}:{line}, ")
     assert "called from " in ended.stderr and "main.py:" in ended.stderr
     assert "--debug" in ended.stderr and "Traceback" not in ended.stderr
 
@@ -260,7 +260,7 @@ def test_a_defect_in_full(monkeypatch, arguments, variable):
         monkeypatch.setenv("RLHF_DEBUG", variable)
     ended, _ = invoke(monkeypatch, arguments, broken)
     assert ended.exit_code == 1 and "Traceback (most recent call last)" in ended.stderr
-    assert ended.stderr.endswith("this is a defect of rlhf: ZeroDivisionError: by nothing\n")
+    assert ended.stderr.endswith("internal error in rlhf: ZeroDivisionError: by nothing\n")
 
 
 def test_a_broken_pipe_inside_a_stage_is_a_defect_not_a_success(monkeypatch):
@@ -354,7 +354,7 @@ def test_another_rank_tells_what_only_it_can_know(monkeypatch):
     ended, _ = invoke(monkeypatch, SFT, DeviceError("there is no cuda:3"))
     assert (ended.exit_code, ended.stderr) == (2, "[rank 3] error: there is no cuda:3\n")
     ended, _ = invoke(monkeypatch, SFT, broken)
-    assert ended.exit_code == 1 and ended.stderr.startswith("[rank 3] this is a defect of rlhf: ZeroDivisionError")
+    assert ended.exit_code == 1 and ended.stderr.startswith("[rank 3] internal error in rlhf: ZeroDivisionError")
 
 
 # --- report -------------------------------------------------------------------------------------------------------

@@ -266,14 +266,14 @@ def test_the_plan_of_many_responses_takes_no_memory(chain, tmp_path):
 def test_the_plan_of_many_samples_takes_no_memory(chain, tmp_path):
     line = ("sample", "--model", chain().sft, "--dataset", chain().prompts, "--output", tmp_path / "x.jsonl")
     more = ("--max-response-tokens", 4, "--dry-run")
-    assert "64,000,000; the most in one file is 10,000,000" in refused(*line, *more, "--responses-per-prompt", 10**6)
+    assert "64,000,000; the maximum is 10,000,000" in refused(*line, *more, "--responses-per-prompt", 10**6)
     assert result(*line, *more, "--responses-per-prompt", 10**5)["plan"]["responses"] == 64 * 10**5
 
 
 def test_the_best_of_too_many_is_refused(chain, tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"red {i}"} for i in range(1001)])
     line = ("evaluate", "--model", chain().sft, "--dataset", tmp_path / "p.jsonl", "--reward", chain().reward)
-    assert "10,010,000 responses; the most is" in refused(*line, "--best-of", "2,10000", "--dry-run")
+    assert "10,010,000 responses; the maximum is" in refused(*line, "--best-of", "2,10000", "--dry-run")
 
 
 def test_defaults_lie_within_the_largest_values():

@@ -86,7 +86,6 @@ def test_alone_every_method_is_the_identity(monkeypatch):
     assert ranks.sum(x) is x and x.tolist() == [1.0, 2.0]
     assert ranks.sum_floats({"a": 1.0}, CPU) == {"a": 1.0} and ranks.max(3.0, CPU) == 3.0
     assert ranks.largest(3) == ranks.from_first(3) == 3
-    ranks.wait()
     ranks.copy_from_first([x])
     with pytest.raises(ConfigError, match="^x: wrong$"), ranks.together():
         raise ConfigError("wrong", where="x")

@@ -76,7 +76,7 @@ def test_rows_are_no_longer_than_the_context(model_folder):
     source, report = open_model(str(model_folder("llama")), stages=(), what="--model"), Notes()
     assert context_limit(100, source, report) == 100 and not report.said
     assert context_limit(1024, source, report) == 128
-    assert report.said == [("note", "the base attends over 128 tokens; max_tokens is 128")]
+    assert report.said == [("note", "max_tokens reduced to 128, the context length of the base")]
 
 
 # --- opening
@@ -131,7 +131,9 @@ def test_a_base_that_cannot_recompute_is_refused_only_where_that_was_asked_for(m
     with pytest.raises(ModelError):
         load(model_folder("llama"), sft_config(device="cpu", gradient_checkpointing=True))
     _, report = load(model_folder("llama"), sft_config(device="cpu"))
-    assert report.said == [("note", "memory is short, but `llama` cannot recompute its activations")]
+    assert report.said == [
+        ("note", "activations do not fit into the memory, but `llama` cannot recompute its activations")
+    ]
 
 
 def test_a_tokenizer_larger_than_the_embeddings_is_refused(tmp_path):

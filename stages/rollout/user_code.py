@@ -17,7 +17,7 @@ from stages.errors import RewardError, StopRequested
 from stages.rollout.descriptors import Descriptor, restoring_descriptors
 from stages.rollout.settings import ImportChanges, restoring_alarm, restoring_settings
 from stages.training.children import adopt_orphans, end_children
-from stages.training.signals import ASKING, Signals, handling
+from stages.training.signals import STOP_SIGNALS, Signals, handling
 
 RING = signal.SIGURG  # the watching thread interrupts with it: ignored by default, and hardly ever used
 RING_AGAIN = 2.0  # seconds between two interrupts: the block's cleaning up may wait for what hangs
@@ -129,7 +129,7 @@ class _Watch:
         """In the thread: read the numbers of signals as they come, and interrupt when it is time."""
         while not self.over:
             numbers = self._read(reader, min(LOOK_UP, max(0.0, self.next_ring - time.monotonic())))
-            signals = [number for number in numbers if number in ASKING]
+            signals = [number for number in numbers if number in STOP_SIGNALS]
             if signals and self.stop_signal in (None, RING):
                 self._stop(signals[0])
                 self.next_ring = self.stop_time + RING_AGAIN  # the signal's own handler comes first

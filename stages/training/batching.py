@@ -1,4 +1,4 @@
-"""Which rows make an optimiser step."""
+"""The rows of every optimiser step and PPO update."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from stages.training.seeds import permutation
 
 
 def steps_in(n: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimiser steps of a run over n rows: max_steps, or so many epochs (the last batch of an epoch may be short)."""
+    """Optimiser steps of a run over n rows: max_steps, or those of `epochs` (an epoch's last batch may be short)."""
     if max_steps is not None:
         return max_steps
     whole, part = divmod(epochs, 1.0)
@@ -17,7 +17,7 @@ def steps_in(n: int, batch_size: int, epochs: float, max_steps: int | None) -> i
 
 
 def batch_at(step: int, n: int, batch_size: int, seed: int, stage: str) -> list[int]:
-    """Row numbers of optimiser step `step`: a slice of its epoch's shuffle."""
+    """Row numbers of optimiser step `step`: a slice of its epoch's permutation."""
     per_epoch = math.ceil(n / batch_size)
     epoch, place = divmod(step, per_epoch)
     order = permutation(n, seed, stage, "order", epoch)
@@ -25,12 +25,12 @@ def batch_at(step: int, n: int, batch_size: int, seed: int, stage: str) -> list[
 
 
 def epoch_at(step: int, n: int, batch_size: int) -> float:
-    """How many epochs lie behind `step` steps."""
+    """Number of epochs in `step` steps."""
     return step / math.ceil(n / batch_size)
 
 
 def prompts_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
-    """Row numbers of an update's prompts: always a whole batch, read on across the ends of shuffled epochs."""
+    """Row numbers of an update's prompts: always a whole batch, which may continue in the next epoch's permutation."""
     places = range(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: permutation(n, seed, "ppo", "order", epoch) for epoch in {place // n for place in places}}
     return [orders[place // n][place % n] for place in places]

@@ -1,4 +1,4 @@
-"""Comparisons as tokens, their scores, and the report on how well scores predict who was preferred."""
+"""Tokenised comparisons, their scores, and the report on how well scores predict the chosen responses."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ from stages.models.outputs import sequence_scores
 from stages.models.roles import Roles
 from stages.models.tokens import Text, TokenRow
 from stages.native.prefixes import shared_beginnings
-from stages.training.devices import peak_memory_gb
 
 REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 PLANNED_COMPARISONS = 64  # comparisons that the memory plan looks at
 LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
-FEWEST_PROMPTS = 3  # with fewer nothing can be told of how prompts differ
+FEWEST_PROMPTS = 3  # with fewer, the variance between prompts cannot be estimated
 
 
 @dataclass(frozen=True)
 class TokenComparison:
-    """One prompt's responses, tokenised with the prompt, and which was preferred to which."""
+    """One prompt's responses, tokenised with the prompt, and pairs of a chosen and a rejected one."""
 
     responses: list[TokenRow]
     pairs: tuple[Pair, ...]
-    prompt: str | None = None  # the same for every comparison of the prompt; None: its tokens tell
+    prompt: str | None = None  # the same for every comparison of the prompt; None: its tokens identify it
 
     @property
     def size(self) -> int:
-        """Tokens of all its rows."""
+        """Tokens of all responses with their prompts."""
         return sum(len(row.ids) for row in self.responses)
 
     @property
@@ -50,7 +49,7 @@ class TokenComparison:
 
     @property
     def best(self) -> TokenRow:
-        """The response with the most expected wins less losses; of equals, the one whose tokens come first."""
+        """The response with the most expected wins minus losses; ties go to the smallest list of token ids."""
         lead = [0.0] * len(self.responses)
         for pair in self.pairs:
             lead[pair.better] += pair.probability - 0.5
@@ -65,18 +64,19 @@ class Pairs:
     better: list[int]
     worse: list[int]
     weight: list[float]  # 1 / (number of pairs of its comparison)
-    probability: list[float]  # that the better one really is, a half at least; a half is a tie
+    probability: list[float]  # that the better one is better, at least 0.5; 0.5 is a tie
     margin: list[float]
 
     def both_ways(self) -> tuple[list[int], list[int]]:
         """Winners and losers with every pair twice: a tie once each way, every other pair the same way."""
-        ties = [p == 0.5 for p in self.probability]
-        turned = [(w, b) if tie else (b, w) for b, w, tie in zip(self.better, self.worse, ties, strict=True)]
-        return self.better + [b for b, _ in turned], self.worse + [w for _, w in turned]
+        pairs = list(zip(self.better, self.worse, self.probability, strict=True))
+        winners = [worse if probability == 0.5 else better for better, worse, probability in pairs]
+        losers = [better if probability == 0.5 else worse for better, worse, probability in pairs]
+        return self.better + winners, self.worse + losers
 
 
 def pairs_of(comparisons: list[TokenComparison]) -> Pairs:
-    """The pairs of comparisons whose responses are laid end to end."""
+    """The pairs of comparisons, with all their responses in one list."""
     pairs, start = Pairs([], [], [], [], []), 0
     for comparison in comparisons:
         for pair in comparison.pairs:
@@ -95,10 +95,10 @@ def encode_comparison(row: Comparison, text: Text, max_tokens: int) -> TokenComp
 
 
 def clusters_of(comparisons: list[TokenComparison]) -> list[int]:
-    """A number per pair, the same for those that may depend on each other: the pairs of one prompt, in any row.
+    """A cluster number per pair, the same for pairs that may depend on each other: those of one prompt, in any row.
 
-    With one or two prompts, which tell nothing of how prompts differ, it is the pairs of rows that share a response,
-    directly or through other rows.
+    With fewer than FEWEST_PROMPTS prompts, a cluster is the pairs of rows that share a response, directly or through
+    other rows.
     """
     prompts: list[object] = [c.prompt if c.prompt is not None else _prompt_tokens(c) for c in comparisons]
     keys = prompts if len(set(prompts)) >= FEWEST_PROMPTS else _linked(comparisons)
@@ -112,7 +112,7 @@ def _prompt_tokens(comparison: TokenComparison) -> tuple[int, ...]:
 
 
 def _linked(comparisons: list[TokenComparison]) -> list[object]:
-    """A key per comparison, the same for those that responses link: the first of them."""
+    """A key per comparison, the same for those that shared responses link: the place of the first of them."""
     links = list(range(len(comparisons)))
 
     def first_of(place: int) -> int:
@@ -129,7 +129,7 @@ def _linked(comparisons: list[TokenComparison]) -> list[object]:
 
 
 def computed_share(rows: list[TokenComparison]) -> float:
-    """Share of the tokens that is computed where a comparison's common beginning is computed once, of the longest."""
+    """Share of the tokens of the longest comparisons that is computed if their common prefixes are computed once."""
     longest = sorted(rows, key=lambda row: -row.size)[:PLANNED_COMPARISONS]
     saved = 0
     for row in longest:
@@ -139,38 +139,29 @@ def computed_share(rows: list[TokenComparison]) -> float:
 
 
 def pair_sums(loss: Tensor, scores: Tensor, pairs: Pairs) -> dict[str, float]:
-    """What `step_metrics` needs of a forward pass: its loss, and sums over its pairs from scores (R,).
+    """What `pair_means` needs of a forward pass: its loss, and sums over its pairs from scores (R,).
 
-    Accuracy, margin and scores of chosen and rejected mean what they do in the report on held-out pairs.
+    Accuracy, margin and scores of chosen and rejected are defined as in `build_comparison_report`.
     """
     scores = scores.detach().double().cpu()
     chosen, rejected = (scores[index] for index in pairs.both_ways())
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
     sums = {"accuracy": right, "margin": chosen - rejected, "score_chosen": chosen, "score_rejected": rejected}
-    halves = {name: float(values.sum()) / 2 for name, values in sums.items()}  # every pair is there twice
+    halves = {name: float(values.sum()) / 2 for name, values in sums.items()}  # `both_ways` has every pair twice
     return {"loss": float(loss.detach()), **halves, "pairs": len(pairs.better)}
 
 
 NO_PAIRS = dict.fromkeys(("loss", "accuracy", "margin", "pairs", "score_chosen", "score_rejected"), 0.0)
 
 
-def step_metrics(
-    sums: dict[str, float], batch: list[TokenComparison], rate: float, epoch: float, device: torch.device
-) -> dict[str, float]:
-    """What is logged of an optimiser step on comparisons, from sums over their pairs on all ranks."""
-    return {
-        "loss": sums["loss"],
-        **{name: sums[name] / sums["pairs"] for name in ("accuracy", "margin", "score_chosen", "score_rejected")},
-        "lr": rate,
-        "epoch": epoch,
-        "tokens": sum(row.size for row in batch),
-        "samples": len(batch),
-        "memory_gb": peak_memory_gb(device),
-    }
+def pair_means(sums: dict[str, float]) -> dict[str, float]:
+    """Loss of an optimiser step on comparisons, and means over its pairs, from their sums on all ranks."""
+    names = ("accuracy", "margin", "score_chosen", "score_rejected")
+    return {"loss": sums["loss"], **{name: sums[name] / sums["pairs"] for name in names}}
 
 
 def score_rows(roles: Roles, role: str, rows: list[TokenRow]) -> Tensor:
-    """Scores (N,) fp32 on the CPU of tokenised rows under a role with a head, without gradient."""
+    """Scores (N,), fp32 on the CPU, of rows under a role with a head, without gradient."""
 
     def forward(rows: list[TokenRow]) -> list[Tensor]:
         return list(sequence_scores(roles, role, [row.ids for row in rows]).cpu())
@@ -179,36 +170,36 @@ def score_rows(roles: Roles, role: str, rows: list[TokenRow]) -> Tensor:
 
 
 def score_and_report(roles: Roles, role: str, comparisons: list[TokenComparison]) -> dict[str, object]:
-    """Everything worth knowing of a reward model on comparisons that it was not trained on.
+    """The report on a reward model from comparisons that it was not trained on.
 
-    Source of the list: Stiennon et al. 2020 and Singhal et al. 2023 (accuracy, calibration, length bias).
+    Source of its measures: Stiennon et al. 2020 and Singhal et al. 2023 (accuracy, calibration, length bias).
     """
     scores = score_rows(roles, role, [row for c in comparisons for row in c.responses])
     return build_comparison_report(scores, comparisons)
 
 
 def held_out_measures(report: dict[str, object]) -> dict[str, float]:
-    """What is logged of a report at every evaluation; empty for an empty one."""
+    """The measures of a report that are logged at every evaluation; empty for an empty report."""
     names = ("accuracy", "log_loss", "margin_mean", "score_length_corr")
     return {f"eval_{name}": report[name] for name in names if name in report}
 
 
 def numbers_of(report: dict[str, object]) -> dict[str, object]:
-    """The numbers of a report, as a stage's metrics; `eval_pairs` is how many pairs it is on."""
+    """The numbers of a report as a stage's metrics; `eval_pairs` is its number of pairs."""
     numbers = {name: value for name, value in report.items() if isinstance(value, (int, float))}
     return numbers | {"eval_pairs": report.get("pairs")}
 
 
 def build_comparison_report(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, object]:
-    """The same from scores (R,), one per response, comparison by comparison.
+    """The report on comparisons from scores (R,), one per response, comparison by comparison.
 
-    With soft labels the likelier response is the chosen one: `accuracy` counts how often it scores higher, and a label
-    of a half is a tie that counts half, one half each way in margins and scores; `by_length_difference` leaves it out.
-    `expected_accuracy`, calibration, log-loss and `label_length_corr` weigh both ways by their probability;
-    `agreement_ceiling` is the most that `expected_accuracy` can be.
+    With soft labels the likelier response is the chosen one, and `accuracy` is how often it scores higher. A label of
+    0.5 is a tie: it counts half in `accuracy`, half each way in margins and scores, and not in `by_length_difference`.
+    `expected_accuracy`, calibration, log-loss and `label_length_corr` weight both ways by their probability;
+    `agreement_ceiling` is the largest possible `expected_accuracy`.
 
-    The interval takes pairs as independent where their `clusters` (prompts) differ; `effective_pairs` is how many
-    independent pairs they are worth.
+    The interval treats pairs as independent if their `clusters` (prompts) differ; `effective_pairs` is the equivalent
+    number of independent pairs.
     """
     rows = [row for c in comparisons for row in c.responses]
     lengths = torch.tensor([float(row.targets.sum()) for row in rows])
@@ -251,5 +242,5 @@ def build_comparison_report(scores: Tensor, comparisons: list[TokenComparison]) 
 
 
 def ceiling(probability: list[float]) -> float:
-    """The accuracy of whoever knows how likely each judgement is; 1 where all are certain."""
+    """Largest expected accuracy for labels with these probabilities; 1 if all labels are certain."""
     return sum(max(p, 1 - p) for p in probability) / len(probability)

@@ -1,4 +1,4 @@
-"""Which device and precision a run uses, and its place among the ranks that torchrun started."""
+"""Device and precision of a run, and its rank among the processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from stages.errors import ConfigError, DeviceError, OutOfMemory, RankError, Stop
 from stages.launch import read_launch
 from stages.models.passes import LARGEST_OF
 
-TENSORS_WAIT = datetime.timedelta(minutes=30)  # for a rank that computes as much as the others do
-WORDS_WAIT = datetime.timedelta(days=1)  # for one whose reward function, or disk, is slow
+TENSOR_TIMEOUT = datetime.timedelta(minutes=30)  # for a rank that computes as much as the others
+TEXT_TIMEOUT = datetime.timedelta(days=1)  # for a rank whose reward function or disk is slow
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a knob names; `auto` is CUDA where there is one. Raises DeviceError where it is absent."""
+    """The device a knob names; `auto` is CUDA if there is one. Raises DeviceError for a device that does not exist."""
     if name == "auto":
         return _own_cuda_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -34,7 +35,7 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"`{name}` is not supported", where="device", fix="give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
-            "CUDA was asked for, but torch sees no CUDA device",
+            f"the device is {name}, but torch sees no CUDA device",
             where="device",
             fix="use --device cpu, or install a CUDA build of torch",
         )
@@ -48,7 +49,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def _own_cuda_device() -> torch.device:
-    """The CUDA device of this process's rank on its machine. Raises DeviceError where there are fewer."""
+    """The CUDA device of this process's rank on its machine. Raises DeviceError if there are too few."""
     local, count = read_launch().local, torch.cuda.device_count()
     if local >= count:
         raise DeviceError(
@@ -75,7 +76,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that tensors may still take on a CUDA device; None on the CPU, where nothing is planned by it."""
+    """Bytes that tensors can still use on a CUDA device; None on the CPU, whose memory is not planned."""
     if device.type != "cuda":
         return None
     free, whole = torch.cuda.mem_get_info(device)
@@ -87,15 +88,16 @@ def free_memory(device: torch.device) -> int | None:
 class Ranks:
     """This process among `size` data-parallel ones. Alone, every method is the identity.
 
-    Tensors travel through the device's own group (NCCL on CUDA). Everything else goes as JSON through a second group on
-    the CPU, whose timeout no reward function outlasts by accident: ranks meet there before any tensor travels.
+    Tensors are exchanged in the device's group (NCCL on CUDA). All other values are exchanged as JSON in a second group
+    on the CPU, with a timeout longer than any reward function: ranks wait there for each other before they exchange
+    tensors.
     """
 
     def __init__(self, device: torch.device):
         launch = read_launch()
         self.rank, self.size = launch.rank, launch.size
-        self.words = None  # the group for everything that is no tensor
-        self.exchanging = False  # a stop of this rank would reach the others
+        self.text_group = None  # for all values but tensors
+        self.exchanging = False  # True in `together`: a stop of this rank reaches the others
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.size == 1:
@@ -103,17 +105,17 @@ class Ranks:
         if not torch.distributed.is_initialized():
             cuda = device.type == "cuda"
             torch.distributed.init_process_group(
-                "nccl" if cuda else "gloo", timeout=TENSORS_WAIT, device_id=device if cuda else None
+                "nccl" if cuda else "gloo", timeout=TENSOR_TIMEOUT, device_id=device if cuda else None
             )
-        self.words = torch.distributed.new_group(backend="gloo", timeout=WORDS_WAIT)
+        self.text_group = torch.distributed.new_group(backend="gloo", timeout=TEXT_TIMEOUT)
 
     @property
     def first(self) -> bool:
-        """True on the rank that writes files and talks."""
+        """True on the rank that writes files and messages."""
         return self.rank == 0
 
     def share(self, items: list) -> list:
-        """This rank's part of a list that all ranks hold; together the parts are the list."""
+        """This rank's part of a list that all ranks have; every item belongs to one rank."""
         return items[self.rank :: self.size]
 
     # --- tensors
@@ -121,72 +123,65 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
-            with _reaching_all():
+            with _explaining_failure():
                 torch.distributed.all_reduce(x)
         return x
 
     def sum_floats(self, numbers: dict[str, float], device: torch.device) -> dict[str, float]:
-        """Sum a few named numbers over ranks."""
-        if self.size == 1 or not numbers:
-            return numbers
-        packed = self.sum(torch.tensor(list(numbers.values()), dtype=torch.float64, device=device))
-        return dict(zip(numbers, packed.tolist(), strict=True))
+        """Sums of a few named numbers over ranks."""
+        return self._reduce(numbers, device, "SUM")
 
     def max(self, number: float, device: torch.device) -> float:
         """The largest over ranks."""
-        return self._largest_floats({"": number}, device)[""]
+        return self._reduce({"": number}, device, "MAX")[""]
 
     def combine(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
         """Named values of all ranks' parts of a batch, combined as `passes.combine` does; every rank has all names."""
         largest = {name: value for name, value in values.items() if name.startswith(LARGEST_OF)}
         sums = {name: value for name, value in values.items() if name not in largest}
-        return self.sum_floats(sums, device) | self._largest_floats(largest, device)
+        return self.sum_floats(sums, device) | self._reduce(largest, device, "MAX")
 
-    def _largest_floats(self, numbers: dict[str, float], device: torch.device) -> dict[str, float]:
+    def _reduce(self, numbers: dict[str, float], device: torch.device, op: str) -> dict[str, float]:
         if self.size == 1 or not numbers:
             return numbers
-        largest = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
-        with _reaching_all():
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return dict(zip(numbers, largest.tolist(), strict=True))
+        packed = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+        with _explaining_failure():
+            torch.distributed.all_reduce(packed, getattr(torch.distributed.ReduceOp, op))
+        return dict(zip(numbers, packed.tolist(), strict=True))
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Give tensors, in place, the numbers that the first rank has."""
+        """Overwrite tensors with the numbers of the first rank."""
         for tensor in tensors if self.size > 1 else ():
-            with _reaching_all():
+            with _explaining_failure():
                 torch.distributed.broadcast(tensor, 0)
 
     # --- everything else
 
     def gather(self, items: list) -> list:
-        """All ranks' items, which JSON can hold, in the order that `share` dealt them out."""
+        """All ranks' items, which JSON can hold, in the order of the list that `share` divided."""
         if self.size == 1:
             return items
-        parts = self._texts(items)
+        parts = self._exchange(items)
         return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
     def from_first(self, value: object) -> object:
-        """What the first rank gives, as JSON holds it, on every rank; others give anything."""
-        return value if self.size == 1 else self._texts(value if self.first else None)[0]
+        """The first rank's value, as JSON returns it, on every rank; those of the others are ignored."""
+        return value if self.size == 1 else self._exchange(value if self.first else None)[0]
 
     def largest(self, number: int) -> int:
         """The largest whole number over ranks; waits as long as a reward function may take."""
         if self.size == 1:
             return number
-        found = torch.tensor(number, dtype=torch.int64)
-        with _reaching_all():
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.words)
-        return int(found)
-
-    def wait(self) -> None:
-        """Until every rank is here."""
-        self.largest(0)
+        largest = torch.tensor(number, dtype=torch.int64)
+        with _explaining_failure():
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.text_group)
+        return int(largest)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in the block on one rank, or is stopped by a signal there, ends it on all of them.
+        """If the block fails on one rank, or is stopped by a signal there, it ends on all ranks with that failure.
 
-        Nothing in the block may exchange anything between ranks: one that failed would be waited for.
+        Nothing in the block may exchange anything between ranks: the others would wait for one that failed.
         """
         failure: Exception | StopRequested | None = None
         outer, self.exchanging = self.exchanging, True
@@ -200,55 +195,54 @@ class Ranks:
             self.exchanging = outer
         if not self.largest(int(failure is not None)):
             return
-        told = self._texts(None if failure is None else _words_of(failure))
-        culprit = next(rank for rank, words in enumerate(told) if words is not None)
+        failures = self._exchange(None if failure is None else _failure_to_json(failure))
+        culprit = next(rank for rank, stored in enumerate(failures) if stored is not None)
         if failure is None or (culprit != self.rank and isinstance(failure, (UserError, StopRequested))):
-            failure = _failure_of(told[culprit], culprit)
+            failure = _failure_from_json(failures[culprit], culprit)
         failure.told_by_first = isinstance(failure, UserError) and not self.first
         raise failure
 
-    def _texts(self, value: object) -> list:
-        """What every rank gives, through JSON, in the order of ranks."""
+    def _exchange(self, value: object) -> list:
+        """The values of all ranks, through JSON, in the order of ranks."""
         text = json.dumps(value).encode()
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with _reaching_all():
-            torch.distributed.all_gather(sizes, torch.tensor([len(text)]), group=self.words)
+        with _explaining_failure():
+            torch.distributed.all_gather(sizes, torch.tensor([len(text)]), group=self.text_group)
         padded = torch.zeros(max(int(n) for n in sizes), dtype=torch.uint8)
         padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         parts = [torch.empty_like(padded) for _ in sizes]
-        with _reaching_all():
-            torch.distributed.all_gather(parts, padded, group=self.words)
+        with _explaining_failure():
+            torch.distributed.all_gather(parts, padded, group=self.text_group)
         return [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, sizes, strict=True)]
 
 
 @contextmanager
-def _reaching_all() -> Iterator[None]:
-    """Say in words that an exchange between ranks failed; NCCL may wait instead, until torchrun ends all ranks."""
+def _explaining_failure() -> Iterator[None]:
+    """Raise RankError if an exchange between ranks fails; NCCL may wait instead, until torchrun ends all ranks."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise RankError(
             f"another rank ended, or cannot be reached ({reason})",
-            fix="see what the other ranks printed, then run the same command again",
+            fix="read the messages of the other ranks, then run the same command again",
         ) from None
 
 
-def _words_of(failure: Exception | StopRequested) -> dict[str, object]:
-    """A failure as JSON."""
-    named = {name: getattr(failure, name, None) for name in ("what", "where", "fix", "tokens", "number")}
-    return {"kind": type(failure).__name__, "text": str(failure), **named}
+def _failure_to_json(failure: Exception | StopRequested) -> dict[str, object]:
+    fields = {name: getattr(failure, name, None) for name in ("what", "where", "fix", "tokens", "number")}
+    return {"kind": type(failure).__name__, "text": str(failure), **fields}
 
 
-def _failure_of(words: dict[str, str], rank: int) -> Exception | StopRequested:
-    """The failure of another rank, said to be so."""
-    kind = getattr(errors, words["kind"], None)
+def _failure_from_json(stored: dict[str, Any], rank: int) -> Exception | StopRequested:
+    """The failure of another rank, with that rank's number."""
+    kind = getattr(errors, stored["kind"], None)
     if kind is StopRequested:
-        return StopRequested(words["number"])
+        return StopRequested(stored["number"])
     if not (isinstance(kind, type) and issubclass(kind, UserError)):
-        return RuntimeError(f"rank {rank} failed: {words['kind']}: {words['text']}")
-    where = f"rank {rank}: {words['where']}" if words["where"] else f"rank {rank}"
-    failure = kind(words["what"], where=where, fix=words["fix"])
+        return RuntimeError(f"rank {rank} failed: {stored['kind']}: {stored['text']}")
+    where = f"rank {rank}: {stored['where']}" if stored["where"] else f"rank {rank}"
+    failure = kind(stored["what"], where=where, fix=stored["fix"])
     if isinstance(failure, OutOfMemory):
-        failure.tokens = words["tokens"]
+        failure.tokens = stored["tokens"]
     return failure

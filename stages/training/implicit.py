@@ -1,4 +1,4 @@
-"""Log-probabilities of whole responses, and the reward that a policy trained by preferences or PPO implies."""
+"""Log-probabilities of whole responses, and a cache of them for a frozen role."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def flatten(comparisons: list[TokenComparison]) -> list[TokenRow]:
 
 
 def summed_logprobs(roles: Roles, role: str, rows: list[TokenRow], temperature: float = 1.0) -> Tensor:
-    """Log-probability (N,) of each row's target tokens together under a role, without gradient, on the CPU."""
+    """Summed log-probabilities (N,) of each row's target tokens under a role, without gradient, on the CPU."""
 
     def forward(rows: list[TokenRow]) -> list[Tensor]:
         return list(logprob_sums(roles, rows, temperature).cpu())
@@ -35,21 +35,21 @@ def summed_logprobs(roles: Roles, role: str, rows: list[TokenRow], temperature: 
 
 
 def logprob_sums(roles: Roles, rows: list[TokenRow], temperature: float = 1.0) -> Tensor:
-    """The same for one forward pass under the active role, with gradient."""
+    """Summed log-probabilities (N,) of each row's target tokens under the active role, with gradient, in one pass."""
     sequences, targets = [r.ids for r in rows], [r.targets for r in rows]
     logprobs = read_targets(roles.base, sequences, targets, temperature=temperature).logprobs
     return torch.stack([part.sum() for part in logprobs.split([int(t.sum()) for t in targets])])
 
 
-# --- once per run ---------------------------------------------------------------------------------------------------
+# --- the cache
 
 
 def cached_logprobs(session: Session, name: str, role: str, parts: list[list[TokenRow]]) -> Tensor:
-    """`summed_logprobs` of a frozen role, kept beside the run's resume state under `name` for when it is resumed.
+    """`summed_logprobs` of a frozen role, cached under `name` beside the run's resume state.
 
-    Each part is computed by itself, so that its numbers do not depend, to the bit, on which others there are. The file
-    names what the role computes with: one made from anything else is never used; a damaged one is made again, with a
-    warning. Call it once the run has started: only then the folder is its own.
+    Each part is computed separately, so that its numbers do not depend, to the bit, on the other parts. The file has a
+    key of everything the numbers depend on: one with another key is not used, and a damaged one is made again, with a
+    warning. Call this only after the run has started and locked its folder.
     """
     roles, run = session.roles, session.run
     rows = [row for part in parts for row in part]
@@ -57,12 +57,12 @@ def cached_logprobs(session: Session, name: str, role: str, parts: list[list[Tok
     key = _key(roles, session.model.digest, rows)
     if path.exists():
         try:
-            known = _read_cache(path, key, len(rows))
+            cached = _read_cache(path, key, len(rows))
         except CheckpointError as error:
+            cached = None
             session.reporter.warn(f"{path} is damaged and is made again ({error.what})")
-        else:
-            if known is not None:
-                return known
+        if cached is not None:
+            return cached
     sums = torch.cat([summed_logprobs(roles, role, part) for part in parts])
     if run.writer:
         save_tensors(path, {"sums": sums}, {"key": key, "sha256": _sha256(sums)})
@@ -70,24 +70,24 @@ def cached_logprobs(session: Session, name: str, role: str, parts: list[list[Tok
 
 
 def _read_cache(path: Path, key: str, count: int) -> Tensor | None:
-    """The numbers in a file; None where they are of something else. Raises CheckpointError where it is damaged."""
-    about = tensor_metadata(path)
-    if about.get("key") != key:
+    """The numbers in a file; None if its key differs. Raises CheckpointError if it is damaged."""
+    metadata = tensor_metadata(path)
+    if metadata.get("key") != key:
         return None
     sums = load_tensors(path).get("sums")
-    if sums is None or sums.shape != (count,) or _sha256(sums) != about.get("sha256"):
-        raise CheckpointError("its numbers are not what was saved", where=str(path))
+    if sums is None or sums.shape != (count,) or _sha256(sums) != metadata.get("sha256"):
+        raise CheckpointError("its numbers are not those that were saved", where=str(path))
     return sums
 
 
-def _key(roles: Roles, digest: str, rows: list[TokenRow]) -> str:
-    """Identifies the numbers: the model, its precision and device, and every token that is asked about."""
+def _key(roles: Roles, model_digest: str, rows: list[TokenRow]) -> str:
+    """A digest of what the numbers depend on: the model, its precision and device, and every token."""
     base = roles.base
-    held = f"{base.dtype}{' in 4 bits' if any(is_four_bit(layer) for layer in base.layers.values()) else ''}"
-    text = hashlib.sha256(f"1 {digest} {held} {base.device.type} {torch.__version__}".encode())
+    precision = f"{base.dtype}{' in 4 bits' if any(is_four_bit(layer) for layer in base.layers.values()) else ''}"
+    key = hashlib.sha256(f"1 {model_digest} {precision} {base.device.type} {torch.__version__}".encode())
     for row in rows:
-        text.update(f"{row.ids.tolist()} {row.targets.tolist()}".encode())
-    return text.hexdigest()
+        key.update(f"{row.ids.tolist()} {row.targets.tolist()}".encode())
+    return key.hexdigest()
 
 
 def _sha256(numbers: Tensor) -> str:

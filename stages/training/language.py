@@ -1,4 +1,4 @@
-"""The language-modelling loss on demonstrations: learned from, or measured on held-out ones."""
+"""The language-modelling loss on demonstrations: its gradient, and its value on held-out rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.results import Reporter
 
 
 def count_targets(rows: list[TokenRow]) -> int:
-    """Tokens that are learned, over rows."""
+    """Number of target tokens in all rows."""
     return sum(int(row.targets.sum()) for row in rows)
 
 
@@ -25,7 +25,7 @@ def learn_rows(
 ) -> dict[str, float]:
     """Add the gradient of weight x sum(token losses) / denominator under a role; returns the `loss`, unweighted.
 
-    `denominator` is the number of targets of the whole step, over every micro-batch and rank: means of means would
+    `denominator` is the number of targets of the whole step, over all micro-batches and ranks: a mean of means would
     weight short rows more.
     """
 
@@ -51,7 +51,7 @@ def held_out_loss(roles: Roles, role: str, rows: list[TokenRow]) -> dict[str, fl
 
 
 def warn_above_uniform(loss: float, vocabulary: int, what: str, cause: str, reporter: Reporter) -> None:
-    """Warn where a loss in nats per token is above that of a uniform guess; `cause` is what is known of the text."""
+    """Warn if a loss in nats per token is above that of a uniform guess; `cause` is the likely reason if known."""
     uniform = math.log(vocabulary)
     if not loss > uniform:
         return
@@ -66,7 +66,7 @@ def warn_above_uniform(loss: float, vocabulary: int, what: str, cause: str, repo
 
 
 def prompt_of(row: Demonstration) -> Prompt | None:
-    """The prompt of a demonstration, to see what the policy answers; None where there is none."""
+    """The prompt of a demonstration, for the policy to answer; None if there is none."""
     if row.messages and not row.completion:
         last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
         return Prompt(row.where, row.messages[:last]) if last else None

@@ -1,4 +1,4 @@
-"""The loop that every training stage runs in: resume, step, evaluate, log, save, and end in good order."""
+"""The training loop of all stages: resume, step, evaluate, log, save, and save the state at an early end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from stages.checkpoint.run import Run
 from stages.checkpoint.states import AHEAD
-from stages.config import TrainingKnobs
 from stages.errors import (
     Interrupted,
     NotFiniteError,
@@ -20,8 +19,6 @@ from stages.errors import (
     StopRequested,
     UserError,
 )
-from stages.results import Reporter
-from stages.training.optimizer import learning_rate_at
 from stages.training.plan import memory_text
 from stages.training.progress import diverged
 
@@ -30,19 +27,18 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 
-SMALLER = "forward passes have 1/{} of their size from here on, and the result stays the same"
-DIVERGES = ("eval_loss", "eval_log_loss", "eval_kl")  # of a model that works they are finite
+FINITE = ("eval_loss", "eval_log_loss", "eval_kl")  # unless training diverged
 
 
 def train(session: Session, update: Callable[[int], Metrics], evaluate: Callable[[int], Metrics]) -> None:
-    """Run `update(step)` for every step up to `session.total`, from where a state was saved.
+    """Run `update(step)` for every step up to `session.total`, from the last saved state if there is one.
 
     Evaluates before the first step, every `config.eval_every` steps and after the last. Every step has one line in
-    metrics.jsonl; line 0 is the evaluation before training. `evaluate` writes its samples last of all, so that one
-    that was interrupted leaves none. Raises Interrupted (state saved) and TrainingStopped.
+    metrics.jsonl; line 0 is the evaluation before training. `evaluate` writes its samples at its end, so that an
+    interrupted one leaves none. Raises Interrupted (state saved) and TrainingStopped.
 
-    No copy of the weights is kept. What ends an update before its first optimiser step leaves the state from before it,
-    which is saved. After that step a signal waits for the end of the update; a failure leaves the last saved state.
+    The weights are not copied. If an update ends before its first optimiser step, the state from before it is saved.
+    After that step a signal waits for the end of the update, and a failure leaves the last saved state.
     """
     loop = _Loop(session)
     ranks, reporter = session.ranks, session.reporter
@@ -50,7 +46,7 @@ def train(session: Session, update: Callable[[int], Metrics], evaluate: Callable
     try:
         with (
             session.signals.listening(loop.may_stop, reporter.note, save=loop.save_now, echo=ranks.size > 1),
-            loop.ending_in_order(),
+            loop.saving_at_the_end(),
         ):
             for step in range(loop.done, session.total):
                 loop.step(step, update, evaluate)
@@ -59,16 +55,16 @@ def train(session: Session, update: Callable[[int], Metrics], evaluate: Callable
 
 
 class _Loop:
-    """Where a run stands: `done` is the last step that was logged, -1 for not even the evaluation before training."""
+    """Progress of a run: `done` is the last step that was logged; -1 before the evaluation before training."""
 
     def __init__(self, session: Session):
         self.session = session
         self.done, self.ahead = _resume(session)  # metrics of an update whose evaluation was interrupted, or None
         self.saved = self.done if self.done >= 0 else None
-        self.told_divisor = 1
+        self.warned_divisor = 1
 
     def save_now(self) -> bool:
-        """Save the state of the last mark, if the weights are still those."""
+        """Save the state of the last mark, if the weights have not changed since; returns whether it did."""
         if self.done < 0 or not self.session.progress.intact:
             return False
         self.session.progress.go_back()
@@ -81,12 +77,12 @@ class _Loop:
         return self.session.progress.intact and (ranks.size == 1 or ranks.exchanging)
 
     def step(self, step: int, update: Callable[[int], Metrics], evaluate: Callable[[int], Metrics]) -> None:
-        """Make step `step`, counted from 0, or for -1 the evaluation before training; then log and save."""
+        """Make step `step`, counted from 0, or for -1 only the evaluation before training; then log and save."""
         session, total = self.session, self.session.total
         session.progress.mark()
         stop_together(session)
         metrics = self.ahead or (_timed(update, step) if step >= 0 else {})
-        _stop_at_no_loss(metrics, step + 1)
+        _stop_if_loss_is_not_finite(metrics, step + 1)
         session.progress.mark()
         self.ahead = dict(metrics)
         every = session.config.eval_every
@@ -94,7 +90,11 @@ class _Loop:
             stop_together(session)
             metrics |= evaluate(step + 1)
             _stop_if_diverged(metrics, step + 1)
-        self._tell_of_smaller_passes(step + 1)
+        divisor = session.base.passes.divisor
+        if divisor > self.warned_divisor:
+            self.warned_divisor = divisor
+            size = f"micro-batches are now 1/{divisor} of their size, the result stays the same"
+            session.reporter.warn(f"step {step + 1}: out of memory; {size}")
         with session.ranks.together():
             self._finish(step + 1, metrics)
         if step + 1 == total and session.progress.learned_nothing:
@@ -106,7 +106,7 @@ class _Loop:
             session.run.log(step, metrics)
         session.reporter.log(step, metrics)
         self.done, self.ahead = step, None
-        # A bad step may come of weights that are bad already: the state before them is worth keeping.
+        # A gradient may be non-finite because the weights are bad already: do not overwrite an earlier state.
         due = step and (step % session.config.save_every == 0 or step == session.total)
         if due and not session.progress.bad_steps:
             self._save()
@@ -116,62 +116,59 @@ class _Loop:
         session, ahead = self.session, {AHEAD: self.ahead} if self.ahead else {}
         session.run.save_state(self.done, session.progress.tensors(), session.progress.stored() | ahead)
 
-    def _tell_of_smaller_passes(self, step: int) -> None:
-        divisor = self.session.base.passes.divisor
-        if divisor > self.told_divisor:
-            self.told_divisor = divisor
-            self.session.reporter.warn(f"step {step}: memory ran out; {SMALLER.format(divisor)}")
-
     @contextmanager
-    def ending_in_order(self) -> Iterator[None]:
-        """Whatever ends the block, the state that can be saved is, and the end says what it means."""
+    def saving_at_the_end(self) -> Iterator[None]:
+        """If the block ends early, save the state if possible, and raise the error that explains the end."""
         session = self.session
         try:
             yield
         except StopRequested as stop:
-            if not stop.immediate:  # an immediate one may be in the middle of an optimiser step
+            if not stop.immediate:  # an immediate stop may be in the middle of an optimiser step
                 with session.ranks.together():
                     self.saved = self.done if self.save_now() else self.saved
             raise Interrupted(stop.number, step=self.saved, output=str(session.run.folder)) from None
         except NotFiniteError as error:
-            if self.done <= 0:  # nothing was learned: the model is at fault
+            if self.done <= 0:  # before any training: the cause is the model
                 raise
             raise diverged(error.what, self.done + 1) from None
-        except UserError as error:  # a reward function that failed, perhaps only this once, or memory that ran out
-            # If a log could not be written, only a state from before fits it.
+        except UserError as error:  # such as a failed reward function, or out of memory
+            # If a log could not be written, only an earlier state fits it.
             if not isinstance(error, OutputError) and self.save_now():
                 session.reporter.note(f"state of step {self.done} saved in {session.run.folder}")
             if isinstance(error, OutOfMemory):
-                raise _with_plan(error, session.stage, session.config) from None
+                needed = memory_text(session.stage, session.config, session.model, error.tokens)
+                detailed = OutOfMemory(f"{error.what}\n    needed at least: {needed}", where=error.where, fix=error.fix)
+                detailed.told_by_first = error.told_by_first
+                raise detailed from None
             raise
 
 
 def _resume(session: Session) -> tuple[int, Metrics | None]:
-    """Take the folder, and go on from its state, which the first rank reads for all.
+    """Lock the output folder and restore its state, which the first rank reads for all.
 
-    Returns the last step that was logged (-1: not even the evaluation before training), and the metrics of an update
-    that was made after it, if its evaluation was interrupted.
+    Returns the last step that was logged (-1: none, not even the evaluation before training), and the metrics of an
+    update that was made after it, if its evaluation was interrupted.
     """
     run, ranks, progress, total = session.run, session.ranks, session.progress, session.total
-    found = None
+    resumed = None
     with ranks.together():
         run.start()
         state = run.resume() if ranks.first else None
         for warning in run.warnings:
             session.reporter.warn(warning)
         if state is not None:
-            found = {"step": state.step, "ahead": state.facts.pop(AHEAD, None), "facts": state.facts}
+            resumed = {"step": state.step, "ahead": state.facts.pop(AHEAD, None), "facts": state.facts}
             progress.restore(state.tensors, state.facts)
             if run.standing.extending and 0 < state.step < total:
-                warn_of_schedule(read_metrics(run), session.config, state.step, total, session.reporter)
-    found = ranks.from_first(found)
-    if found is None:
+                _warn_of_schedule(session, state.step)
+    resumed = ranks.from_first(resumed)
+    if resumed is None:
         return -1, None
     if not ranks.first:
-        progress.restore(progress.tensors(), found["facts"])
+        progress.restore(progress.tensors(), resumed["facts"])
     ranks.copy_from_first(progress.tensors().values())
-    session.reporter.note(f"resuming after step {found['step']} of {total}")
-    return found["step"], found["ahead"]
+    session.reporter.note(f"resuming after step {resumed['step']} of {total}")
+    return resumed["step"], resumed["ahead"]
 
 
 def stop_together(session: Session) -> None:
@@ -181,45 +178,29 @@ def stop_together(session: Session) -> None:
         raise StopRequested(number)
 
 
-def _with_plan(error: OutOfMemory, stage: str, config: TrainingKnobs) -> OutOfMemory:
-    """The same, with the memory that each part needs."""
-    told = OutOfMemory(
-        f"{error.what}\n    needed at least: {memory_text(stage, config, error.tokens)}",
-        where=error.where,
-        fix=error.fix,
-    )
-    told.told_by_first = error.told_by_first
-    return told
-
-
 def _timed(update: Callable[[int], Metrics], step: int) -> Metrics:
+    """The metrics of an update, with its duration and speed."""
     began = time.perf_counter()
     metrics = update(step)
     seconds = time.perf_counter() - began
-    metrics["seconds"] = seconds
-    for what in ("tokens", "samples"):
-        if what in metrics:
-            metrics[f"{what}_per_second"] = metrics[what] / seconds
-    return metrics
+    speeds = {f"{name}_per_second": metrics[name] / seconds for name in ("tokens", "samples") if name in metrics}
+    return metrics | {"seconds": seconds} | speeds
 
 
-def _stop_at_no_loss(metrics: Metrics, step: int) -> None:
-    """Raise TrainingStopped if a loss is not finite although its gradient is; PPO's losses are watched."""
+def _stop_if_loss_is_not_finite(metrics: Metrics, step: int) -> None:
+    """Raise TrainingStopped if a loss is not finite although its gradient is; PPO's losses are watched elsewhere."""
     loss = metrics.get("loss", 0.0)
     if "reward_score" not in metrics and not metrics.get("nonfinite_steps") and not math.isfinite(loss):
         raise diverged(f"the training loss is {loss}", step)
 
 
 def _stop_if_diverged(metrics: Metrics, step: int) -> None:
-    """Raise TrainingStopped if what was measured on held-out rows is not a number any more.
-
-    Raises NotFiniteError if it was none before training.
-    """
-    for name in DIVERGES:
+    """Raise TrainingStopped if a held-out metric is not finite, or NotFiniteError before training."""
+    for name in FINITE:
         if not math.isfinite(metrics.get(name, 0.0)):
             if not step:
                 raise NotFiniteError(
-                    f"before any training {name} is {metrics[name]}: its weights are too large or damaged",
+                    f"{name} is {metrics[name]} before training: the weights are too large or damaged",
                     where="--model",
                     fix="use another base or checkpoint",
                 )
@@ -232,15 +213,15 @@ def read_metrics(run: Run) -> list[Metrics]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def warn_of_schedule(lines: list[Metrics], config: TrainingKnobs, done: int, total: int, reporter: Reporter) -> None:
-    """Say where a later end makes the learning rate rise: schedules are stretched over all steps."""
-    before = next((line.get("lr") for line in reversed(lines) if line["step"] == done), None)
-    after = learning_rate_at(done, total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
+def _warn_of_schedule(session: Session, done: int) -> None:
+    """Warn if a larger max_steps makes the learning rate rise: its schedule is stretched over all steps."""
+    before = next((line.get("lr") for line in reversed(read_metrics(session.run)) if line["step"] == done), None)
+    after = session.learning_rate(done)
     if before is not None and after > before:
-        reporter.warn(
+        session.reporter.warn(
             f"the learning rate rises from {before:.3g} at step {done} to {after:.3g} at step {done + 1}: lr_schedule "
-            f"{config.lr_schedule} now ends at step {total}; the result is not that of a run of {total} steps from the "
-            "start"
+            f"{session.config.lr_schedule} now ends at step {session.total}; the result is not that of a run of "
+            f"{session.total} steps from the start"
         )
 
 

@@ -1,16 +1,17 @@
-"""What a model takes of memory, worked out from its shapes: weights, activations, key-value cache, logits. In bytes."""
+"""Bytes of memory that a model needs, from its shapes: weights, activations, key-value cache, logits."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.native.limits import COVERED, LOGITS_AT_ONCE, LONGEST_DENSE
 
 FP32, FP64 = 4, 8
-FOUR_BIT = 0.5 + 1 / 64 + FP32 / (64 * 256)  # a weight in NF4: half a byte, and the scales of the scales of 64 weights
+FOUR_BIT = 0.5 + 1 / 64 + FP32 / (64 * 256)  # bytes of a weight in NF4, with its share of the two levels of scales
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "shared")
-NAMES = {  # what configs call the same thing
+NAMES = {  # of the same size in the configs of different architectures
     "layers": ("num_hidden_layers", "n_layer"),
     "heads": ("num_attention_heads", "n_head"),
     "hidden": ("hidden_size", "n_embd"),
@@ -28,13 +29,13 @@ class Shapes:
     queries: int  # heads x head size
     keys: int  # key-value heads x head size
     inner: int  # of the feed-forward part
-    curve: int  # how often it is kept: gate before and after its curve, up, their product; without a gate, less
+    curve: int  # kept tensors of width `inner`: gate before and after its activation, up, product; fewer without gate
     norms: int  # per layer, those of whole hidden states
     centred: bool  # norms are LayerNorm, which keeps no fp32 copy, and not RMSNorm
-    head_norms: bool  # queries and keys have norms of their own
-    native: bool  # our own forward pass runs it, unless its weights are in 4 bits
+    head_norms: bool  # queries and keys are normalised per head
+    native: bool  # the native forward pass runs it, unless its weights are in 4 bits
     vocabulary: int
-    linear: dict[str, tuple[int, int]]  # shapes of the layers that adapters are put on, by name
+    linear: dict[str, tuple[int, int]]  # shapes of the layers that can have adapters, by name
     other: int  # all other weights
 
     @property
@@ -44,7 +45,7 @@ class Shapes:
 
 def tensor_shapes(base: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of every tensor of a base, by name, read from its safetensors headers."""
-    # Some hub models hold their weights a second time, in files by other names.
+    # Some hub models have a second copy of their weights in files with other names.
     files = sorted(base.glob("model*.safetensors")) or sorted(base.glob("*.safetensors"))
     return {name: shape for path in files for name, shape in shapes_in(path).items()}
 
@@ -58,9 +59,9 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def shapes_of(config: dict, tensors: dict[str, tuple[int, ...]]) -> Shapes:
-    """The sizes that a base's config.json and the shapes of its tensors tell.
+    """The sizes in a base's config.json and the shapes of its tensors.
 
-    What a config does not name is read off the tensors, so that an architecture that nobody listed is estimated too.
+    What a config lacks follows from the tensors, so that unlisted architectures are estimated too.
     """
     inner = config.get("text_config")
     config = inner if isinstance(inner, dict) and inner else config
@@ -84,12 +85,12 @@ def shapes_of(config: dict, tensors: dict[str, tuple[int, ...]]) -> Shapes:
         native=config.get("model_type") in COVERED,
         vocabulary=_number(config, ("vocab_size",)),
         linear=linear,
-        other=sum(_size(shape) for name, shape in tensors.items() if name not in linear),
+        other=sum(math.prod(shape) for name, shape in tensors.items() if name not in linear),
     )
 
 
 def base_bytes(shapes: Shapes, width: int, *, four_bit: bool) -> float:
-    """The frozen base, `width` bytes a weight; of one in 4 bits, only what is no linear layer has them."""
+    """Bytes of the frozen base at `width` bytes per weight; in 4 bits, only weights outside linear layers have them."""
     linear = shapes.weights - shapes.other
     return shapes.other * width + linear * (FOUR_BIT if four_bit else width)
 
@@ -97,68 +98,61 @@ def base_bytes(shapes: Shapes, width: int, *, four_bit: bool) -> float:
 def activation_bytes(
     shapes: Shapes, width: int, *, checkpointing: bool, rank: int = 32, row: int = 1024, on_cuda: bool = False
 ) -> tuple[float, float]:
-    """Per token of a forward pass with gradients: what autograd keeps until the backward pass, and what comes and goes.
+    """Bytes per token of a forward pass with gradients: kept until the backward pass, and transient.
 
-    Tensors of `width` bytes; transformers' norms keep fp32 copies. `rank` is that of the adapters, `row` the tokens of
-    a long row. With checkpointing a layer keeps its input alone, and one layer at a time is computed again. Not counted
-    are the attention weights of architectures that squeeze them (Gemma 2): they grow with the square of a row's length.
+    Numbers have `width` bytes; transformers' norms keep fp32 copies. `rank` is that of the adapters, `row` the tokens
+    of the longest row. With checkpointing a layer keeps only its input, and one layer at a time is recomputed. Not
+    counted: attention weights of architectures with soft-capping (Gemma 2), which grow with the square of a row.
     """
     s, layers_linear = shapes, max(1, len(shapes.linear) // shapes.layers)
     inputs = (2 * s.hidden + s.queries) * width  # of the projections to q, k, v, of the feed-forward part, and of o
     if s.native:
         norms = s.norms * (s.hidden * width + FP32) + ((s.queries + s.keys) * width if s.head_norms else 0)
         attention = (2 * s.queries + 2 * s.keys) * width + s.heads * FP32
-        if width == FP32 and row <= LONGEST_DENSE and not on_cuda:  # attention weights are kept, and the result once
+        if width == FP32 and row <= LONGEST_DENSE and not on_cuda:  # keeps attention weights, and its result only once
             attention += s.heads * row * FP32 - s.queries * width
         layer, passing = norms + inputs + attention + 2 * s.inner * width, 3 * s.inner * width
         last = s.hidden * width
     else:
         norms = s.norms * s.hidden * (width if s.centred else FP32)
         norms += (s.queries + s.keys) * FP32 if s.head_norms else 0
-        attention = 2 * (s.queries + s.keys) * width + s.heads * FP32  # q, k, v and the result; its norm's logarithm
+        attention = 2 * (s.queries + s.keys) * width + s.heads * FP32  # q, k, v, result; log-sum-exp
         curve = s.curve * s.inner * width
-        if width < FP32:  # PEFT's layers each keep a copy in fp32 of what they read
+        if width < FP32:  # every PEFT layer keeps its input in fp32
             inputs = ((layers_linear - 2) * s.hidden + s.queries + s.inner) * FP32
             curve -= s.inner * width
         layer = norms + inputs + attention + curve + layers_linear * rank * FP32
         passing = 3 * s.inner * FP32
-        last = s.hidden * (width if s.centred else FP32)  # the norm behind all layers
+        last = s.hidden * (width if s.centred else FP32)  # the norm after the last layer
     if checkpointing:
         return s.layers * s.hidden * width + last, layer + passing
     return s.layers * layer + last, passing
 
 
 def prefill_bytes(shapes: Shapes, width: int) -> float:
-    """Per token of a forward pass without gradients: what is there at once within one layer."""
+    """Bytes per token of a forward pass without gradients, at the peak within one layer."""
     return (3 * shapes.inner + 5 * shapes.hidden) * width
 
 
 def cache_bytes(shapes: Shapes, width: int) -> float:
-    """Keys and values of one token in every layer."""
+    """Bytes of one token's keys and values in all layers."""
     return 2 * shapes.layers * shapes.keys * width
 
 
 def logits_bytes(shapes: Shapes, rows: float, width: int) -> float:
-    """Logits of so many positions, their logarithms and probabilities in fp32; at most a chunk is there at once."""
+    """Bytes of the logits of `rows` positions, with their logarithms and probabilities in fp32; one chunk at most."""
     return (3 * FP32 + (width if width < FP32 else 0)) * min(rows * shapes.vocabulary, LOGITS_AT_ONCE)
 
 
 def draw_bytes(shapes: Shapes, rows: int) -> float:
-    """Distributions that one token each of so many responses is drawn from, in fp64, three times over."""
+    """Bytes to draw one token of each of `rows` responses: its distribution in fp64, in three copies."""
     return 3 * FP64 * rows * shapes.vocabulary
 
 
 def _number(config: dict, names: tuple[str, ...]) -> int:
-    """The first of these that a config gives as a number, the largest of one per layer; 0 where there is none."""
+    """The first of these names that has a number in a config, or the largest of one per layer; 0 if none has."""
     for name in names:
-        found = config[name] if isinstance(config.get(name), list) else [config.get(name)]
-        if found and all(type(number) is int and number > 0 for number in found):
-            return max(found)
+        numbers = config[name] if isinstance(config.get(name), list) else [config.get(name)]
+        if numbers and all(type(number) is int and number > 0 for number in numbers):
+            return max(numbers)
     return 0
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -1,8 +1,8 @@
-"""Opens what every command works with: the tokenizer, encoded rows, and the base on its device."""
+"""Opens what every command needs: the tokenizer, tokenised rows, and the base on its device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stages.checkpoint.manifest import MANIFEST
@@ -11,9 +11,8 @@ from stages.models.base import Base, load_base
 from stages.models.checks import check_config
 from stages.models.coverage import measure_coverage, sample_texts
 from stages.models.model_ref import ModelRef, lora_type_of, stop_ids_of
-from stages.models.tokens import Text, TokenRow, load_text
+from stages.models.tokens import Text, load_text
 from stages.results import Reporter
-from stages.training.comparing import TokenComparison
 from stages.training.devices import pick_device, pick_dtype
 
 Row = TypeVar("Row")
@@ -21,11 +20,11 @@ Out = TypeVar("Out")
 
 
 def open_text(source: ModelRef, config: Any, reporter: Reporter | None = None) -> Text:
-    """The tokenizer of a source, with the chat template that the config asks for; odd ones are warned of.
+    """The tokenizer of a model with the config's chat template; the reporter gets its warnings.
 
-    Raises CheckpointError where a checkpoint's stop tokens are none of the vocabulary.
+    Raises CheckpointError if a checkpoint's stop tokens are not in the vocabulary.
     """
-    check_config(source, trust_remote_code=config.trust_remote_code)  # a tokenizer is loaded by it as well
+    check_config(source, trust_remote_code=config.trust_remote_code)  # loading a tokenizer reads it too
     stop_ids = stop_ids_of(source)
     text = load_text(
         source.tokenizer,
@@ -47,19 +46,27 @@ def open_text(source: ModelRef, config: Any, reporter: Reporter | None = None) -
 
 
 def encode_all(
-    rows: list[Row], encode: Callable[[Row], Out], *, skip_bad: bool, reporter: Reporter, what: str
+    rows: list[Row],
+    encode: Callable[[Row], Out],
+    *,
+    skip_bad: bool,
+    reporter: Reporter,
+    what: str,
+    limit: int | None = None,
 ) -> list[Out]:
-    """Tokenise rows; a row that cannot be used is an error, or dropped and counted with --skip-bad-rows."""
+    """Tokenised rows; a row that cannot be used is an error, or dropped and counted with --skip-bad-rows.
+
+    With a `limit` in tokens, a note counts the rows that were cut to it.
+    """
     out: list[Out] = []
     problems: list[DatasetError] = []
     for row in rows:
         try:
             out.append(encode(row))
         except DatasetError as error:
-            problem = DatasetError(error.what, where=error.where or row.where, fix=error.fix)
+            problems.append(DatasetError(error.what, where=error.where or row.where, fix=error.fix))
             if not skip_bad:
-                raise problem from None
-            problems.append(problem)
+                raise problems[0] from None
     if rows and not out:
         first = problems[0]
         raise DatasetError(
@@ -68,18 +75,14 @@ def encode_all(
     if problems:
         first = f"{problems[0].where}: {problems[0].what}"
         reporter.warn(f"{len(problems)} of {len(rows)} {what} cannot be used and were dropped; {first}")
+    cut = 0 if limit is None else sum(row.cut for row in out)
+    if cut:
+        reporter.note(f"{cut} of {len(out)} {what} were cut to {limit} tokens")
     return out
 
 
-def report_cuts(rows: Sequence[TokenRow | TokenComparison], limit: int, reporter: Reporter, what: str) -> None:
-    """Say how many rows were too long and lost a part."""
-    cut = sum(row.cut for row in rows)
-    if cut:
-        reporter.note(f"{cut} of {len(rows)} {what} were cut to {limit} tokens")
-
-
 def check_coverage(text: Text, rows: list, reporter: Reporter, *, what: str) -> str:
-    """Warn of rows in a language that the tokenizer does not know; returns why they are unreadable, empty if not."""
+    """Warn of rows in a language that the tokenizer does not cover; returns the cause, empty if it does."""
     cause = measure_coverage(text.tokenizer, sample_texts(rows)).cause
     if cause:
         reporter.warn(
@@ -90,16 +93,21 @@ def check_coverage(text: Text, rows: list, reporter: Reporter, *, what: str) -> 
 
 
 def context_limit(wanted: int, source: ModelRef, reporter: Reporter) -> int:
-    """Longest row in tokens: what was asked for, or what the base's context allows."""
+    """Longest row in tokens: `wanted`, or the base's context length if that is less."""
     if wanted > source.context:
-        reporter.note(f"the base attends over {source.context} tokens; max_tokens is {source.context}")
+        reporter.note(f"max_tokens reduced to {source.context}, the context length of the base")
     return min(wanted, source.context)
+
+
+def prompt_limit(config: Any, source: ModelRef, response_tokens: int) -> int:
+    """Longest prompt in tokens: max_prompt_tokens, or what the context leaves beside a response if that is less."""
+    return min(config.max_prompt_tokens or 2**30, source.context - response_tokens)
 
 
 def open_base(source: ModelRef, config: Any, text: Text) -> Base:
     """Load the base on the configured device.
 
-    Raises ModelError where the tokenizer has tokens that the base has no embedding for.
+    Raises ModelError if the tokenizer has tokens without an embedding in the base.
     """
     device = pick_device(config.device)
     base = load_base(

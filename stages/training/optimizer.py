@@ -1,7 +1,7 @@
 """AdamW over one flat buffer: every trained weight is a view into it, and so is every gradient.
 
-One buffer makes clipping, summing over ranks, saving and the update itself single operations, and importing nothing
-of torch.optim keeps about a second out of every command's start.
+With one buffer, clipping, summing over ranks, saving and the update are single operations; and without torch.optim
+every command starts about a second faster.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class AdamW:
             parameter.grad = gradient.view_as(parameter)  # backward adds into it in place
 
     def zero(self) -> None:
-        """Forget the gradient."""
+        """Set the gradient to zero."""
         self.gradient.zero_()
 
     def step(self, learning_rate: float) -> None:
-        """One update from the gradient as it stands."""
+        """Make one update from the current gradient."""
         self.updates += 1
         self.mean.lerp_(self.gradient, 1 - self.beta1)
         self.square.mul_(self.beta2).addcmul_(self.gradient, self.gradient, value=1 - self.beta2)
@@ -44,11 +44,11 @@ class AdamW:
         self.weights.addcdiv_(self.mean, denominator, value=-learning_rate / (1 - self.beta1**self.updates))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """State to save, under `name`."""
+        """The state to save, by keys that begin with `name`."""
         return {f"{name}.weights": self.weights, f"{name}.mean": self.mean, f"{name}.square": self.square}
 
     def load(self, name: str, tensors: dict[str, Tensor], updates: int) -> None:
-        """Take up saved state; the weights change in place, so every view follows."""
+        """Restore saved state; weights are overwritten in place, since parameters are views of them."""
         self.weights.copy_(tensors[f"{name}.weights"])
         self.mean.copy_(tensors[f"{name}.mean"])
         self.square.copy_(tensors[f"{name}.square"])
@@ -56,7 +56,7 @@ class AdamW:
 
 
 def clip(optimizers: list[AdamW], max_norm: float) -> float:
-    """Scale the joint gradient of several optimisers to at most `max_norm` (0: leave it); returns its norm before."""
+    """Scale the joint gradient of optimisers to a norm of at most `max_norm` (0: no limit); returns its norm before."""
     norm = math.sqrt(sum(float(o.gradient.double().square().sum()) for o in optimizers))
     if 0 < max_norm < norm:
         for optimizer in optimizers:
@@ -65,7 +65,7 @@ def clip(optimizers: list[AdamW], max_norm: float) -> float:
 
 
 def learning_rate_at(step: int, total: int, peak: float, schedule: str, warmup_ratio: float) -> float:
-    """Learning rate of step `step` (from 0) of `total`: linear warm-up to the peak, then the schedule towards 0."""
+    """Learning rate of step `step` (from 0) of `total`: linear warm-up to the peak, then the schedule."""
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""What a run has learned so far, and the optimiser steps that change it."""
+"""The trained state of a run, and the optimiser steps that change it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ BAD_STEPS_IN_A_ROW = 5  # non-finite gradients in a row before training stops it
 
 @dataclass
 class Progress:
-    """All that a run is, beside its knobs and inputs: what resume state holds."""
+    """What resume state holds: optimisers with their weights, and counters."""
 
     optimizers: dict[str, AdamW]
-    facts: dict[str, float] = field(default_factory=dict)  # counters and controllers, all JSON numbers
+    facts: dict[str, float] = field(default_factory=dict)  # counters, controllers and running moments, as JSON
     bad_steps: int = 0
     marked: dict[str, float] = field(default_factory=dict)  # `stored` at the last mark
 
     def tensors(self) -> dict[str, Tensor]:
+        """Weights and moments of every optimiser, to save."""
         return {k: v for name, o in self.optimizers.items() for k, v in o.tensors(name).items()}
 
     def stored(self) -> dict[str, float]:
+        """Counters, controllers and running moments, to save."""
         return {**self.facts, **self._updates(), "bad_steps": self.bad_steps}
 
     def restore(self, tensors: dict[str, Tensor], stored: dict[str, float]) -> None:
-        """Take up what `tensors` and `stored` gave. Raises CheckpointError where they are of another run."""
+        """Restore what `tensors` and `stored` returned. Raises CheckpointError if it does not fit this run."""
         try:
             for name, optimizer in self.optimizers.items():
                 optimizer.load(name, tensors, int(stored[f"updates.{name}"]))
@@ -47,12 +49,12 @@ class Progress:
             ) from None
 
     def zero_gradients(self) -> None:
-        """Forget every gradient."""
+        """Set every gradient to zero."""
         for optimizer in self.optimizers.values():
             optimizer.zero()
 
     def mark(self) -> None:
-        """Remember this as a state that a run can go on from."""
+        """Mark the current state as one that a run can resume from."""
         self.marked = self.stored()
 
     @property
@@ -62,11 +64,11 @@ class Progress:
 
     @property
     def learned_nothing(self) -> bool:
-        """True if no optimiser has stepped yet, since no gradient was finite."""
+        """True if no optimiser has stepped because no gradient was finite."""
         return bool(self.bad_steps) and not any(o.updates for o in self.optimizers.values())
 
     def go_back(self) -> None:
-        """Make counters and controllers those of the last mark; the weights must be intact."""
+        """Reset counters and controllers to the last mark; the weights must be intact."""
         assert self.intact
         self._take_up(self.marked)
 
@@ -89,30 +91,28 @@ def add_gradients(
 ) -> dict[str, float]:
     """Run `work`, which adds to the gradients of what is trained; returns its named values, combined over ranks.
 
-    What fails on one rank ends all. If a pass runs out of memory, the optimiser step begins again with smaller passes:
-    gradients become zero, `again` adds what they held before, and then `work` runs once more. Neither may exchange
-    anything between ranks.
+    A failure on one rank ends all. If a pass runs out of memory, the optimiser step begins again with smaller passes:
+    gradients become zero, `again` adds those from before, and `work` runs once more. Neither may exchange anything
+    between ranks.
     """
     with ranks.together():
-        values = _in_passes_that_fit(roles, work, again)
+        values = _work_in_smaller_passes(roles, work, again)
     return ranks.combine(values, roles.base.device)
 
 
-def _in_passes_that_fit(
+def _work_in_smaller_passes(
     roles: Roles, work: Callable[[], dict[str, float]], again: Callable[[], object] | None
 ) -> dict[str, float]:
-    try:
-        return work()
-    except PassesShrank:
-        pass
+    redo = False
     while True:
-        roles.zero_gradients()
         try:
-            if again is not None:
+            if redo:
+                roles.zero_gradients()
+            if redo and again is not None:
                 again()
             return work()
         except PassesShrank:
-            continue
+            redo = True
 
 
 def apply_gradients(
@@ -126,9 +126,9 @@ def apply_gradients(
 ) -> dict[str, float]:
     """Sum gradients over ranks, clip their joint norm, and step; a non-finite gradient is dropped and counted.
 
-    Only the optimisers that `learning_rates` names step; every gradient is forgotten.
+    Only the optimisers that `learning_rates` names step; every gradient becomes zero.
 
-    Raises TrainingStopped after `patience` dropped in a row.
+    Raises TrainingStopped after `patience` dropped gradients in a row.
     """
     optimizers = list(progress.optimizers.values())
     for optimizer in optimizers:
@@ -141,7 +141,7 @@ def apply_gradients(
             progress.optimizers[name].step(learning_rate)
             weights = progress.optimizers[name].weights
             if not math.isfinite(float(weights.dot(weights))):
-                raise diverged(f"the weights of the {name} have left the range of numbers", step)
+                raise diverged(f"the weights of the {name} are not finite", step)
     else:
         progress.bad_steps += 1
     progress.zero_gradients()
@@ -149,7 +149,7 @@ def apply_gradients(
         raise TrainingStopped(
             f"the gradient was not finite {progress.bad_steps} times in a row",
             step=step,
-            advice="lower --learning-rate, or look for broken rows or an unstable base; the last saved state is kept",
+            advice="lower --learning-rate, or check the rows and the base; the last saved state is kept",
         )
     return {
         "grad_norm": norm if finite else float("nan"),
@@ -158,7 +158,7 @@ def apply_gradients(
 
 
 def diverged(how: str, step: int) -> TrainingStopped:
-    """The end of a run whose model is no longer worth anything."""
+    """The error that ends a run whose model is no longer usable."""
     return TrainingStopped(
         f"training diverged: {how}",
         step=step,

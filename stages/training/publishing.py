@@ -1,4 +1,4 @@
-"""Writes a stage's checkpoint: files, read back and compared, and the manifest last."""
+"""Writes a stage's checkpoint: its files, which are read back and compared, and the manifest last."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def publish_checkpoint(
     rewards: list[ModelRef],
     extra_files: tuple[str, ...] = (),
 ) -> None:
-    """Write the checkpoint of `role`, with the critic if there is one; load it back, compare, then write its manifest.
+    """Write the checkpoint of `role`, and of the critic if there is one; load it, compare it, write its manifest.
 
-    Raises TrainingStopped if the model has come to give anything but numbers.
+    Raises TrainingStopped if the trained model computes states that are not finite.
     """
     roles, base, run, text = session.roles, session.base, session.run, session.text
     lines = read_metrics(run)
@@ -48,10 +48,10 @@ def publish_checkpoint(
     files = save_adapter(run.folder, base, adapter, head)
     check_reload(base, run.folder, adapter, head)
     if "critic" in roles.heads:
-        own = roles.adapters.get("critic")
-        files += _save_critic(run.folder / "critic", base, own, roles.heads["critic"])
-        trunk = None if own else run.folder
-        check_reload(base, run.folder / "critic", own or adapter, roles.heads["critic"], trunk=trunk)
+        critic = roles.adapters.get("critic")  # None: a shared critic is only a head on the policy's adapter
+        files += _save_critic(run.folder / "critic", base, critic, roles.heads["critic"])
+        trunk = None if critic else run.folder
+        check_reload(base, run.folder / "critic", critic or adapter, roles.heads["critic"], trunk=trunk)
     files += save_tokenizer(run.folder, text)
     check_tokenizer(run.folder, text, trust_remote_code=session.config.trust_remote_code)
     write_config(run, session.config)
@@ -92,15 +92,15 @@ def _manifest(
 
 @torch.no_grad()
 def _stop_if_states_overflow(roles: Roles, role: str, step: int) -> None:
-    """Raise TrainingStopped if a trained role makes of a short text states that are not finite."""
+    """Raise TrainingStopped if a trained role computes states of a short text that are not finite."""
     with roles.use(role):
         states = roles.base.hidden(probe_sequences(roles.base))
     if not torch.isfinite(states).all():
-        raise diverged("the trained model gives states that are not finite", step)
+        raise diverged("the trained model computes states that are not finite", step)
 
 
 def _save_critic(folder: Path, base: Base, adapter: Adapter | None, head: ScalarHead) -> list[str]:
-    """The critic's folder; a critic that shares the policy's trunk has a head alone."""
+    """Save the critic; one without its own adapter has only a head. Returns the names of its files."""
     if adapter is not None:
         return [f"critic/{name}" for name in save_adapter(folder, base, adapter, head)]
     save_tensors(folder / HEAD, head.tensors())
@@ -108,7 +108,7 @@ def _save_critic(folder: Path, base: Base, adapter: Adapter | None, head: Scalar
 
 
 def save_tokenizer(folder: Path, text: Text) -> list[str]:
-    """Save the tokenizer, each file written whole before it gets its name; returns the names."""
+    """Save the tokenizer, every file atomically; returns their names."""
     with atomic.filling(folder) as temporary:
         text.tokenizer.save_pretrained(temporary)
         names = sorted(p.name for p in Path(temporary).iterdir() if p.is_file())

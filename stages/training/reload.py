@@ -1,4 +1,4 @@
-"""Reads back what a stage has just written and compares it with memory before it is published."""
+"""Compares what a stage has written with what it has in memory, before the checkpoint is published."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from stages.models.roles import ADAPTER, SCORE_KEY, Roles, adapter_of, head_of, 
 from stages.models.tokens import Text, load_text
 from stages.native.limits import out_of_memory
 
-SAID = "Human: what is the time?\n\nAssistant: it is 12:34 — thank you!"  # what both tokenizers have to agree on
+PROBE_TEXT = "Human: what is the time?\n\nAssistant: it is 12:34 — thank you!"  # both tokenizers must encode it alike
 
 
 def probe_sequences(base: Base) -> list[Tensor]:
-    """Two fixed short texts that saved and loaded weights are compared on."""
+    """Two fixed short token sequences on which saved and loaded weights are compared."""
     return [torch.arange(3, 3 + n) * 7 % base.vocabulary for n in (9, 5)]
 
 
@@ -31,11 +31,11 @@ def probe_sequences(base: Base) -> list[Tensor]:
 def check_reload(
     base: Base, folder: Path, adapter: Adapter, head: ScalarHead | None = None, *, trunk: Path | None = None
 ) -> None:
-    """Load an adapter, and a head where there is one, from `folder` and score a fixed batch.
+    """Load an adapter, and a head if there is one, from `folder` and compare them with memory.
 
-    Weights must equal memory's to the bit, states up to rounding: products of narrow layers round by where in memory
-    their weights lie. `trunk` is where the adapter lies if not beside its head, as for a critic that shares the
-    policy's. Raises AssertionError, whose text names what differs: a file that does not come back is a defect of ours.
+    Weights must be equal to the bit, hidden states of `probe_sequences` up to rounding, which depends on the address of
+    the weights. `trunk` is the folder of the adapter if it is not beside its head, as for a critic on the policy's
+    adapter. Raises AssertionError with what differs: that is an internal error.
     """
     roles = Roles(base)
     try:
@@ -50,12 +50,12 @@ def check_reload(
         with roles.use("in memory"):
             expected = base.hidden(probe_sequences(base))
         with roles.use("on disk"):
-            found = base.hidden(probe_sequences(base))
+            actual = base.hidden(probe_sequences(base))
     finally:
         roles.remove("in memory")
         roles.remove("on disk")
-    # The numbers too: one bit of one weight need not show in the states of a short text.
-    same = _equal(adapter.tensors(), stored.tensors()) and is_close(found, expected, base.dtype)
+    # The weights too: one bit of one weight may not change the states of a short text.
+    same = _equal(adapter.tensors(), stored.tensors()) and is_close(actual, expected, base.dtype)
     _expect(same, f"the adapter written to {trunk or folder} is not the one in memory")
     if head is not None:
         same = _equal(head.tensors(), stored_head.tensors())
@@ -66,14 +66,14 @@ def check_reload(
 
 
 def check_adaptable(base: Base, targets: list[str], lora_type: str = "lora") -> None:
-    """Save and load a small adapter on the layers of a base, so that no run is lost at its end for not reading back.
+    """Save and load a small adapter on the layers of a base, so that no run fails only at its end.
 
-    Raises ModelError if what is written is not what is read. Without room for the trial, on disk or in memory, there is
-    none: the run itself says what is missing.
+    Raises ModelError if it does not come back as it was written. A full disk or too little memory for this trial is
+    ignored: the run itself reports it.
     """
     adapter = new_adapter(base, 1, 1.0, targets, 0, lora_type)
     for parameter in adapter.parameters():
-        parameter.data.add_(0.01)  # B is not zero, which would change nothing wherever it is put
+        parameter.data.add_(0.01)  # with B zero, an adapter on the wrong layer would have no effect
     try:
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(Path(folder), base, adapter)
@@ -85,9 +85,9 @@ def check_adaptable(base: Base, targets: list[str], lora_type: str = "lora") -> 
             fix="name other --lora-targets, or use another base",
         ) from None
     except (OSError, OutputError):
-        return  # a disk that takes nothing is for the run's own folder to tell
+        return  # the run reports it for its own folder
     except RuntimeError as error:
-        if not out_of_memory(error):  # of which training's own passes say how much they need
+        if not out_of_memory(error):  # the training passes report that, with the memory they need
             raise
 
 
@@ -100,28 +100,25 @@ def check_tokenizer(folder: Path, text: Text, *, trust_remote_code: bool) -> Non
         stored = load_text(folder, chat_template=None, stop_ids=text.stop_ids, trust_remote_code=trust_remote_code)
     except UserError as error:
         raise AssertionError(f"the tokenizer written to {folder} cannot be read back: {error}") from error
-    mine = _facts(text) | {"tokenizer.json": _content(text)}
-    theirs = _facts(stored) | {"tokenizer.json": tokenizer_digest(folder)}
-    different = ", ".join(name for name in mine if mine[name] != theirs[name])
+    content = tokenizer_content_digest(json.loads(text.tokenizer.backend_tokenizer.to_str()))
+    expected = _tokenizer_parts(text) | {"tokenizer.json": content}
+    actual = _tokenizer_parts(stored) | {"tokenizer.json": tokenizer_digest(folder)}
+    different = ", ".join(name for name in expected if expected[name] != actual[name])
     _expect(not different, f"the tokenizer written to {folder} is not the one in memory: {different}")
 
 
-def _facts(text: Text) -> dict[str, object]:
+def _tokenizer_parts(text: Text) -> dict[str, object]:
     return {
         "vocabulary": text.tokenizer.get_vocab(),
-        "encoding": text.encode(SAID, rendered=False),
+        "encoding": text.encode(PROBE_TEXT, rendered=False),
         "chat template": text.tokenizer.chat_template,
         "end of text": text.eos_id,
         "stop tokens": text.stop_ids,
     }
 
 
-def _content(text: Text) -> str:
-    return tokenizer_content_digest(json.loads(text.tokenizer.backend_tokenizer.to_str()))
-
-
-def _equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def _expect(true: bool, otherwise: str) -> None:

@@ -1,4 +1,4 @@
-"""All randomness is a function of (seed, purpose, step, ...), never of what ran before: resuming repeats it exactly."""
+"""Random numbers are a function of (seed, purpose, step, ...), not of what ran before: a resumed run repeats them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def derive(*names: object) -> int:
 
 
 def permutation(n: int, *names: object) -> list[int]:
-    """A shuffle of range(n), the same whenever the names are."""
+    """A random permutation of range(n), the same for the same names."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(derive(*names))).tolist()
 
 
 def noise(keys: list[tuple[object, ...]], length: int) -> Tensor:
     """Uniform numbers in [0, 1), a row of `length` per key: (len(keys), length) float64 on the CPU.
 
-    A row depends on its key alone, so a response does not depend on which others are sampled beside it.
+    A row depends only on its key, so a response does not depend on the others in its batch.
     """
     generator = torch.Generator()
     rows = [torch.rand(length, generator=generator.manual_seed(derive(*key)), dtype=torch.float64) for key in keys]

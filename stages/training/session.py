@@ -1,6 +1,6 @@
-"""A session is one run of a training stage: it does what all stages do, and leaves them their algorithm.
+"""A session is one run of a training stage: it does what all stages share, so that a stage has only its algorithm.
 
-In this order: encode rows, plan (or stop there, with --dry-run), load the base, open roles, train, publish.
+In this order: encode rows, plan (--dry-run ends here), load the base, open roles, train, publish.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from stages.models.roles import Roles, adapter_of, frozen_copy, start_adapter
 from stages.models.tokens import Text
 from stages.results import Reporter, Result, Table, next_commands
 from stages.training import opening
-from stages.training.batching import batch_at
-from stages.training.devices import Ranks, free_memory
+from stages.training.batching import batch_at, epoch_at, steps_in
+from stages.training.devices import Ranks, free_memory, peak_memory_gb
 from stages.training.language import warn_above_uniform
 from stages.training.loop import before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
@@ -40,14 +40,14 @@ Metrics = dict[str, float]
 
 @dataclass
 class Session:
-    """What a training stage works on, what it trains, and where it reports."""
+    """Config, inputs and reporter of a stage; and, once they are opened, its text, base, roles, ranks and progress."""
 
     stage: str
     config: Any  # a TrainingKnobs
     inputs: Any  # stages.inputs.Inputs
     reporter: Reporter
     signals: Signals = field(default_factory=Signals)
-    text_problem: str = ""  # why the base can hardly read the rows; empty if it can
+    text_problem: str = ""  # why the base can hardly read the rows, empty if it can
     work: Work = field(init=False)  # from `plan`
     total: int = field(init=False)  # steps of the run, from `plan`
     roles: Roles = field(init=False)  # from `load_base`
@@ -56,12 +56,12 @@ class Session:
 
     @functools.cached_property
     def text(self) -> Text:
-        """The tokenizer, with the chat template that the config asks for."""
+        """The tokenizer with the config's chat template."""
         return opening.open_text(self.inputs.source, self.config, self.reporter)
 
     @property
     def model(self) -> ModelRef:
-        """What --model names."""
+        """The model that --model names."""
         return self.inputs.source
 
     @property
@@ -78,26 +78,33 @@ class Session:
 
     @functools.cached_property
     def max_tokens(self) -> int:
-        """Longest row in tokens: what was asked for, or what the base's context allows."""
+        """Longest row in tokens: the config's, or the base's context length if that is less."""
         return opening.context_limit(self.config.max_tokens, self.model, self.reporter)
 
     def encode(self, rows: list[Row], encode: Callable[[Row], Out], what: str, limit: int | None = None) -> list[Out]:
-        """Tokenise rows, called `what` in messages; with a `limit` in tokens, say how many were cut to it."""
+        """Tokenise rows, called `what` in messages; with a `limit` in tokens, a note counts those cut to it."""
         skip_bad = self.config.skip_bad_rows
-        encoded = opening.encode_all(rows, encode, skip_bad=skip_bad, reporter=self.reporter, what=what)
-        if limit is not None:
-            opening.report_cuts(encoded, limit, self.reporter, what)
-        return encoded
+        return opening.encode_all(rows, encode, skip_bad=skip_bad, reporter=self.reporter, what=what, limit=limit)
 
-    def check_coverage(self, rows: list, what: str) -> str:
-        """Warn of rows that the base can hardly read; returns why, empty if it can."""
+    def encode_split(
+        self, encode: Callable[[Row], Out], what: str, limit: int | None = None
+    ) -> tuple[list[Out], list[Out]]:
+        """Training rows and held-out rows, tokenised, with a warning if the base can hardly read them."""
+        rows = self.encode(self.inputs.train, encode, what, limit)
+        held_out = self.encode(self.inputs.held_out, encode, f"held-out {what}", limit)
+        self.check_coverage(self.inputs.train, what)
+        return rows, held_out
+
+    def check_coverage(self, rows: list, what: str) -> None:
+        """Warn of rows that the base can hardly read."""
         problem = opening.check_coverage(self.text, rows, self.reporter, what=what)
         self.text_problem = self.text_problem or problem
-        return problem
 
-    def plan(self, work: Work, total: int) -> None:
-        """Fix what the stage runs through its model, in `total` steps."""
-        self.work, self.total = work, total
+    def plan(self, work: Work, total: int | None = None) -> None:
+        """Fix what the stage runs through its model, and its steps: `total`, or those that the config asks for."""
+        config = self.config
+        steps = steps_in(len(work.sizes), config.batch_size, config.epochs, config.max_steps)
+        self.work, self.total = work, steps if total is None else total
 
     def describe_plan(self) -> Result:
         """The result of --dry-run."""
@@ -106,9 +113,9 @@ class Session:
     # --- the base and its roles
 
     def load_base(self) -> None:
-        """Load the base, with passes of the size that the plan finds room for beside it.
+        """Load the base, with forward passes of the size that fits into the memory beside it.
 
-        Raises ModelError for a base whose adapters could not be saved in the end.
+        Raises ModelError for a base whose adapters could not be saved and loaded.
         """
         base = opening.open_base(self.model, self.config, self.text)
         self.ranks = Ranks(base.device)
@@ -122,7 +129,7 @@ class Session:
         self.roles = Roles(base)
 
     def _choose_pass_tokens(self, base: Base) -> int:
-        """Tokens of an `auto` pass; turns gradient checkpointing on where the plan needs it."""
+        """Tokens of an `auto` pass; turns gradient checkpointing on if the plan needs it."""
         config, reporter = self.config, self.reporter
         shapes, free = source_shapes(self.model, config), free_memory(base.device)
         passes = choose_passes(config, self.work, self.model, shapes, free)
@@ -133,14 +140,14 @@ class Session:
         except ModelError as error:
             if config.gradient_checkpointing is True:
                 raise
-            reporter.note(f"memory is short, but {error.what}")
+            reporter.note(f"activations do not fit into the memory, but {error.what}")
             without = replace(config, gradient_checkpointing=False)
             return choose_passes(without, self.work, self.model, shapes, free).tokens
-        reporter.note(f"activations are computed again, in passes of up to {passes.tokens} tokens")
+        reporter.note(f"activations are recomputed in the backward pass, in passes of up to {passes.tokens} tokens")
         return passes.tokens
 
     def start_role(self, role: str, head: nn.Module | None = None) -> None:
-        """Add the role that is trained: the checkpoint's adapter, or a fresh one."""
+        """Add a role that is trained: the checkpoint's adapter, or a fresh one."""
         config, seed = self.config, derive(self.config.seed, self.stage, "adapter")
         adapter = start_adapter(self.base, self.model, config, seed)
         self.roles.add(role, adapter, head)
@@ -153,6 +160,12 @@ class Session:
         """Give every named group of parameters an optimiser."""
         self.progress = open_progress(self.config, trained)
 
+    def optimise_role(self, role: str, what: str) -> None:
+        """Give the only role that is trained its optimiser; a note counts its weights and the rows, called `what`."""
+        self.optimise(**{role: self.roles.parameters(role)})
+        rows, size = len(self.work.sizes), self.roles.adapters[role].size
+        self.reporter.note(f"{rows} {what}, {self.total} steps, {size:,} trainable parameters")
+
     # --- training
 
     def batch(self, rows: Sequence[Row], step: int) -> list[Row]:
@@ -164,7 +177,7 @@ class Session:
         return add_gradients(self.roles, self.ranks, work, again=again)
 
     def learning_rate(self, step: int) -> float:
-        """Of step `step`, counted from 0."""
+        """The learning rate of step `step`, counted from 0."""
         config = self.config
         return learning_rate_at(step, self.total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
 
@@ -172,12 +185,24 @@ class Session:
         """`progress.apply_gradients` with these learning rates, at step `step`, counted from 0."""
         return apply_gradients(self.progress, rates, self.config.max_grad_norm, self.ranks, step + 1, **patience)
 
+    def finish_step(self, role: str, batch: Sequence[Any], step: int) -> Metrics:
+        """Step the optimiser of the only role that is trained; returns what every stage logs of a `batch`."""
+        rate = self.learning_rate(step)
+        return {
+            "lr": rate,
+            "epoch": epoch_at(step + 1, len(self.work.sizes), self.config.batch_size),
+            "tokens": sum(row.size for row in batch),
+            "samples": len(batch),
+            "memory_gb": peak_memory_gb(self.base.device),
+            **self.apply_gradients({role: rate}, step),
+        }
+
     def train(self, update: Callable[[int], Metrics], evaluate: Callable[[int], Metrics]) -> None:
         """Run `update(step)` and `evaluate(step)` to the end; see `loop.train`."""
         train(self, update, evaluate)
 
     def warn_above_uniform(self, loss: float, what: str, cause: str = "") -> None:
-        """Warn of a loss above that of a uniform guess; the likely cause is the text, if that is odd, else `cause`."""
+        """Warn of a loss above that of a uniform guess; its likely cause is `text_problem` if any, else `cause`."""
         warn_above_uniform(loss, self.base.vocabulary, what, self.text_problem or cause, self.reporter)
 
     # --- the end
@@ -201,6 +226,6 @@ class Session:
     def result(
         self, data: dict[str, Any], tables: tuple[Table, ...] = (), advice: tuple[str, ...] | None = None
     ) -> Result:
-        """How the stage ended; `advice` defaults to the commands that one runs next."""
+        """The stage's result; `advice` defaults to the commands that usually follow."""
         following = next_commands(self.stage, self.config) if advice is None else advice
         return Result(self.stage, "done", self.config.output, data, tables, following)

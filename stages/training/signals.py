@@ -1,7 +1,7 @@
-"""SIGTERM and Ctrl-C ask a run to end: noticed between forward passes, so that it ends within seconds, state saved.
+"""SIGTERM and Ctrl-C end a run within seconds and with its state saved: they are checked between forward passes.
 
-In code that is not ours, such as a reward function, they act at once: how long it takes is not ours to say, and
-nothing is in the middle of a change there. Processes that it forks have the handlers of before, not ours.
+In user code, such as a reward function, they act immediately: it may take arbitrarily long, and no state changes
+during it. Processes that it forks get the handlers from before ours.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from stages.errors import StopRequested
 
 FINISHING = "interrupted; this step is finished first, then saved (a second signal ends it at once)"
-ECHO_SECONDS = 2.0  # torchrun passes a Ctrl-C on that the terminal has sent to every rank already
-
-ASKING = (signal.SIGTERM, signal.SIGINT)
+ECHO_SECONDS = 2.0  # torchrun repeats a Ctrl-C that the terminal has already sent to every rank
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Dispositions:
-    """What our handlers stand in for, by signal; forked children get it back."""
+    """Handlers that ours replaced, by signal; forked children get them back."""
 
     before: dict[int, object] = {}
     mask: set[int] | None = None  # of the thread that forks, while it does
@@ -38,12 +37,12 @@ def _silent(text: str) -> None:
 
 
 class Signals:
-    """The SIGTERM and SIGINT that come to one run."""
+    """The SIGTERM and SIGINT that one run receives."""
 
     def __init__(self) -> None:
         self.received: int | None = None  # the signal that came, if one did
-        self._process = os.getpid()  # a forked child was not asked
-        self._since = 0.0  # seconds of the clock
+        self._process = os.getpid()  # a forked child ignores the signals of its parent
+        self._since = 0.0  # monotonic seconds of the first signal
         self._listening = False
         self._in_user_code = False
         self._reset()
@@ -66,31 +65,31 @@ class Signals:
         save: Callable[[], bool] | None = None,
         echo: bool = False,
     ) -> Iterator[None]:
-        """Within the block the first signal is only noted, for `check` to find; a second one acts at once.
+        """Within the block the first signal is only recorded, for `check` to find; a second one acts immediately.
 
-        While `may_stop()` is false, `check` goes on and tells `say` so, once. `save` saves the run's state, if it can,
-        when user code never comes back; another thread calls it. With `echo` a second signal that follows the first
-        within ECHO_SECONDS is the same one.
+        While `may_stop()` is false, `check` does not raise, and calls `say` once. `save` saves the run's state, if
+        possible, when user code never returns; another thread calls it. With `echo` a second signal within ECHO_SECONDS
+        of the first is ignored.
         """
         self._reset(may_stop, say, save, echo)
         self._listening = True
         try:
-            with handling(dict.fromkeys(ASKING, self._hear)):
+            with handling(dict.fromkeys(STOP_SIGNALS, self._receive)):
                 yield
         finally:
-            self._reset()  # a signal that came after the last check: the work is done, what follows may finish
+            self._reset()  # drops a signal after the last check: the work is done, and what follows may finish
             self._listening = False
 
     @contextmanager
     def acting_at_once(self) -> Iterator[None]:
-        """Within the block, which runs code that is not ours, signals raise StopRequested there and then.
+        """Within the block, which runs user code, signals raise StopRequested immediately.
 
-        What the code swallows, or turns into another exception, is raised again at the end. Where a run may not stop,
-        they are only noted here, too.
+        If the code suppresses it, or raises another exception instead, it is raised again at the end. While the run may
+        not stop, signals are only recorded.
         """
         self.check()
         try:
-            with handling(dict.fromkeys(ASKING, self._hear)):
+            with handling(dict.fromkeys(STOP_SIGNALS, self._receive)):
                 outer, self._in_user_code = self._in_user_code, True
                 try:
                     yield
@@ -102,7 +101,7 @@ class Signals:
                 self.received = None
 
     def check(self) -> None:
-        """Raise StopRequested if a signal came and stopping here loses nothing."""
+        """Raise StopRequested if a signal was received and stopping loses nothing."""
         if self.received is None or os.getpid() != self._process:
             return
         if self._may_stop():
@@ -111,10 +110,10 @@ class Signals:
         say(FINISHING)
 
     def save(self) -> bool:
-        """Save the run's state, for a process that is about to end; False where there is none to save."""
+        """Save the run's state before the process ends; returns False if there is none to save."""
         return self._save is not None and self._save()
 
-    def _hear(self, number: int, frame: object) -> None:
+    def _receive(self, number: int, frame: object) -> None:
         again, self.received = self.received is not None, number
         if not again:
             self._since = time.monotonic()
@@ -127,9 +126,9 @@ class Signals:
 
 @contextmanager
 def handling(handlers: dict[int, object]) -> Iterator[None]:
-    """Handle signals so within the block; forked children handle them as before. Does nothing outside the main thread.
+    """Handle signals with these handlers within the block; forked children keep the ones from before.
 
-    Whoever runs us in another thread handles signals there.
+    Does nothing outside the main thread, since only that can set handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -150,21 +149,21 @@ def handling(handlers: dict[int, object]) -> Iterator[None]:
 
 
 def _or_default(handler: object) -> object:
-    """A handler that Python can set; one that a C library had set (None) cannot be put back."""
+    """A handler that Python can set; one that a C library set (None) becomes the default."""
     return signal.SIG_DFL if handler is None else handler
 
 
-# --- forked children: a worker that only noted SIGTERM would never end -----------------------------------------------
+# --- forked children: a worker that only recorded SIGTERM would never end
 
 
 def _register_forks() -> None:
     if not _Dispositions.registered and hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_before_fork, after_in_parent=_unblock, after_in_child=_as_before)
+        os.register_at_fork(before=_before_fork, after_in_parent=_unblock, after_in_child=_restore_in_child)
         _Dispositions.registered = True
 
 
 def _before_fork() -> None:
-    """Signals wait until the child has its own handlers, so that none meets ours there and is lost."""
+    """Block signals until the child has its own handlers, so that none is lost to ours there."""
     if _Dispositions.before:
         _Dispositions.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _Dispositions.before)
 
@@ -175,7 +174,7 @@ def _unblock() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _as_before() -> None:
+def _restore_in_child() -> None:
     if _Dispositions.before:
         signal.set_wakeup_fd(-1)
     for number, handler in _Dispositions.before.items():
