@@ -98,10 +98,10 @@ $(REPORT): $(RECIPE)/evaluate.yaml $(PPO) $(call rows,EVALUATE,evaluate)
 
 # --- checks ------------------------------------------------------------------------------------------------------
 
-test: .venv/installed ## the fast tests
+test: .venv/installed ## the fast tests, in about a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-test-all: .venv/installed ## the slow tests too
+test-all: .venv/installed ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m 'not gpu'
 
 lint: .venv/installed ## check style and format

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import SHORT, Chain, contents, demonstrations, done, lines_of, refused, rlhf
+from tests.marks import full
 from tests.test_bad_input import (
     EARLY,
     LATE,
@@ -383,6 +384,7 @@ ROWS = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("row", ROWS)
 def test_a_mistake_is_one_message_and_nothing_is_written(chain, tmp_path, monkeypatch, row):
     check_refusal(chain(), tmp_path, monkeypatch, *ROWS[row])
@@ -423,6 +425,7 @@ def test_cells_of_several_lines_quotes_and_commas_are_kept_to_the_letter(tmp_pat
     assert [row.where for row in found.rows] == [f"{path}:2", f"{path}:7"]
 
 
+@pytest.mark.full
 def test_the_same_rows_in_other_clothes_train_the_same_model(chain, tmp_path):
     """A mark, line ends, blank lines, excess fields and the kind of file change nothing that is learned."""
     plain = write_jsonl(tmp_path / "plain.jsonl", demonstrations()[:12])
@@ -465,8 +468,8 @@ def test_what_a_tool_says_is_read_and_not_learned(chain, tmp_path):
     assert [message["role"] for message in asked] == ["user", "tool"]
 
 
-@pytest.mark.parametrize("command", ["sft", "ppo"])
-@pytest.mark.parametrize("pad", [None, "<eos>"])
+@pytest.mark.parametrize("command", ["sft", *full("ppo")])
+@pytest.mark.parametrize("pad", [None, *full("<eos>")])
 def test_a_base_needs_no_pad_token_of_its_own(chain, model_folder, tmp_path, pad, command):
     base, found = model_folder("llama", pad=pad), chain()
     line = sft(found, tmp_path, model=base)
@@ -490,8 +493,8 @@ def every_command(c: Chain, p: Path) -> dict[str, list]:
     }
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "dpo", "sample", "evaluate", "export"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("command", ["sft", "export", *full("reward", "ppo", "dpo", "sample", "evaluate")])
+@pytest.mark.parametrize("number", [errno.ENOSPC, *full(errno.EDQUOT, errno.EROFS)])
 def test_a_disk_that_takes_nothing_is_one_message_and_leaves_nothing(chain, tmp_path, monkeypatch, command, number):
     """Full, over quota, or mounted for reading: the system refuses to make the first file."""
     line, whole = every_command(chain(), tmp_path)[command], os.open
@@ -512,6 +515,7 @@ def test_a_disk_that_takes_nothing_is_one_message_and_leaves_nothing(chain, tmp_
     assert "\n  -> " in message and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("command", ["sft", "ppo", "export"])
 def test_a_disk_that_fills_up_is_one_message_and_no_checkpoint(chain, tmp_path, command):
     """The system's own limit on a file's size: small files are written, tensors are not."""

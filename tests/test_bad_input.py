@@ -13,6 +13,7 @@ import pytest
 
 from rlhf_cli import main
 from tests.commands import SHORT, Chain, contents, rlhf
+from tests.marks import full
 from tests.tiny import build_model, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -652,15 +653,12 @@ sys.exit(code)
 @pytest.mark.parametrize(
     ("code", "arguments"),
     [
-        (0, lambda c: ["--help"]),
-        (0, lambda c: ["ppo", "--help"]),
-        (0, lambda c: ["--version"]),
-        (2, lambda c: ["sft", "--model", c.base, "--dataset", c.prompts, "--output", "x"]),
+        *full((2, lambda c: ["sft", "--model", c.base, "--dataset", c.prompts, "--output", "x"])),
         (2, lambda c: ["ppo", "--model", c.sft, "--reward", c.sft, "--dataset", c.prompts, "--output", "x"]),
-        (0, lambda c: ["report", c.folder]),
-        (0, lambda c: ["sft", "--config", c.sft / "config.yaml"]),  # already done
+        *full((0, lambda c: ["report", c.folder])),
+        *full((0, lambda c: ["sft", "--config", c.sft / "config.yaml"])),  # already done
     ],
-    ids=["help", "ppo help", "version", "dataset", "checkpoint", "report", "already done"],
+    ids=["dataset", "checkpoint", "report", "already done"],
 )
 def test_these_answer_without_torch(chain, tmp_path, code, arguments):
     words = [str(word) for word in arguments(chain())]

@@ -193,6 +193,7 @@ def test_the_least_time_of_an_iteration_by_hand():
     assert twice["train policy"] == 2 * least["train policy"] and twice["value"] == least["value"]
 
 
+@pytest.mark.full
 def test_the_gpu_benchmark_runs_where_there_is_only_a_cpu(gpu, monkeypatch, tmp_path, capsys):
     words = ["--device", "cpu", "--shapes", "tiny,qwen2.5-0.5b", "--prompts", "4", "--tokens", "4"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--output", str(tmp_path)])
@@ -208,6 +209,7 @@ def test_the_gpu_benchmark_runs_where_there_is_only_a_cpu(gpu, monkeypatch, tmp_
     assert "| tiny: 4 x (4 + 4) | s | least, s | ratio |" in text and text.strip() == capsys.readouterr().out.strip()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "free"), [("float32", None), ("bfloat16", 12e6)])
 def test_the_plan_of_a_whole_iteration_is_what_it_takes(gpu, monkeypatch, dtype, free):
     """Also where memory is short: then passes are smaller and activations are computed again."""
@@ -242,6 +244,7 @@ def test_less_is_measured_where_time_is_short(gpu):
     assert gpu.places("results", "NVIDIA H100 80GB HBM3")[1].name == "gpu-nvidia-h100-80gb-hbm3.md"
 
 
+@pytest.mark.full
 def test_without_cuda_one_line_says_so():
     import torch
 

@@ -23,8 +23,9 @@ from tests.commands import (
     rlhf,
     weights,
 )
+from tests.marks import full
 
-ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "qwen2", "gemma3")
+ARCHITECTURES = ("llama", *full("gpt2", "gpt_neox", "qwen2", "gemma3"))
 EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -78,7 +79,7 @@ def test_every_checkpoint_names_its_base_and_its_parents(chain, architecture):
             assert parent["digest"] == hashlib.sha256((folder / "checkpoint.json").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", *full("gpt2", "qwen2")])
 def test_every_checkpoint_has_the_tokenizer_of_its_base(chain, architecture):
     found = chain(architecture)
     for stage in ("sft", "reward", "ppo"):
@@ -247,6 +248,7 @@ def test_report_tells_the_run(chain):
 # --- other precisions
 
 
+@pytest.mark.full
 def test_every_stage_runs_on_a_base_in_bfloat16(chain, tmp_path):
     """The base is rounded, adapters and heads stay fp32, and the first minibatch is still on policy."""
     found, half = chain(), ("--dtype", "bfloat16", "--gradient-checkpointing", "true", *SMALL)
@@ -266,6 +268,7 @@ def test_every_stage_runs_on_a_base_in_bfloat16(chain, tmp_path):
 # --- conversations
 
 
+@pytest.mark.full
 def test_conversations_go_through_every_stage(chain):
     found = chain(chat=True)
     template = json.loads((found.base / "tokenizer_config.json").read_text()).get("chat_template")

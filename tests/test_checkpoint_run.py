@@ -588,6 +588,7 @@ def assert_never_mistaken(folder, weights):
         assert weight_in(folder) in weights
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("full", [False, True], ids=["kill", "full disk"])
 def test_whenever_it_fails_the_same_command_ends_in_the_same_checkpoint(tmp_path, monkeypatch, full):
     def job(folder, seen):
@@ -602,6 +603,7 @@ def test_whenever_it_fails_the_same_command_ends_in_the_same_checkpoint(tmp_path
         assert (folder / "samples.jsonl").read_text("utf-8") == SAMPLES
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_while_resuming_resumes(tmp_path, monkeypatch):
     def prepare(folder):
         train(folder, steps=2)
@@ -621,6 +623,7 @@ def test_a_run_that_is_killed_while_resuming_resumes(tmp_path, monkeypatch):
         assert (folder / "metrics.jsonl").read_text("utf-8") == METRICS
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("old_steps", [3, 4], ids=["unfinished", "finished"])
 def test_a_kill_while_overwriting_leaves_the_old_run_or_the_new_one(tmp_path, monkeypatch, old_steps):
     new = changed(seed=1)

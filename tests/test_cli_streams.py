@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import full
+
 ROOT = Path(__file__).resolve().parents[1]
 # The program with a stage that does what `work` does, and no torch.
 STAGE = """
@@ -25,6 +27,7 @@ def work():
 sys.modules["stages.inputs"] = types.SimpleNamespace(open_inputs=lambda *_, **__: "inputs")
 sys.modules["stages.sft"] = types.SimpleNamespace(run=run)
 sys.argv = ["rlhf", "sft", "--model", "m", "--dataset", "d", "--output", "o", *sys.argv[1:]]
+from tests.marks import full
 from rlhf_cli.main import app
 app()
 """
@@ -55,7 +58,7 @@ NOISE = {
 }
 
 
-@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("noise", ["child", *full(*(name for name in NOISE if name != "child"))])
 def test_stdout_has_the_result_alone(noise):
     ended = program(NOISE[noise], "--json")
     assert ended.returncode == 0, ended.stderr
@@ -69,20 +72,20 @@ def test_a_function_may_close_stdout_and_stderr():
     assert ended.returncode == 0 and json.loads(ended.stdout)["loss"] == 1.5
 
 
-@pytest.mark.parametrize("how", ["2>&-", "2>/dev/full", "0<&-"])
+@pytest.mark.parametrize("how", ["2>/dev/full", *full("2>&-", "0<&-")])
 def test_messages_that_cannot_be_written_stop_nothing(how):
     ended = program("print('noise'); print('noise', file=sys.stderr); sys.stderr.flush()", "--json", streams=how)
     assert ended.returncode == 0 and json.loads(ended.stdout)["loss"] == 1.5
 
 
-@pytest.mark.parametrize("how", [">&-", ">/dev/full"])
+@pytest.mark.parametrize("how", [">/dev/full", *full(">&-")])
 def test_a_result_that_cannot_be_written_is_told(how):
     ended = program("print('noise')", streams=how)
     assert ended.returncode == 2 and ended.stdout == ""
     assert "error: the work is done, but its result cannot be printed: " in ended.stderr and "Trace" not in ended.stderr
 
 
-@pytest.mark.parametrize("how", [">&- 2>&-", "0<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize("how", [">/dev/full 2>/dev/full", *full(">&- 2>&-", "0<&- >&- 2>&-")])
 def test_nowhere_to_write_is_no_defect(how):
     assert program("print('noise')", streams=how).returncode == 2
 
@@ -97,6 +100,7 @@ def test_files_never_take_the_number_of_a_closed_stream(tmp_path):
     assert path.read_bytes() == b"mine"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("sft", "--help"), ("sft", "--help-all"), ()])
 def test_answers_that_cannot_be_printed(arguments):
     def rlhf(streams):

@@ -46,20 +46,20 @@ def complaint(tmp_path, text="", cls=SftConfig, **flags):
 # --- knobs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "name"), ALL_KNOBS)
-def test_every_knob_has_help_and_a_panel_and_a_default_within_its_bounds(stage, name):
-    field, about, kind = knobs(STAGES[stage])[name]
-    assert about.help and about.panel and not about.help.endswith(".")
-    default = default_of(field)
-    if about.choices:
-        left_out = {None} if about.auto else set()
-        assert set(default if isinstance(default, list) else [default]) <= set(about.choices) | left_out
-    if isinstance(default, (int, float)) and not isinstance(default, bool):
-        assert about.low is None or default >= about.low
-        assert about.above is None or default > about.above
-        assert about.high is None or default <= about.high
-    if default is not REQUIRED and default not in (None, [], {}):
-        assert parse(default, kind, name) == default
+def test_every_knob_has_help_and_a_panel_and_a_default_within_its_bounds():
+    for stage, name in ALL_KNOBS:
+        field, about, kind = knobs(STAGES[stage])[name]
+        assert about.help and about.panel and not about.help.endswith("."), (stage, name)
+        default = default_of(field)
+        if about.choices:
+            left_out = {None} if about.auto else set()
+            assert set(default if isinstance(default, list) else [default]) <= set(about.choices) | left_out
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            assert about.low is None or default >= about.low, (stage, name)
+            assert about.above is None or default > about.above, (stage, name)
+            assert about.high is None or default <= about.high, (stage, name)
+        if default is not REQUIRED and default not in (None, [], {}):
+            assert parse(default, kind, name) == default
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])

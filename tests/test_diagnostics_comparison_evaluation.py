@@ -11,6 +11,7 @@ import torch
 
 from stages.diagnostics.comparison_evaluation import agreement
 from tests.commands import SHORT, done, lines_of, refused, result
+from tests.marks import full
 
 LAST = ("--limit-rows", 20)
 
@@ -48,7 +49,7 @@ def log_ratios(found, policy, temperature: float, tmp_path) -> list[tuple[float,
     return out
 
 
-@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["ppo", *full("dpo")])
 def test_the_implicit_reward_is_beta_times_the_log_ratio(chain, dpo, tmp_path, stage):
     """DPO at temperature 1 with its beta; PPO at its own temperature, 0.7, with its kl_coef, 0.05."""
     found = chain()
@@ -64,12 +65,14 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(chain, dpo, tmp_path, s
     assert report["log_loss"] == pytest.approx(statistics.fmean(losses), abs=1e-5)
 
 
+@pytest.mark.full
 def test_the_report_has_the_keys_of_a_reward_models(chain, dpo):
     line = ("--dataset", chain().comparisons, *LAST)
     implicit = result("evaluate", "--model", dpo, *line)["implicit_reward"]
     assert implicit.keys() == result("evaluate", "--model", chain().reward, *line)["reward_model"].keys()
 
 
+@pytest.mark.full
 def test_dpo_reports_of_itself_what_evaluate_does(chain, dpo):
     """The rows that were held out from it are judged in its own report, all of them here."""
     stored = json.loads((dpo / "report.json").read_text())
@@ -78,6 +81,7 @@ def test_dpo_reports_of_itself_what_evaluate_does(chain, dpo):
     assert again["pairs"] == 256 > stored["pairs"]
 
 
+@pytest.mark.full
 def test_side_by_side_each_is_what_it_is_alone(chain, dpo):
     found = chain()
     line = ("--dataset", found.comparisons, *LAST)
@@ -93,6 +97,7 @@ def test_side_by_side_each_is_what_it_is_alone(chain, dpo):
     assert "20 pairs, side by side" in table and "baseline: longer" in table
 
 
+@pytest.mark.full
 def test_a_dpo_runs_states_can_be_compared(chain, dpo):
     line = ("--dataset", chain().comparisons, *LAST)
     rows = result("evaluate", "--model", dpo, "--also", dpo / "state", *line)["compared"]
@@ -137,6 +142,7 @@ def test_mixtures_that_make_no_sense(chain, dpo, model, more, words):
     assert all(word in said for word in words), said
 
 
+@pytest.mark.full
 def test_a_policy_trained_without_kl_implies_no_reward(chain, tmp_path):
     (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [0.0 for _ in responses]\n")
     line = ("ppo", "--model", chain().sft, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)

@@ -9,6 +9,7 @@ import pytest
 
 from stages.diagnostics.plot import COLOURS, MARK, Point, Series, check_matplotlib, scatter, write_plot
 from stages.errors import ConfigError, OutputError
+from tests.marks import full
 
 NAMES = {"title": "<a> & \"b\" 'c'\x00\ud800", "x_label": "x < $1", "y_label": "y & $z"}
 
@@ -57,7 +58,9 @@ def test_what_is_not_finite_is_left_out():
         scatter([Series("s", [])], **NAMES)
 
 
-@pytest.mark.parametrize("points", [[Point(0, 0)], [Point(3, 5)], [Point(1e-9, -1e6)], [Point(0, 1), Point(0, 1)]])
+@pytest.mark.parametrize(
+    "points", [[Point(0, 0)], *full([Point(3, 5)], [Point(1e-9, -1e6)], [Point(0, 1), Point(0, 1)])]
+)
 def test_one_value_is_a_plot_too(points, tmp_path):
     figure = scatter([Series("s", points)], **NAMES)
     write_plot(tmp_path / "x.svg", figure)
@@ -66,7 +69,7 @@ def test_one_value_is_a_plot_too(points, tmp_path):
     assert all(left <= p.x <= right and low <= p.y <= high for p in points) and left < right and low < high
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
+@pytest.mark.parametrize("suffix", [".svg", *full(".png", ".pdf")])
 def test_a_file_is_written_whole_with_a_mark_and_the_same_bytes_each_time(tmp_path, suffix, monkeypatch):
     contents = set()
     for _ in range(2):

@@ -15,6 +15,7 @@ def rates(out):
     return [line["lr"] for line in lines_of(out / "metrics.jsonl") if line["step"] > 0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("stage", "schedule", "end", "before", "after"),
     [
@@ -47,6 +48,7 @@ def test_more_epochs_say_so_too(chain, tmp_path):
     assert "rises from 0.00025 at step 4 to 0.0005 at step 5" in done(*line, "--epochs", 2).stderr
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("more", [("--lr-schedule", "constant"), ("--lr-schedule", "linear", "--max-steps", 5)])
 def test_a_later_end_at_which_no_rate_rises_says_nothing(chain, tmp_path, more):
     """At a constant rate; and from four steps to five, where a quarter is followed by a fifth."""

@@ -26,6 +26,8 @@ from stages.recipe import read_recipe, resolve
 from stages.results import Silent
 from tests.commands import rlhf, write_data
 
+pytestmark = pytest.mark.full
+
 # The same examples on every run and on every machine, so that a failure is the change's and nobody else's.
 FUZZ = settings(
     derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)

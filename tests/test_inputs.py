@@ -161,6 +161,7 @@ def test_a_parent_that_was_trained_on_what_is_held_out_here_is_told(chain, tmp_p
     assert "was made by an earlier rlhf, which held out other prompts" in open_inputs("reward", config).warnings[0]
 
 
+@pytest.mark.full
 def test_a_run_that_was_begun_with_another_split_does_not_go_on(chain, tmp_path):
     """Neither an unfinished one, nor a finished one to a later end; a finished one is done all the same."""
     found = chain()
@@ -236,6 +237,7 @@ def test_a_checkpoint_can_be_used_after_its_run_was_moved(chain, tmp_path):
 # --- code that ships with a model
 
 
+@pytest.mark.full
 def test_trust_reaches_every_model_that_is_opened(chain, model_folder, tmp_path):
     """One --trust-remote-code is enough for --model, --reward, --against and --reference on such a base."""
     base = tmp_path / "base"

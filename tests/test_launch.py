@@ -15,6 +15,7 @@ from stages.errors import ConfigError, DeviceError, UserError
 from stages.launch import MASTER, NUMBERS, Launch, check_launch, read_launch
 from stages.places import absolute
 from stages.training.devices import pick_device
+from tests.marks import full
 
 MASTERED = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -87,7 +88,9 @@ def test_a_rank_beyond_the_devices_of_its_machine_is_refused(monkeypatch):
     assert pick_device("cpu").type == "cpu"
 
 
-@pytest.mark.parametrize("arguments", [("sft", "--model", "m", "--dataset", "d", "--output", "o"), ("report", "x")])
+@pytest.mark.parametrize(
+    "arguments", [("report", "x"), *full((("sft", "--model", "m", "--dataset", "d", "--output", "o"),))]
+)
 def test_a_lonely_rank_is_told_so_before_torch_loads(arguments):
     line = (
         "import sys\n"
@@ -202,6 +205,7 @@ def test_a_line_end_in_an_argument_is_no_line_end_in_the_message(arguments):
 # --- without docstrings
 
 
+@pytest.mark.full
 def test_help_is_whole_and_stages_are_refused_without_docstrings():
     run = [sys.executable, "-OO", "-m", "rlhf_cli"]
     page = subprocess.run([*run, "sft", "--help"], capture_output=True, text=True)

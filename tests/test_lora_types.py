@@ -38,6 +38,7 @@ def place(tmp_path_factory, model_folder):
     return folder
 
 
+@pytest.mark.full
 def test_every_stage_goes_on_with_the_checkpoints_type(place):
     for name in ("sft", "reward", "ppo", "ppo/critic"):
         stored = json.loads((place / name / "adapter_config.json").read_text())
@@ -46,6 +47,7 @@ def test_every_stage_goes_on_with_the_checkpoints_type(place):
     assert manifest(place / "ppo")["config"]["lora_type"] is None
 
 
+@pytest.mark.full
 def test_magnitudes_are_trained_and_stored(place, model_folder):
     from safetensors.torch import load_file
 
@@ -74,6 +76,7 @@ def test_peft_gives_the_same_numbers(place, model_folder, stage, open_tiny):
         assert (theirs(IDS[None]).logits[0] - ours).abs().max() <= 1e-5 * ours.abs().max()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lora_type", ["rslora", "dora"])
 def test_an_interrupted_run_ends_with_the_same_bits(place, model_folder, tmp_path, lora_type):
     line = ("sft", "--model", model_folder("gpt2"), "--dataset", place / "demonstrations.jsonl", *SMALL, *STATES)
@@ -84,6 +87,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(place, model_folder, tmp_pat
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_evaluate_and_export_take_dora(place, tmp_path):
     line = ("evaluate", "--dataset", place / "prompts.jsonl", "--reward", place / "reward", "--limit-rows", 8, *SHORT)
     assert result(*line, "--model", place / "ppo", "--against", place / "sft")["policy"]["score"] is not None

@@ -238,6 +238,7 @@ def test_reinforce_pp_reaches_the_optimum():
     assert walk(reinforce_pp_advantages) < 0.02
 
 
+@pytest.mark.full
 def test_the_kl_as_a_loss_reaches_the_optimum_for_whole_responses_and_misses_it_for_tokens():
     """Check 38: scores alone as returns and k2 of whole responses, within .02; k2 of tokens, or a baseline that
     counts the response itself and so leaves (K - 1) / K of the score's gradient, rests elsewhere."""

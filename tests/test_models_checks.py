@@ -262,6 +262,7 @@ def test_narrow_layers_that_round_by_where_their_weights_lie_read_back(tmp_path)
     check_adaptable(opened, [])
 
 
+@pytest.mark.full
 def test_a_base_whose_adapters_do_not_read_back_is_refused_before_training(open_tiny, monkeypatch):
     opened = open_tiny("llama")
     check_adaptable(opened, [])

@@ -133,6 +133,7 @@ def warnings_of(*line: object) -> str:
     return ended.stderr
 
 
+@pytest.mark.full
 def test_every_stage_names_text_that_the_base_cannot_read(base, tmp_path):
     asked = [{"prompt": row["prompt"]} for row in demonstrations()[:40]]
     (tmp_path / "r.py").write_text("def score(prompts, responses, **columns):\n    return [0.0] * len(responses)\n")
@@ -161,6 +162,7 @@ def test_every_stage_names_text_that_the_base_cannot_read(base, tmp_path):
             assert told.count(UNREADABLE) == (language == "chinese")
 
 
+@pytest.mark.full
 def test_sft_and_evaluate_name_a_loss_that_means_nothing(base, tmp_path):
     """A random base with large weights is worse than a uniform guess on anything; a trained one is not."""
     data = write_jsonl(tmp_path / "d.jsonl", demonstrations())
@@ -180,6 +182,7 @@ def test_sft_and_evaluate_name_a_loss_that_means_nothing(base, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_dpo_names_a_reference_that_cannot_read_the_responses(base, tmp_path):
     data = write_jsonl(tmp_path / "c.jsonl", comparisons()[:40])
     told = warnings_of("dpo", "--model", base, "--dataset", data, "--output", tmp_path / "x", *SMALL)

@@ -23,6 +23,7 @@ from stages.models.lora import (
 )
 from stages.models.model_ref import open_model
 from stages.models.roles import Roles, adapter_of, save_adapter
+from tests.marks import full
 from tests.parts import base_parameters, gradient, random_adapter, random_head, sequences_of, whole_model
 
 IDS = sequences_of([11], seed=3)[0]
@@ -335,7 +336,7 @@ def test_the_config_names_leaves_or_else_whole_paths(open_tiny):
     assert random_adapter(open_tiny("llama"), 1).config.fan_in_fan_out is False
 
 
-PEFT_CASES = [("llama", ()), ("gpt2", ()), ("gpt_neox", ()), ("gpt2", ("attn.c_proj",)), ("llama", ("q_proj",))]
+PEFT_CASES = [("llama", ()), *full(("gpt2", ()), ("gpt_neox", ()), ("gpt2", ("attn.c_proj",)), ("llama", ("q_proj",)))]
 
 
 @pytest.mark.parametrize("lora_type", TYPES)
@@ -359,7 +360,7 @@ def test_peft_loads_the_folder_with_equal_logits(model_folder, open_tiny, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", *full("gpt2", "gpt_neox")])
 def test_peft_loads_a_reward_adapter_as_a_classifier(model_folder, open_tiny, tmp_path, architecture):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
@@ -383,7 +384,7 @@ def test_peft_loads_a_reward_adapter_as_a_classifier(model_folder, open_tiny, tm
 
 
 @pytest.mark.parametrize("lora_type", TYPES)
-@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", *full("llama-tied", "gpt2", "gpt_neox", "gemma2")])
 def test_merged_weights_give_the_adapters_logits(open_tiny, tmp_path, architecture, lora_type):
     """Check 51: merging in fp32 gives the adapter's logits, and so do the merged weights once saved and reloaded."""
     base = open_tiny(architecture)

@@ -166,11 +166,13 @@ def trained(bitsandbytes, model_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.full
 def test_a_base_in_4_bits_learns(trained):
     losses = [line["loss"] for line in lines_of(trained / "sft" / "metrics.jsonl")[1:]]
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.full
 def test_the_checkpoint_stands_on_the_same_base_as_one_trained_in_full(trained, model_folder):
     found = manifest(trained / "sft")
     assert found["base"]["digest"] == open_model(str(model_folder("llama-wide")), stages=(), what="-").base_digest
@@ -178,6 +180,7 @@ def test_the_checkpoint_stands_on_the_same_base_as_one_trained_in_full(trained, 
     assert all(tensor.dtype == torch.float32 for tensor in weights(trained / "sft").values())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", [("--load-in-4bit",), ()])
 def test_reward_and_ppo_go_on_from_it_in_4_bits_and_in_full(trained, tmp_path, how):
     reward, ppo = tmp_path / "reward", tmp_path / "ppo"

@@ -73,6 +73,7 @@ def test_every_text_of_a_batch_has_the_states_that_it_has_alone(folder):
             assert (base.hidden(sequences, wanted) - expected[wanted]).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.full
 def test_gradients_are_those_of_texts_that_run_alone(folder):
     base, sequences = open_folder(folder), texts()
     roles = Roles(base)
@@ -89,6 +90,7 @@ def test_gradients_are_those_of_texts_that_run_alone(folder):
     assert (together - alone).norm() <= 1e-5 * alone.norm() and (again - alone).norm() <= 1e-5 * alone.norm()
 
 
+@pytest.mark.full
 def test_responses_that_grow_beyond_the_limit_follow_the_law_of_whole_texts(folder):
     """Every token by a model that reads the text so far from its beginning, whatever is sampled beside it."""
     base, prompts = open_folder(folder), sequences_of([3, 10, 14, 12, 20])

@@ -15,6 +15,7 @@ from stages.data.comparisons import Comparison, Pair
 from stages.data.rows import Demonstration, Prompt
 from stages.errors import DatasetError
 from stages.models.tokens import Text
+from tests.marks import full
 from tests.parts import open_tiny_text
 from tests.tiny import build_tokenizer
 
@@ -125,7 +126,7 @@ def last_run(mask: list[bool]) -> list[bool]:
     return [begin <= i <= end for i in range(len(mask))]
 
 
-@pytest.mark.parametrize("marks", [False, True], ids=["bare", "marked"])
+@pytest.mark.parametrize("marks", [False, *full(True)], ids=["bare", "marked"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_assistants_tokens_are_those_that_marks_tell(tokenizer, name, marks):
     """120 conversations each: every assistant turn with its end token, and nothing else."""

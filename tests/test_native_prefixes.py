@@ -11,6 +11,7 @@ from stages.models.outputs import read_targets
 from stages.models.roles import Roles
 from stages.native.attention import PrefixGroup
 from stages.native.prefixes import pack, shared_beginnings
+from tests.marks import full
 from tests.parts import PACKING, gradient, random_adapter, relative, sequences_of
 
 
@@ -55,7 +56,7 @@ def test_every_sequence_can_be_read_off_the_row(texts):
     assert found.positions[indices].tolist() == [i for s in sequences for i in range(len(s))]
 
 
-@pytest.mark.parametrize("architecture", [*PACKING, "qwen2", "gemma"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", *full(*PACKING[2:], "qwen2", "gemma")])
 def test_values_and_gradients_are_those_of_separate_rows(open_tiny, architecture):
     """To 1e-5: log-probabilities and the adapter's gradient, for a pair, a group of four, and a row alone."""
     base = open_tiny(architecture)

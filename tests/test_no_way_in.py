@@ -20,6 +20,7 @@ from stages.errors import CheckpointError, DatasetError
 from stages.models.tokens import Text
 from stages.results import Result, Table
 from tests.commands import SHORT, Chain, contents, demonstrations, done, lines_of, manifest, refused, rlhf
+from tests.marks import full
 from tests.tiny import write_jsonl
 
 STEP = ("--max-steps", 1, "--batch-size", 4, "--limit-rows", 12, "--samples", 1, "--lora-rank", 4)
@@ -116,6 +117,7 @@ def test_pickles_in_place_of_tensors_are_damaged_files(chain, tmp_path, bomb, ma
     assert not marker.exists()
 
 
+@pytest.mark.full
 def test_pickles_in_a_resume_state_are_never_loaded(chain, tmp_path, bomb, marker):
     found, out = chain(), tmp_path / "out"
     line = sft(found, out, "--keep-state", "--save-every", 1)
@@ -284,7 +286,9 @@ def victim(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", ["../victim/precious.txt", "/VICTIM/precious.txt", "critic/../../victim/precious.txt"])
+@pytest.mark.parametrize(
+    "name", ["../victim/precious.txt", *full("/VICTIM/precious.txt", "critic/../../victim/precious.txt")]
+)
 def test_a_manifest_cannot_name_files_outside_its_folder(chain, tmp_path, victim, name):
     """Neither reading nor repeating nor overwriting such a checkpoint touches what it names."""
     found, out = chain(), copied(chain().sft, tmp_path / "out")
@@ -309,6 +313,7 @@ def test_an_index_of_weights_cannot_name_files_outside_its_folder(chain, tmp_pat
     assert "model.safetensors.index.json: not an index of weights" in refused(*sft(found, tmp_path / "out", model=base))
 
 
+@pytest.mark.full
 def test_a_manifest_that_names_places_elsewhere_moves_nothing_there(chain, tmp_path, victim):
     """Parents and base are real paths, so they are looked at; overwriting their child leaves them alone."""
     found, out = chain(), copied(chain().ppo, tmp_path / "out")
@@ -329,7 +334,7 @@ LINKS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["resumed", "overwritten"])
+@pytest.mark.parametrize("how", ["resumed", *full("overwritten")])
 @pytest.mark.parametrize("name", LINKS)
 def test_nothing_is_written_or_removed_through_a_link_in_an_output_folder(chain, tmp_path, victim, name, how):
     found, out = chain(), copied(chain().ppo, tmp_path / "out")
@@ -365,6 +370,7 @@ def test_a_lock_that_is_a_link_in_an_empty_folder_is_refused(chain, tmp_path, vi
     assert contents(victim) == before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lock", [False, True])
 def test_tidying_a_finished_folder_follows_no_link(chain, tmp_path, victim, lock):
     out = copied(chain().sft, tmp_path / "out")
@@ -393,6 +399,7 @@ def test_a_checkpoint_does_not_read_through_a_link_out_of_its_folder(chain, tmp_
     assert f"`{name}` leads outside the checkpoint" in refused(*line)
 
 
+@pytest.mark.full
 def test_a_base_may_be_made_of_links_as_a_hub_cache_is(chain, tmp_path):
     found, base = chain(), tmp_path / "snapshot"
     base.mkdir()
@@ -420,6 +427,7 @@ def nasty_model(monkeypatch):
     monkeypatch.setattr(Text, "response_text", lambda *arguments: NASTY)
 
 
+@pytest.mark.full
 def test_nasty_prompts_and_responses_are_shown_plainly_and_stored_whole(chain, tmp_path, nasty_model):
     found = chain()
     data = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"red {NASTY}", NASTY: NASTY}] * 2)
@@ -526,7 +534,7 @@ def nasty_lines(found: Chain, p: Path) -> dict[str, list]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("debug", [False, *full(True)])
 def test_nasty_texts_in_messages_are_made_plain(chain, tmp_path, debug, monkeypatch):
     found = chain()
     if debug:
@@ -609,6 +617,7 @@ SECRETS = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 def test_secrets_of_the_environment_are_written_nowhere(chain, tmp_path, monkeypatch):
     found = chain()
     for name, value in SECRETS.items():

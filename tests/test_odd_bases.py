@@ -11,6 +11,7 @@ import torch
 from stages.checkpoint.tensors import load_tensors
 from stages.training import publishing
 from tests.commands import SHORT, done, refused, rlhf, write_data
+from tests.marks import full
 from tests.parts import publish_checkpoint, random_adapter, random_head
 from tests.test_models_base import open_folder, save_model
 from tests.test_models_checks import change_config, change_weight, with_adapter
@@ -38,6 +39,7 @@ def training(stage: str, data, base, output, *more) -> tuple:
 # --- an adapter of PEFT in the base's folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("architecture", "stages"), [("llama", ("reward", "dpo", "ppo")), ("gpt2", ())])
 def test_an_adapter_beside_the_base_is_left_out_of_every_command(model_folder, data, architecture, stages):
     """The same weights, responses and merged model as on a base without it, and one warning each time."""
@@ -69,6 +71,7 @@ def test_an_adapter_beside_the_base_is_left_out_of_every_command(model_folder, d
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
+@pytest.mark.full
 def test_a_run_goes_on_after_an_adapter_was_put_beside_its_base(model_folder, data):
     base = shutil.copytree(model_folder("llama"), data / "base")
     line = training("sft", data, base, data / "out", "--keep-state", "--lr-schedule", "constant")
@@ -84,6 +87,7 @@ def test_a_run_goes_on_after_an_adapter_was_put_beside_its_base(model_folder, da
 # --- recurrent models
 
 
+@pytest.mark.full
 def test_a_recurrent_model_goes_all_the_way(data):
     import transformers as t
 
@@ -99,7 +103,7 @@ def test_a_recurrent_model_goes_all_the_way(data):
 # --- divergence
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", *full("reward", "dpo", "ppo")])
 def test_divergence_is_named_and_ends_with_3(model_folder, data, stage):
     line = training(stage, data, model_folder("llama"), data / "out", "--max-steps", 2, "--save-every", 1)
     ended = rlhf(*line, "--learning-rate", 1e30)
@@ -126,6 +130,7 @@ def test_weights_that_are_finite_but_give_no_numbers_are_not_published(model_fol
     assert not (data / "out" / "checkpoint.json").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
 def test_a_run_in_which_no_gradient_was_finite_is_not_published(model_folder, data, monkeypatch, stage):
     from stages.training.optimizer import AdamW
@@ -142,6 +147,7 @@ def test_a_run_in_which_no_gradient_was_finite_is_not_published(model_folder, da
 # --- numbers that are none
 
 
+@pytest.mark.full
 def test_a_checkpoint_that_holds_no_numbers_is_refused_by_every_command(model_folder, data):
     base = open_folder(model_folder("llama"))
     adapter, head = random_adapter(base, 1), random_head(base.width, 2)

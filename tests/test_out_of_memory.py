@@ -16,6 +16,7 @@ from stages.rollout import generate
 from stages.training.devices import Ranks
 from stages.training.progress import add_gradients
 from tests.commands import assert_same_weights, done, lines_of, refused
+from tests.marks import full
 from tests.parts import sequences_of
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -129,7 +130,7 @@ class CopiesOfSize(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", *full("reward", "dpo", "ppo")])
 def test_no_step_copies_weights_moments_or_gradients_in_case_it_fails(chain, tmp_path, monkeypatch, stage):
     """What saves a state and what a failure costs lies outside; no tensor of an optimiser's size is copied within."""
     from stages.training import loop
@@ -211,7 +212,7 @@ def command(found, stage, output):
     return (stage, *inputs[stage], "--output", output, *RUN, *MORE[stage])
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", *full("reward", "dpo", "ppo")])
 def test_a_run_in_too_little_memory_gives_the_same_result(chain, tmp_path, monkeypatch, stage):
     done(*command(chain(), stage, tmp_path / "whole"))
     fits(monkeypatch, 2)

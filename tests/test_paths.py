@@ -27,6 +27,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.full
 def test_a_run_is_known_again_by_every_spelling(chain, here):
     found = chain()
     assert result(*sft(found, "a/../o"))["status"] == "done"
@@ -48,6 +49,7 @@ def test_a_lock_holds_under_every_spelling(chain, here, spelling):
     assert f"{here / 'o'}: in use by process {os.getpid()}" in said
 
 
+@pytest.mark.full
 def test_a_reward_is_known_again_by_every_spelling(chain, here):
     found = chain()
     (here / "r").symlink_to(found.reward)

@@ -87,6 +87,7 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.full
 def test_one_seed_makes_one_world(prepared):
     one, two = prepared
     for path in sorted((one / "data").glob("*.jsonl")):
@@ -94,6 +95,7 @@ def test_one_seed_makes_one_world(prepared):
     assert (one / "base" / "model.safetensors").read_bytes() == (two / "base" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.full
 def test_held_out_prompts_are_seen_by_no_stage(prepared):
     data = prepared[0] / "data"
     held_out = {row["prompt"] for row in rows_of(data / "heldout.jsonl")}
@@ -101,6 +103,7 @@ def test_held_out_prompts_are_seen_by_no_stage(prepared):
     assert held_out and trained and not held_out & trained
 
 
+@pytest.mark.full
 def test_comparisons_mostly_prefer_what_gold_prefers(prepared):
     rows = rows_of(prepared[0] / "data" / "comparisons.jsonl")
     prompts = [row["prompt"] for row in rows]

@@ -25,6 +25,7 @@ from tests.commands import (
     weights,
     without_times,
 )
+from tests.marks import full
 
 STAGES = ("sft", "reward", "ppo", "dpo")
 RUN = (
@@ -55,6 +56,7 @@ def log_and_signal(run, step, metrics):
 
 Run.log = log_and_signal
 sys.argv = ["rlhf", *sys.argv[3:]]
+from tests.marks import full
 from rlhf_cli.main import app
 app()
 """
@@ -155,7 +157,7 @@ def interrupt_and_go_on(monkeypatch, found, stage: str, folder: Path, at: int) -
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.98])
+@pytest.mark.parametrize("share", [0.6, *full(0.3, 0.98)])
 def test_an_interrupted_run_goes_on_to_the_same_bits(chain, whole, tmp_path, monkeypatch, stage, share):
     """Check 53, with the signal in rollouts, updates and evaluations."""
     _, passes = interrupted(monkeypatch, 10**9, *command(chain(), stage, tmp_path / "counted"))
@@ -174,6 +176,7 @@ def test_wherever_it_is_interrupted_it_goes_on_to_the_same_bits(chain, whole, tm
     assert at > 25 * stride
 
 
+@pytest.mark.full
 def test_a_run_that_is_interrupted_again_and_again_gets_there(chain, whole, tmp_path, monkeypatch):
     line = command(chain(), "ppo", tmp_path / "x")
     codes = []
@@ -185,11 +188,12 @@ def test_a_run_that_is_interrupted_again_and_again_gets_there(chain, whole, tmp_
     assert_the_same_run(tmp_path / "x", whole("ppo"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("stage", "number", "code"),
     [
         ("sft", signal.SIGTERM, 143),
-        ("ppo", signal.SIGINT, 130),
+        *full(("ppo", signal.SIGINT, 130)),
         pytest.param("reward", signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param("sft", signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param("ppo", signal.SIGTERM, 143, marks=pytest.mark.slow),
@@ -207,6 +211,7 @@ def test_a_signal_from_outside(chain, whole, tmp_path, stage, number, code):
     assert_the_same_run(tmp_path / "x", whole(stage))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "stage", ["reward", pytest.param("sft", marks=pytest.mark.slow), pytest.param("ppo", marks=pytest.mark.slow)]
 )
@@ -219,6 +224,7 @@ def test_a_killed_run_goes_on_from_its_last_state(chain, whole, tmp_path, stage)
     assert_the_same_run(tmp_path / "x", whole(stage))
 
 
+@pytest.mark.full
 def test_a_second_signal_saves_nothing_that_is_half_done(chain, whole, tmp_path, monkeypatch):
     """It comes when the weights are one step ahead of the log: what was saved before is what the run goes on from."""
     from stages.training.optimizer import AdamW
@@ -240,6 +246,7 @@ def test_a_second_signal_saves_nothing_that_is_half_done(chain, whole, tmp_path,
     assert_the_same_run(tmp_path / "x", whole("sft"))
 
 
+@pytest.mark.full
 def test_a_reward_function_that_fails_once_costs_nothing(chain, tmp_path):
     """The state before the update is saved, and the same command goes on from it."""
     (tmp_path / "f.py").write_text(
@@ -263,6 +270,7 @@ def test_a_reward_function_that_fails_once_costs_nothing(chain, tmp_path):
     assert_the_same_run(tmp_path / "x", tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_a_reward_function_may_be_mended_while_the_run_stands(chain, tmp_path):
     """What is behind stays as it was scored; a finished run is another matter."""
     path, mended = tmp_path / "f.py", "def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
@@ -313,6 +321,7 @@ def test_another_choice_is_refused_by_name(chain, whole, stage, knob, shown):
     assert contents(whole(stage)) == before
 
 
+@pytest.mark.full
 def test_another_dataset_of_the_same_name_is_refused(chain, tmp_path):
     data = tmp_path / "rows.jsonl"
     rows = chain().demonstrations.read_text().splitlines(keepends=True)
@@ -332,6 +341,7 @@ def test_a_choice_that_changes_no_result_is_no_other_choice(chain, whole, knob):
     assert result(*command(chain(), "sft", whole("sft"), *knob))["status"] == "already done"
 
 
+@pytest.mark.full
 def test_overwriting_replaces_a_run_of_other_choices(chain, whole, tmp_path):
     done(*command(chain(), "sft", tmp_path / "x", "--seed", 1))
     other = weights(tmp_path / "x")
@@ -343,6 +353,7 @@ def test_overwriting_replaces_a_run_of_other_choices(chain, whole, tmp_path):
     assert_the_same_run(tmp_path / "x", whole("reward"))
 
 
+@pytest.mark.full
 def test_overwriting_an_unfinished_run_of_the_same_choices_goes_on(chain, whole, tmp_path, monkeypatch):
     line = command(chain(), "sft", tmp_path / "x", "--overwrite")
     ended, _ = interrupted(monkeypatch, 80, *line)
@@ -351,6 +362,7 @@ def test_overwriting_an_unfinished_run_of_the_same_choices_goes_on(chain, whole,
     assert_the_same_run(tmp_path / "x", whole("sft"))
 
 
+@pytest.mark.full
 def test_overwriting_a_damaged_checkpoint_makes_it_again(chain, whole, tmp_path):
     line = command(chain(), "sft", tmp_path / "x")
     done(*line)
@@ -360,6 +372,7 @@ def test_overwriting_a_damaged_checkpoint_makes_it_again(chain, whole, tmp_path)
     assert_the_same_run(tmp_path / "x", whole("sft"))
 
 
+@pytest.mark.full
 def test_a_run_never_overwrites_what_it_reads(chain, tmp_path):
     line = command(chain(), "sft", tmp_path / "x")
     done(*line)
@@ -369,6 +382,7 @@ def test_a_run_never_overwrites_what_it_reads(chain, tmp_path):
     assert contents(tmp_path / "x") == before
 
 
+@pytest.mark.full
 def test_keep_state_keeps_the_last_two(chain, tmp_path):
     done(*command(chain(), "sft", tmp_path / "x", "--keep-state"))
     assert sorted(os.listdir(tmp_path / "x" / "state")) == ["step-000004", "step-000005"]
@@ -381,6 +395,7 @@ def test_a_dry_run_writes_nothing_and_is_no_obstacle(chain, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.full
 def test_a_second_process_is_kept_out(chain, tmp_path):
     """The lock of a living process: exit 2 for whoever comes second, and the first one is not disturbed."""
     line = command(chain(), "sft", tmp_path / "x")
@@ -404,7 +419,7 @@ def test_a_second_process_is_kept_out(chain, tmp_path):
 FLAT = ("--lr-schedule", "constant", "--warmup-ratio", 0)  # a learning rate that does not depend on the end
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", *full("reward", "dpo", "ppo")])
 def test_a_finished_run_goes_on_to_a_later_end(chain, tmp_path, stage):
     straight, longer = tmp_path / "straight", tmp_path / "longer"
     done(*command(chain(), stage, straight, *FLAT))
@@ -414,6 +429,7 @@ def test_a_finished_run_goes_on_to_a_later_end(chain, tmp_path, stage):
     assert_the_same_run(longer, straight)
 
 
+@pytest.mark.full
 def test_a_run_that_goes_further_survives_a_kill(chain, tmp_path, monkeypatch):
     straight, longer = tmp_path / "straight", tmp_path / "longer"
     done(*command(chain(), "sft", straight, *FLAT))
@@ -434,6 +450,7 @@ def test_an_earlier_end_or_another_choice_beside_it_is_refused(chain, whole, cha
     assert contents(whole("sft")) == before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["gone", "damaged"])
 def test_a_later_end_without_a_sound_state_is_refused(chain, tmp_path, how):
     folder = tmp_path / "sft"
@@ -449,6 +466,7 @@ def test_a_later_end_without_a_sound_state_is_refused(chain, tmp_path, how):
     assert contents(folder) == before
 
 
+@pytest.mark.full
 def test_an_interrupted_run_may_be_given_a_later_end(chain, tmp_path):
     straight, longer = tmp_path / "straight", tmp_path / "longer"
     done(*command(chain(), "sft", straight, *FLAT))
@@ -458,6 +476,7 @@ def test_an_interrupted_run_may_be_given_a_later_end(chain, tmp_path):
     assert_the_same_run(longer, straight)
 
 
+@pytest.mark.full
 def test_a_run_whose_folder_was_moved_goes_on_there(chain, whole, tmp_path):
     ended = in_a_process(signal.SIGTERM, 3, *command(chain(), "ppo", tmp_path / "here"))
     assert ended.returncode == 143

@@ -7,6 +7,7 @@ import torch
 
 from stages.rollout.cached import RereadingDecoder, cache_works
 from stages.rollout.generate import Sampling, check_engine, respond
+from tests.marks import full
 from tests.parts import sequences_of
 from tests.test_models_base import SHAPE, open_folder, save_model
 
@@ -31,7 +32,11 @@ def config_of(name: str):
 
 @pytest.mark.parametrize(
     ("name", "caches"),
-    [("gpt_neox", True), ("phi", True), ("mamba", False), ("rwkv", False), ("openai-gpt", False), ("jamba", None)],
+    [
+        ("phi", True),
+        ("mamba", False),
+        *full(("gpt_neox", True), ("rwkv", False), ("openai-gpt", False), ("jamba", None)),
+    ],
 )
 def test_every_token_follows_the_law_of_its_text(tmp_path, name, caches):
     base = open_folder(save_model(tmp_path, config_of(name)))

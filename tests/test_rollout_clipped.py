@@ -13,6 +13,7 @@ from stages.rollout.clipped import Minibatch, backward_minibatch, clipped_steps,
 from stages.rollout.experience import role_logprobs
 from stages.training.devices import Ranks
 from stages.training.progress import open_progress
+from tests.marks import full
 from tests.parts import (
     all_rows,
     base_parameters,
@@ -86,7 +87,7 @@ def changed(before, after):
 # --- the first minibatch
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, *full(True)])
 def test_the_ratio_is_1_in_the_first_minibatch_of_every_update(open_tiny, text, recompute):
     """Check 1: ratio 1, approximate KL and clip fraction 0, on a base whose config asks for dropout 0.1."""
     base = open_tiny("gpt2")

@@ -474,6 +474,7 @@ def test_functions_find_what_importing_their_file_made_of_torch(tmp_path):
     assert settings() == before
 
 
+@pytest.mark.full
 def test_also_where_their_file_is_the_first_to_import_torch(tmp_path):
     (tmp_path / "f.py").write_text(TORCH_AT_IMPORT)
     code = (

@@ -27,6 +27,7 @@ from tests.commands import (
     soft_comparisons,
     without_times,
 )
+from tests.marks import full
 from tests.tiny import write_jsonl
 
 SMALL = ("--max-steps", 3, "--batch-size", 8, "--lora-rank", 4, "--eval-fraction", "0.2", "--samples", 0)
@@ -46,7 +47,7 @@ def test_the_first_step_is_at_ln_2_and_margin_0(chain, tmp_path):
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto"])
+@pytest.mark.parametrize("loss", ["sigmoid", *full("ipo", "kto")])
 def test_it_learns_what_is_preferred(chain, tmp_path, loss):
     found = dpo(chain(), tmp_path / loss, "--loss", loss, "--learning-rate", "3e-3", "--max-steps", 40)
     assert found["report"]["accuracy"] > 0.8 and found["report"]["margin_mean"] > 0
@@ -55,6 +56,7 @@ def test_it_learns_what_is_preferred(chain, tmp_path, loss):
     assert json.loads((tmp_path / loss / "report.json").read_text())["pairs"] == found["report"]["pairs"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto"])
 def test_soft_labels_below_a_half_prefer_the_rejected_response(chain, tmp_path, loss):
     data = write_jsonl(tmp_path / "rows.jsonl", soft_comparisons())
@@ -78,6 +80,7 @@ def test_kto_on_soft_labels_is_the_expectation_over_hard_ones():
     assert loss(Pair(0, 1, 0.5)) == pytest.approx(loss(Pair(1, 0, 0.5)))
 
 
+@pytest.mark.full
 def test_micro_batches_do_not_change_the_result(chain, tmp_path):
     from tests.commands import weights
 
@@ -87,6 +90,7 @@ def test_micro_batches_do_not_change_the_result(chain, tmp_path):
     assert all(torch.allclose(one[name], many[name], atol=1e-5) for name in one)
 
 
+@pytest.mark.full
 def test_its_policy_goes_on_to_the_other_stages(chain, tmp_path):
     dpo(chain(), tmp_path / "x")
     line = ("--reward", chain().reward, "--dataset", chain().prompts)
@@ -144,6 +148,7 @@ def interrupt(chain, output, monkeypatch, at: int = 2):
         assert rlhf("dpo", *line, *SMALL, *RESUMED).code == 143
 
 
+@pytest.mark.full
 def test_a_resumed_run_asks_the_reference_nothing(chain, tmp_path, monkeypatch, passes):
     """A pass for each of three batches and one for held-out rows; none once it goes on; the same bits at the end."""
     dpo(chain(), tmp_path / "whole", *RESUMED)
@@ -165,13 +170,14 @@ def flipped(path):
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("harm", "warned"),
     [
         (flipped, True),
-        (lambda path: path.write_bytes(b"torn"), True),
-        (lambda path: path.write_bytes(b""), True),
-        (lambda path: path.unlink(), False),
+        *full((lambda path: path.write_bytes(b"torn"), True)),
+        *full((lambda path: path.write_bytes(b""), True)),
+        *full((lambda path: path.unlink(), False)),
     ],
 )
 def test_a_damaged_memory_of_the_reference_is_made_again(chain, tmp_path, monkeypatch, passes, harm, warned):
@@ -186,6 +192,7 @@ def test_a_damaged_memory_of_the_reference_is_made_again(chain, tmp_path, monkey
     assert_same_weights(tmp_path / "x", tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_what_was_known_of_other_rows_is_never_used(chain, tmp_path, monkeypatch, passes):
     """A sound file of the held-out rows in the training rows' place: as many or not, it is not theirs."""
     interrupt(chain(), tmp_path / "x", monkeypatch)

@@ -115,6 +115,7 @@ def sequence_kl(models: list, prompt: torch.Tensor, response: torch.Tensor, temp
     return sums[0] - sums[1]
 
 
+@pytest.mark.full
 def test_kl_is_measured_from_where_it_is_said(chain):
     found = chain()
     line = ("evaluate", "--dataset", found.prompts, "--limit-rows", 8, *SHORT)
@@ -188,6 +189,7 @@ def test_comparisons_serve_as_prompts_where_a_source_scores_answers(chain, lette
     assert result(*line, "--reward", found.reward)["prompts"] == 5
 
 
+@pytest.mark.full
 def test_several_sources_are_added_up(chain, letters):
     found = chain()
     line = ("evaluate", "--model", found.ppo, "--dataset", found.prompts, "--limit-rows", 6, *SHORT)
@@ -228,6 +230,7 @@ def test_a_report_may_be_written_again_and_nothing_else_changes(chain, tmp_path)
     assert (tmp_path / "new" / "x.json").read_text() == first and contents(found.folder) == before
 
 
+@pytest.mark.full
 def test_tables_have_short_headings_and_readable_prompts(chain):
     found = chain(chat=True)
     line = ("evaluate", "--model", found.ppo, "--against", found.sft, "--reward", found.reward, *SHORT)

@@ -181,6 +181,7 @@ def frontier(found, scores, *also, model=None):
     return result(*line, *itertools.chain(*(("--also", place) for place in also)))
 
 
+@pytest.mark.full
 def test_every_row_is_the_evaluation_of_that_checkpoint_alone(chain, scores):
     found = chain()
     report = frontier(found, scores, found.sft, found.base)
@@ -194,6 +195,7 @@ def test_every_row_is_the_evaluation_of_that_checkpoint_alone(chain, scores):
     assert rows[str(found.sft)]["kl"] == 0.0 and report["policy"].items() <= rows[str(found.ppo)].items()
 
 
+@pytest.mark.full
 def test_the_states_of_a_run_are_policies_of_their_own(chain, states, scores):
     """The last state is the checkpoint itself; the others are what the run was before."""
     report = frontier(chain(), scores, states / "state", model=states)
@@ -205,6 +207,7 @@ def test_the_states_of_a_run_are_policies_of_their_own(chain, states, scores):
     assert rows["ppo step 2"]["model"] == str(states / "state" / "step-000002")
 
 
+@pytest.mark.full
 def test_an_unfinished_run_has_the_states_of_a_finished_one(chain, states, scores, tmp_path, monkeypatch):
     """Killed after its third update: its states are those that the whole run had, weights and all."""
     from stages.checkpoint.run import Run
@@ -234,6 +237,7 @@ def test_an_unfinished_run_has_the_states_of_a_finished_one(chain, states, score
     assert "is an unfinished run" in said and f"{place}/state" in said
 
 
+@pytest.mark.full
 def test_the_weights_of_a_state_are_the_checkpoints(chain, states, open_tiny):
     (candidate,) = open_candidates(str(states / "state" / "step-000004"), ("ppo",), "--also")
     adapter = candidate_adapter(open_tiny(), candidate)
@@ -243,10 +247,12 @@ def test_the_weights_of_a_state_are_the_checkpoints(chain, states, open_tiny):
     assert not any(p.requires_grad for p in adapter.parameters())
 
 
+@pytest.mark.full
 def test_keep_states_says_how_many(states):
     assert sorted(p.name for p in (states / "state").iterdir()) == ["step-000002", "step-000003", "step-000004"]
 
 
+@pytest.mark.full
 def test_a_damaged_state_is_refused(chain, states, scores, tmp_path):
     shutil.copytree(states, tmp_path / "ppo")
     file = tmp_path / "ppo" / "state" / "step-000003" / "state.safetensors"
@@ -255,6 +261,7 @@ def test_a_damaged_state_is_refused(chain, states, scores, tmp_path):
     assert "state.safetensors is not what was saved" in refused(*line, "--also", tmp_path / "ppo" / "state")
 
 
+@pytest.mark.full
 def test_a_picture_of_both(chain, scores, tmp_path):
     found = chain()
     before = contents(found.folder)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.commands import done, lines_of, manifest, result, weights
+from tests.marks import full
 
 TEXTS = ["red one two three", "what is the time", "cat"]
-ARCHITECTURES = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "qwen2", "gemma3"])
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["llama", *full("gpt2", "gpt_neox", "qwen2", "gemma3")])
 
 
 def encoded(folder: Path) -> list[torch.Tensor]:
@@ -108,6 +109,7 @@ def test_peft_loads_a_reward_model_as_a_sequence_classifier(chain, architecture)
             assert float(model(input_ids=ids).logits) + bias == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "within"), [("bfloat16", 0.3), ("float16", 0.05)])
 def test_other_precisions_are_rounded_once(chain, tmp_path, dtype, within):
     from transformers import AutoModelForCausalLM
@@ -129,6 +131,7 @@ def test_an_export_is_a_base_for_another_run(chain, tmp_path):
     assert manifest(tmp_path / "x")["parents"] == []
 
 
+@pytest.mark.full
 def test_an_exported_policy_says_what_the_checkpoint_says(chain, tmp_path):
     found = chain()
     said = []
@@ -139,6 +142,7 @@ def test_an_exported_policy_says_what_the_checkpoint_says(chain, tmp_path):
     assert said[0] == said[1]
 
 
+@pytest.mark.full
 def test_an_exported_model_stops_where_the_checkpoint_does(chain):
     """The chat template's end of turn is among the ends that generate() knows."""
     found = chain(chat=True)

@@ -23,6 +23,7 @@ from tests.commands import (
     weights,
     without_times,
 )
+from tests.marks import full
 from tests.tiny import write_jsonl
 
 SMALL = ("--max-steps", 2, "--batch-size", 8, "--max-response-tokens", 5, "--eval-limit", 6, "--lora-rank", 4)
@@ -65,6 +66,7 @@ def learned(chain, tmp_path_factory):
     return place / "ppo", result("ppo", *line, "--output", place / "ppo", *flags)
 
 
+@pytest.mark.full
 def test_the_score_rises_on_held_out_prompts_and_kl_stays_bounded(learned):
     metrics = learned[1]["metrics"]
     assert metrics["eval_kl_before"] == 0.0
@@ -76,6 +78,7 @@ def test_the_score_rises_on_held_out_prompts_and_kl_stays_bounded(learned):
     assert all(line["approx_kl"] < 1.5 and line["ratio_max"] < 1000 for line in lines)
 
 
+@pytest.mark.full
 def test_a_base_without_sft_is_its_own_reference(chain, learned):
     """Check 2: fresh adapters change nothing, so nothing is charged before the first update."""
     assert metrics_of(learned[0])[1]["reward_kl"] == 0.0
@@ -92,6 +95,7 @@ def vowels_of(learned) -> str:
     return str(learned[0].parent / "vowels.py")
 
 
+@pytest.mark.full
 def test_evaluate_and_sample_see_what_was_learned(chain, learned, tmp_path):
     line = ("--model", learned[0], "--against", chain().base, "--reward", f"{vowels_of(learned)}:score")
     found = result("evaluate", *line, "--dataset", chain().prompts, "--temperature", 1)
@@ -100,6 +104,7 @@ def test_evaluate_and_sample_see_what_was_learned(chain, learned, tmp_path):
     assert found["against"]["kl"] == 0.0 and found["policy"]["kl"] > 0
 
 
+@pytest.mark.full
 def test_the_learning_rate_falls_linearly_per_update(learned):
     lines = metrics_of(learned[0])[1:]
     assert [line["lr"] for line in lines] == pytest.approx([0.01 * (1 - k / 40) for k in range(40)])
@@ -108,6 +113,7 @@ def test_the_learning_rate_falls_linearly_per_update(learned):
 # --- rewards
 
 
+@pytest.mark.full
 def test_without_held_out_prompts_the_table_shows_the_last_update(chain, tmp_path):
     found = chain()
     line = ("ppo", "--model", found.sft, "--reward", found.reward, "--dataset", found.prompts, *SMALL)
@@ -116,6 +122,7 @@ def test_without_held_out_prompts_the_table_shows_the_last_update(chain, tmp_pat
     assert "reward_score" in ended.stdout and [len(metrics_of(tmp_path / "x")[0])] == [1]
 
 
+@pytest.mark.full
 def test_the_score_is_the_weighted_sum_of_its_sources(chain, vowels, tmp_path):
     """0.7 x the reward model + 0.3 x a function, on the same rollout (same seed, same policy)."""
     (tmp_path / "const.py").write_text("def f(prompts, responses):\n    return [2.0] * len(responses)\n")
@@ -155,6 +162,7 @@ def test_a_function_gets_texts_and_the_rows_columns(chain, tmp_path):
     assert all(isinstance(r, str) and "<eos>" not in r and "<pad>" not in r for r in seen["responses"])
 
 
+@pytest.mark.full
 def test_a_function_gets_messages_where_the_rows_have_them(chain, tmp_path):
     (tmp_path / "f.py").write_text(
         "def score(prompts, responses, answer):\n"
@@ -186,10 +194,12 @@ def charged(chain, place: Path, way: str, penalty: float) -> tuple[list[float], 
     ("way", "penalty", "charge"),
     [
         ("floor", 2.0, lambda s: min(s - 2, -2)),
-        ("subtract", 2.0, lambda s: s - 2),
-        ("replace", 2.0, lambda s: -2.0),
-        ("floor", 0, lambda s: s),
-        ("replace", 0, lambda s: s),
+        *full(
+            ("subtract", 2.0, lambda s: s - 2),
+            ("replace", 2.0, lambda s: -2.0),
+            ("floor", 0, lambda s: s),
+            ("replace", 0, lambda s: s),
+        ),
     ],
 )
 def test_a_missing_end_is_charged(chain, tmp_path, way, penalty, charge):
@@ -199,6 +209,7 @@ def test_a_missing_end_is_charged(chain, tmp_path, way, penalty, charge):
     assert total == pytest.approx(sum(map(charge, scores)) / len(scores), abs=1e-5)
 
 
+@pytest.mark.full
 def test_scores_are_clipped_after_the_charge(chain, vowels, tmp_path):
     ppo(chain(), tmp_path / "x", "--score-clip", 0.5, "--missing-eos-penalty", 3, "--max-steps", 1, rm=vowels)
     assert metrics_of(tmp_path / "x")[1]["reward_total"] == pytest.approx(-0.5)
@@ -207,6 +218,7 @@ def test_scores_are_clipped_after_the_charge(chain, vowels, tmp_path):
 # --- knobs
 
 
+@pytest.mark.full
 def test_an_adaptive_coefficient_follows_the_kl(chain, vowels, tmp_path):
     """Check 33: coefficient x (1 + clip(KL / target - 1, +-0.2) x n / horizon), n = 8 responses, from the logged KL."""
     flags = ("--kl-target", 0.5, "--kl-horizon", 40, "--kl-coef", 0.1, "--max-steps", 4, *FAST)
@@ -232,21 +244,21 @@ def test_total_is_score_minus_kl(chain, vowels, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--whiten-rewards",),
-        ("--no-whiten-advantages",),
-        ("--minibatches", 2),
-        ("--gamma", 0.5),
-        ("--gae-lambda", 0.5),
-        ("--clip-range", 0.01),
-        ("--ppo-epochs", 1),
-        ("--temperature", 1.3),
-        ("--kl-coef", 1.0),
         ("--critic", "shared"),
-        ("--max-grad-norm", 0.01),
-        ("--weight-decay", 0.5),
-        ("--adam-beta2", 0.5),
-        ("--lr-schedule", "constant"),
-        ("--value-clip-range", 0.001),
+        pytest.param(("--whiten-rewards",), marks=pytest.mark.full),
+        pytest.param(("--no-whiten-advantages",), marks=pytest.mark.full),
+        pytest.param(("--minibatches", 2), marks=pytest.mark.full),
+        pytest.param(("--gamma", 0.5), marks=pytest.mark.full),
+        pytest.param(("--gae-lambda", 0.5), marks=pytest.mark.full),
+        pytest.param(("--clip-range", 0.01), marks=pytest.mark.full),
+        pytest.param(("--ppo-epochs", 1), marks=pytest.mark.full),
+        pytest.param(("--temperature", 1.3), marks=pytest.mark.full),
+        pytest.param(("--kl-coef", 1.0), marks=pytest.mark.full),
+        pytest.param(("--max-grad-norm", 0.01), marks=pytest.mark.full),
+        pytest.param(("--weight-decay", 0.5), marks=pytest.mark.full),
+        pytest.param(("--adam-beta2", 0.5), marks=pytest.mark.full),
+        pytest.param(("--lr-schedule", "constant"), marks=pytest.mark.full),
+        pytest.param(("--value-clip-range", 0.001), marks=pytest.mark.full),
         ("--whiten-rewards", "--minibatches", 4, "--ppo-epochs", 3, "--responses-per-prompt", 2),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
@@ -267,7 +279,7 @@ def plain(chain, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("size", [1, 3, "auto"])
+@pytest.mark.parametrize("size", ["auto", *full(1, 3)])
 def test_the_micro_batch_size_does_not_matter(chain, plain, tmp_path, size):
     """Check 24: rows of uneven length, cut in other ways, with two minibatches a pass."""
     for name, cut in (("four", 4), ("other", size)):
@@ -275,6 +287,7 @@ def test_the_micro_batch_size_does_not_matter(chain, plain, tmp_path, size):
     assert_same_weights(tmp_path / "four", tmp_path / "other", within=1e-5)
 
 
+@pytest.mark.full
 def test_how_many_are_sampled_side_by_side_does_not_matter(chain, tmp_path):
     """With a wide clip: at its edge a difference in the last bit decides whether a token is learned from."""
     wide = (*FAST, "--max-steps", 2, "--clip-range", 9)
@@ -283,6 +296,7 @@ def test_how_many_are_sampled_side_by_side_does_not_matter(chain, tmp_path):
     assert_same_weights(tmp_path / "x", tmp_path / "usual", within=1e-5)
 
 
+@pytest.mark.full
 def test_the_same_seed_gives_the_same_run_and_another_one_another(chain, plain, tmp_path):
     """Check 54."""
     ppo(chain(), tmp_path / "same", *FAST, "--max-steps", 2)
@@ -293,6 +307,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(chain, plain, 
     assert metrics_of(tmp_path / "other")[1]["reward_score"] != metrics_of(plain)[1]["reward_score"]
 
 
+@pytest.mark.full
 def test_an_update_ends_early_once_the_policy_moved_too_far(chain, vowels, tmp_path):
     flags = ("--target-approx-kl", "1e-4", "--learning-rate", "3e-2", "--ppo-epochs", 6)
     ppo(chain(), tmp_path / "x", *flags, rm=vowels)
@@ -301,6 +316,7 @@ def test_an_update_ends_early_once_the_policy_moved_too_far(chain, vowels, tmp_p
     assert [line["early_stop"] for line in metrics_of(tmp_path / "y")[1:]] == [0.0, 0.0]
 
 
+@pytest.mark.full
 def test_several_responses_to_a_prompt_differ(chain, tmp_path):
     (tmp_path / "f.py").write_text(
         "import json, pathlib\n"
@@ -320,6 +336,7 @@ def test_several_responses_to_a_prompt_differ(chain, tmp_path):
 # --- batches
 
 
+@pytest.mark.full
 def test_an_update_always_has_a_whole_batch(chain, vowels, tmp_path):
     """5 prompts in batches of 4 over 2 epochs are 10 prompts, so 3 updates; the last goes on into a third epoch."""
     data = write_jsonl(tmp_path / "five.jsonl", lines_of(chain().prompts)[:5])
@@ -344,6 +361,7 @@ def test_prompts_are_asked_once_in_every_epoch():
 # --- critics and going on
 
 
+@pytest.mark.full
 def test_a_shared_critic_is_a_head_alone(chain, vowels, tmp_path):
     found = chain()
     ppo(found, tmp_path / "x", "--critic", "shared", *FAST, rm=vowels)
@@ -355,6 +373,7 @@ def test_a_shared_critic_is_a_head_alone(chain, vowels, tmp_path):
     assert torch.equal(head["head.safetensors:weight"], again["head.safetensors:weight"])  # and goes on from there
 
 
+@pytest.mark.full
 def test_ppo_goes_on_from_a_ppo_checkpoint_with_its_critic(chain, plain, vowels, tmp_path):
     """At a learning rate of nothing what was loaded is saved; for other rewards the critic is the reward model anew."""
     found = chain()
@@ -379,6 +398,7 @@ def test_policy_and_critic_learn_and_the_others_do_not(chain, plain):
         assert {k: v for k, v in contents(folder).items() if k != "checkpoint.json"} == manifest(folder)["files"]
 
 
+@pytest.mark.full
 def test_a_reward_function_that_is_broken_leaves_no_folder(chain, tmp_path):
     (tmp_path / "f.py").write_text("def score(prompts, responses):\n    return [len(r) / 0 for r in responses]\n")
     line = ("ppo", "--model", chain().sft, "--reward", tmp_path / "f.py", "--dataset", chain().prompts)
@@ -402,6 +422,7 @@ def test_a_longer_response_is_paid_for_and_comes(chain, tmp_path):
     assert metrics["eval_score"] > 1.25 * metrics["eval_score_before"]
 
 
+@pytest.mark.full
 def test_where_graphs_did_not_work_the_run_says_so(chain, tmp_path, monkeypatch):
     def failing(step):
         raise RuntimeError("operation not permitted")
@@ -419,10 +440,12 @@ def test_where_graphs_did_not_work_the_run_says_so(chain, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("advantage", "more"),
     [
-        ("rloo", ("--responses-per-prompt", 2)),
         ("grpo", ("--responses-per-prompt", 2, "--loss-aggregation", "sequence")),
-        ("reinforce++", ()),
-        ("reinforce++-baseline", ("--responses-per-prompt", 2, "--loss-aggregation", "constant")),
+        *full(
+            ("rloo", ("--responses-per-prompt", 2)),
+            ("reinforce++", ()),
+            ("reinforce++-baseline", ("--responses-per-prompt", 2, "--loss-aggregation", "constant")),
+        ),
     ],
 )
 def test_estimators_without_a_critic_have_none(chain, tmp_path, advantage, more):
@@ -434,6 +457,7 @@ def test_estimators_without_a_critic_have_none(chain, tmp_path, advantage, more)
     assert metrics_of(tmp_path / "x")[1]["ratio_first_error"] <= 1e-5
 
 
+@pytest.mark.full
 def test_rloo_raises_what_it_is_paid_for(chain, tmp_path):
     (tmp_path / "vowels.py").write_text(VOWELS)
     more = ("--advantage", "rloo", "--responses-per-prompt", 4, "--max-steps", 12, "--temperature", 1, *FAST)
@@ -441,6 +465,7 @@ def test_rloo_raises_what_it_is_paid_for(chain, tmp_path):
     assert found["metrics"]["eval_score"] > found["metrics"]["eval_score_before"] + 0.3
 
 
+@pytest.mark.full
 def test_only_the_critic_learns_while_it_warms_up(chain, tmp_path):
     for steps in (2, 0):
         ppo(chain(), tmp_path / str(steps), "--critic-warmup", steps, *FAST)
@@ -452,6 +477,7 @@ def test_only_the_critic_learns_while_it_warms_up(chain, tmp_path):
     assert any(not torch.equal(critic[name], reward[name]) for name in critic)
 
 
+@pytest.mark.full
 def test_only_the_head_of_a_shared_critic_learns_while_it_warms_up(chain, tmp_path):
     """The policy keeps its weights to the bit, and the head moves, by a gradient that is clipped by its own norm."""
     for rate in ("3e-3", "3e-2"):
@@ -464,6 +490,7 @@ def test_only_the_head_of_a_shared_critic_learns_while_it_warms_up(chain, tmp_pa
     assert all(line["value_loss"] > 0 and line["grad_norm"] > 0 for line in metrics_of(tmp_path / "3e-2")[1:])
 
 
+@pytest.mark.full
 def test_demonstrations_can_be_mixed_in_where_steps_are_skipped(chain, tmp_path):
     """Each update takes its first step and skips later ones, which have no loss on demonstrations."""
     mixed = ("--ptx-dataset", chain().demonstrations, "--learning-rate", "3e-3", "--ppo-epochs", 3)
@@ -472,6 +499,7 @@ def test_demonstrations_can_be_mixed_in_where_steps_are_skipped(chain, tmp_path)
         assert line["skipped_steps"] >= 1 and line["ptx_loss"] > 0
 
 
+@pytest.mark.full
 def test_demonstrations_can_be_mixed_in(chain, tmp_path):
     ppo(chain(), tmp_path / "x", "--ptx-dataset", chain().demonstrations, "--ptx-coef", 5, *FAST)
     ppo(chain(), tmp_path / "y", *FAST)
@@ -480,6 +508,7 @@ def test_demonstrations_can_be_mixed_in(chain, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(*(weights(tmp_path / n).values() for n in "xy"), strict=True))
 
 
+@pytest.mark.full
 def test_scores_are_charged_for_length_and_normalised(chain, tmp_path):
     (tmp_path / "flat.py").write_text("def score(prompts, responses):\n    return [7.0] * len(responses)\n")
     more = ("--length-penalty", "0.5", "--length-limit", 3, "--missing-eos-penalty", 0, "--kl-coef", 0)

@@ -23,6 +23,7 @@ from tests.commands import (
     soft_comparisons,
     weights,
 )
+from tests.marks import full
 from tests.tiny import write_jsonl
 
 SHORT = ("--max-steps", 2, "--batch-size", 4, "--lora-rank", 2, "--eval-fraction", 0)
@@ -75,6 +76,7 @@ def test_it_learns_a_planted_preference(learned):
     )
 
 
+@pytest.mark.full
 def test_soft_labels_below_a_half_are_learned_and_judged_as_what_they_say(chain, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", soft_comparisons())
     found = reward(chain, data, tmp_path / "x", *LEARN)
@@ -104,6 +106,7 @@ def test_demonstrations_score_zero_on_average(learned, score):
     assert abs(sum(chosen) / len(chosen)) < 0.2 * max(spread, 1)
 
 
+@pytest.mark.full
 def test_the_mean_of_given_demonstrations_becomes_zero(chain, learned, tmp_path):
     rows = [{"prompt": "red one", "completion": f" {word}"} for word in ("two", "three", "cat sat")]
     data = write_jsonl(tmp_path / "demonstrations.jsonl", rows)
@@ -137,6 +140,7 @@ def test_report_json_is_what_scores_by_transformers_give(chain, learned, score, 
     assert found["calibration"][-1]["low"] == pytest.approx(0.9) and found["calibration"][-1]["count"] == len(sure)
 
 
+@pytest.mark.full
 def test_the_report_beside_the_checkpoint_is_evaluates_on_the_held_out_rows(chain, tmp_path):
     held = write_jsonl(tmp_path / "held.jsonl", comparisons()[:30])
     found = reward(chain, chain().comparisons, tmp_path / "x", *SHORT, "--eval-dataset", held)
@@ -182,7 +186,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model(chain, learned, tmp_path):
 # --- the same result
 
 
-@pytest.mark.parametrize("size", [4, "auto"])
+@pytest.mark.parametrize("size", ["auto", *full(4)])
 def test_the_micro_batch_size_does_not_matter(chain, tmp_path, size):
     """Check 24: comparisons of uneven length and number, cut in other ways."""
     ranked = [{"prompt": "red", "responses": ["one", "two two", "cat sat"], "ranks": [3, 1, 2]}] * 2
@@ -193,6 +197,7 @@ def test_the_micro_batch_size_does_not_matter(chain, tmp_path, size):
     assert_same_weights(tmp_path / "one", tmp_path / "other", within=1e-5)
 
 
+@pytest.mark.full
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(chain, tmp_path):
     """Check 54; head and adapter both depend on the seed."""
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -203,6 +208,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(chain, tmp_
     assert one["head.safetensors"] != other["head.safetensors"]
 
 
+@pytest.mark.full
 def test_training_goes_on_from_a_reward_model(chain, learned, tmp_path):
     flags = ("--max-steps", 1, "--batch-size", 4, "--eval-fraction", 0.3, "--learning-rate", "1e-6")
     line = ("reward", "--model", learned[0], "--dataset", chain().comparisons, "--output", tmp_path / "x", *flags)
@@ -230,6 +236,7 @@ LIKE = {  # each says that to "red one" the response " thank you" is better than
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", LIKE)
 def test_every_kind_of_judgement_trains_the_same_model(chain, tmp_path, kind):
     found = []
@@ -241,6 +248,7 @@ def test_every_kind_of_judgement_trains_the_same_model(chain, tmp_path, kind):
         assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.full
 def test_hh_rows_share_their_prompt(chain, tmp_path):
     start = "\n\nHuman: what is the time?\n\nAssistant:"
     hh = {"chosen": f"{start} it is noon", "rejected": f"{start} no"}
@@ -250,6 +258,7 @@ def test_hh_rows_share_their_prompt(chain, tmp_path):
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.full
 def test_conversations_may_repeat_the_prompt_or_not(chain, tmp_path):
     ask, good, bad = (
         [{"role": r, "content": t}] for r, t in (("user", "red"), ("assistant", "two"), ("assistant", "x"))
@@ -283,10 +292,10 @@ def softplus(x: float) -> float:
     [
         ({}, (), lambda c, r: softplus(r - c)),
         ({"margin": 1.5}, ("--loss-margin",), lambda c, r: softplus(r - c + 1.5)),
-        ({"margin": 1.5}, (), lambda c, r: softplus(r - c)),
-        ({"probability": 0.8}, (), lambda c, r: 0.8 * softplus(r - c) + 0.2 * softplus(c - r)),
+        *full(({"margin": 1.5}, (), lambda c, r: softplus(r - c))),
+        *full(({"probability": 0.8}, (), lambda c, r: 0.8 * softplus(r - c) + 0.2 * softplus(c - r))),
         # Below a half the metrics call the row's `rejected` the chosen one; the loss is that of the row as it stands.
-        ({"probability": 0.3}, (), lambda r, c: 0.3 * softplus(r - c) + 0.7 * softplus(c - r)),
+        *full(({"probability": 0.3}, (), lambda r, c: 0.3 * softplus(r - c) + 0.7 * softplus(c - r))),
         (
             {"probability": 0.3, "margin": 1.5},
             ("--loss-margin",),
@@ -302,6 +311,7 @@ def test_the_loss_of_one_comparison(chain, tmp_path, row, flags, loss):
     assert step["loss"] == pytest.approx(loss(step["score_chosen"], step["score_rejected"]), abs=1e-5)
 
 
+@pytest.mark.full
 def test_ranked_lists_weigh_one_whatever_their_length(chain, tmp_path):
     """Check 44: all pairs of a prompt, ties left out, each with weight 1 / (number of pairs)."""
     texts = [" two", " thank you", " cat sat", " on"]

@@ -77,6 +77,7 @@ def test_a_base_can_be_sampled_from(chain, tmp_path):
     assert len(rows) == 3 and all(row["tokens"] <= 6 for row in rows)
 
 
+@pytest.mark.full
 def test_conversations_are_answered_without_their_markers(chain, tmp_path):
     found = chain(chat=True)
     talk = [

@@ -24,6 +24,7 @@ from tests.commands import (
     weights,
     without_times,
 )
+from tests.marks import full
 from tests.tiny import CHAT, write_jsonl
 
 ONE_STEP = ("--max-steps", 1, "--batch-size", 4, "--lora-rank", 2, "--samples", 0, "--eval-fraction", 0)
@@ -124,12 +125,13 @@ def run_with(chain, folder: Path, *more: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("size", [4, 5, "auto"])
+@pytest.mark.parametrize("size", ["auto", *full(4, 5)])
 def test_the_micro_batch_size_does_not_matter(chain, by_ones, tmp_path, size):
     """Check 24 through the command: rows of uneven length, cut in other ways, give the same adapter."""
     assert_same_weights(run_with(chain, tmp_path / "x", "--micro-batch-size", size), by_ones, within=1e-5)
 
 
+@pytest.mark.full
 def test_the_same_seed_gives_the_same_files_and_another_one_others(chain, by_ones, tmp_path):
     """Check 54."""
     same = run_with(chain, tmp_path / "same", "--micro-batch-size", 1)
@@ -214,7 +216,7 @@ def as_splits(rows: list[dict], place: Path) -> str:
     return f"{place}:good"
 
 
-@pytest.mark.parametrize("write", [as_json, as_csv, as_parquet, as_saved, as_splits])
+@pytest.mark.parametrize("write", [as_parquet, *full(as_json, as_csv, as_saved, as_splits)])
 def test_every_kind_of_file_trains_the_same_adapter(chain, tmp_path, write):
     sft(chain, as_jsonl(ROWS, tmp_path / "lines"), tmp_path / "one", *ONE_STEP)
     found = sft(chain, write(ROWS, tmp_path / "rows"), tmp_path / "other", *ONE_STEP)
@@ -238,6 +240,7 @@ LIKE = {  # rows that say the same as {"prompt": "red", "completion": " green"},
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", LIKE)
 def test_every_kind_of_row_trains_the_same_adapter(chain, tmp_path, kind):
     row, flags, chat = LIKE[kind]
@@ -299,7 +302,7 @@ def before_training(chain, rows: list[dict], place: Path, *flags: object, chat: 
     return sft(chain, data, place / "x", *more, chat=chat)["metrics"]["eval_loss_before"]
 
 
-@pytest.mark.parametrize("mask", ["completion", "assistant", "all"])
+@pytest.mark.parametrize("mask", ["completion", *full("assistant", "all")])
 def test_the_mask_of_plain_rows(chain, tmp_path, mask):
     """Check 29: the completion and the EOS after it are learned, with `all` the prompt too; never the first token."""
     rows, base = ROWS[:2], chain().base
@@ -312,12 +315,12 @@ def test_the_mask_of_plain_rows(chain, tmp_path, mask):
     assert before_training(chain, rows, tmp_path, "--mask", mask, chat=False) == pytest.approx(total / count, abs=1e-5)
 
 
-@pytest.mark.parametrize("mask", ["completion", "assistant", "all"])
-def test_the_mask_of_conversations(chain, tmp_path, mask):
+@pytest.mark.parametrize("mask", ["assistant", *full("completion", "all")])
+def test_the_mask_of_conversations(chain, model_folder, tmp_path, mask):
     """Check 29: the last assistant turn with its end-of-turn token; with `assistant` every turn; with `all` all."""
     turns = [("user", "red"), ("assistant", "green"), ("user", "one"), ("assistant", "two three")]
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    base = chain(chat=True).base
+    base = model_folder("llama", chat=True)
     words, ids, learned = tokenizer(base), [], []
     assert words.chat_template == CHAT
     for number, (role, text) in enumerate(turns):
@@ -355,6 +358,7 @@ def test_a_chat_template_given_once_stays_with_the_checkpoint(chain, tmp_path):
     assert "Human: " in tokenizer(tmp_path / "x").chat_template
 
 
+@pytest.mark.full
 def test_a_model_without_a_padding_token_or_with_eos_as_padding(chain, model_folder, tmp_path):
     """Padding plays no part in what is learned: the same weights come out."""
     for name, pad in (("none", None), ("eos", "<eos>"), ("own", "<pad>")):

@@ -140,6 +140,7 @@ def two_ranks(model_folder, tmp_path_factory):
 TALK = {"share", "gathered", "gathered twice", "sums", "max", "largest", "first", "from first", "copied", "ended"}
 
 
+@pytest.mark.full
 def test_two_ranks_learn_what_one_does(two_ranks):
     """Check 26: gradients, weights after a step, and every reported number, of SFT, reward model and PPO.
 
@@ -158,6 +159,7 @@ def test_two_ranks_learn_what_one_does(two_ranks):
                 assert found[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.full
 def test_two_ranks_hold_the_same_weights_to_the_bit(two_ranks):
     _, (first, second) = two_ranks
     for name in first:
@@ -165,6 +167,7 @@ def test_two_ranks_hold_the_same_weights_to_the_bit(two_ranks):
             assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.full
 def test_ranks_tell_each_other_what_they_have(two_ranks):
     _, (first, second) = two_ranks
     assert (first["share"], second["share"]) == (["a", "c", "e"], ["b", "d"])
@@ -177,6 +180,7 @@ def test_ranks_tell_each_other_what_they_have(two_ranks):
     assert first["first"] and not second["first"]
 
 
+@pytest.mark.full
 def test_what_fails_on_one_rank_ends_all_with_its_message(two_ranks):
     """A mistake of the user's is told by the first rank alone; a defect by the rank that has it, and by the others."""
     _, (first, second) = two_ranks

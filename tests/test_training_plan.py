@@ -27,6 +27,7 @@ from stages.training.plan import (
     source_shapes,
 )
 from stages.training.seeds import permutation
+from tests.marks import full
 from tests.memory import LiveBytes, saved_bytes
 from tests.parts import (
     ppo_config,
@@ -170,8 +171,10 @@ def opened(folder, dtype, checkpointing, rank=4):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.float32, *full(torch.bfloat16)])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2", *full("qwen2", "qwen3", "mistral", "gemma", "gemma3", "gpt_neox")]
+)
 def test_activations_are_those_that_autograd_keeps(model_folder, architecture, dtype, checkpointing):
     source, base, roles, adapter = opened(model_folder(architecture), dtype, checkpointing)
     sequences = sequences_of([90, 71, 60])
@@ -211,7 +214,7 @@ def test_the_cache_of_a_rollout(open_tiny, model_folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("prompt", "response"), [(100, 4), (4, 100), (50, 50)])
+@pytest.mark.parametrize(("prompt", "response"), [(50, 50), *full((100, 4), (4, 100))])
 def test_the_peak_of_a_rollout_is_the_plans(model_folder, dtype, prompt, response):
     source, base, roles, _ = opened(model_folder("llama"), dtype, False)
     live, prompts = LiveBytes(), sequences_of([prompt] * 16)

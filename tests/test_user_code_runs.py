@@ -43,6 +43,7 @@ WANDERS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("when", WANDERS)
 def test_results_are_where_they_were_asked_for_whatever_directory_a_function_chooses(when, place):
     (place / "wanders.py").write_text(
@@ -71,6 +72,7 @@ def test_reports_and_pictures_too(place):
     assert not list((place / "elsewhere").iterdir())
 
 
+@pytest.mark.full
 def test_a_home_in_a_recipe_is_found_again(place, monkeypatch):
     """The base of a checkpoint is kept by its path, and `~` is none."""
     monkeypatch.setenv("HOME", str(place))

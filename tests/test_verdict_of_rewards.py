@@ -93,6 +93,7 @@ def test_one_that_learned_nothing_is_refused_without_force(chain, trained, tmp_p
     assert result(*line)["status"] == "already done"  # force is no part of what was made
 
 
+@pytest.mark.full
 def test_few_held_out_pairs_say_nothing_and_ppo_goes_on(chain, trained, tmp_path):
     folder, ended = trained("few")
     assert "19 held-out pairs are too few, 20 are needed: raise --eval-fraction" in " ".join(ended.stdout.split())
@@ -100,6 +101,7 @@ def test_few_held_out_pairs_say_nothing_and_ppo_goes_on(chain, trained, tmp_path
     assert f"verdict on {folder}: unknown; 19 held-out pairs" in went.stderr and "warning" not in went.stderr
 
 
+@pytest.mark.full
 def test_data_where_the_answer_alone_tells_is_a_caution(chain, tmp_path):
     """Every response was seen in training, and won or lost there: the prompt says nothing."""
     pairs = [{"prompt": f"{a} {b}", "chosen": " thank you", "rejected": " two"} for a in WORDS for b in WORDS]

@@ -23,6 +23,7 @@ from tests.commands import (
     rlhf,
     without_times,
 )
+from tests.marks import full
 from tests.tiny import write_jsonl
 
 PLAIN = (
@@ -85,12 +86,14 @@ def test_kl_of_a_policy_that_runs_away(run, tmp_path):
     assert len(lines) == 1 and os.listdir(tmp_path / "x" / "state") == ["step-000001"]
 
 
+@pytest.mark.full
 def test_kl_of_short_responses_is_warned_of_before_it_stops(run):
     ended, lines = run("vowels", *WILD)
     assert "warning: update 2: kl: " in ended.stderr and warned(ended, "kl")
     assert all(20 < line["reward_kl"] < 50 for line in lines[1:])
 
 
+@pytest.mark.full
 def test_negative_kl_where_another_policy_is_sampled_from(run, monkeypatch):
     """A planted defect: responses come from the reference, so that the k1 estimate is -KL(reference, policy)."""
     real = ppo.sample_rollout
@@ -100,6 +103,7 @@ def test_negative_kl_where_another_policy_is_sampled_from(run, monkeypatch):
     assert lines[-1]["alarm_negative_kl"] == 1.0 and lines[-1]["reward_kl"] < 0
 
 
+@pytest.mark.full
 def test_ratio_where_training_reads_other_log_probabilities(run, monkeypatch):
     """A planted defect: noise of 0.01 nats in the forward pass of training alone."""
     real = clipped.read_targets
@@ -117,12 +121,14 @@ def test_ratio_where_training_reads_other_log_probabilities(run, monkeypatch):
     assert [line["alarm_ratio"] for line in lines] == [1.0, 1.0]
 
 
+@pytest.mark.full
 def test_entropy_of_a_policy_that_is_paid_to_repeat_itself(run):
     ended, lines = run("same", *COLLAPSE, *GROUPS, "--max-steps", 16, "--batch-size", 16, "--stop-on", "none")
     assert "the entropy fell from" in warned(ended, "entropy")
     assert lines[-1]["entropy"] < 0.1 * lines[0]["entropy"] and lines[-1]["alarm_entropy"] == 1.0
 
 
+@pytest.mark.full
 def test_repetition_of_a_policy_that_is_paid_for_it(run):
     more = ("--max-response-tokens", 12, "--max-steps", 12, "--batch-size", 16, "--stop-on", "none")
     ended, lines = run("same", *COLLAPSE, *GROUPS, *more)
@@ -145,6 +151,7 @@ def babble(chain, tmp_path_factory):
     return place / "sft"
 
 
+@pytest.mark.full
 def test_length_that_a_reward_pays_for(run, babble):
     flags = ("--max-response-tokens", 32, "--learning-rate", "1e-2", "--ppo-epochs", 2, "--temperature", 1)
     ended, lines = run("length", *flags, *GROUPS, "--batch-size", 16, "--max-steps", 6, model=babble)
@@ -152,6 +159,7 @@ def test_length_that_a_reward_pays_for(run, babble):
     assert lines[-1]["response_length"] > 1.3 * lines[0]["response_length"] and lines[-1]["score_length_corr"] > 0.5
 
 
+@pytest.mark.full
 def test_missing_ends_where_they_are_charged_for(run):
     """The tiny base never ends within four tokens."""
     ended, _ = run("vowels", "--missing-eos-penalty", 1)
@@ -160,6 +168,7 @@ def test_missing_ends_where_they_are_charged_for(run):
     assert lines[-1]["truncated_rate"] == 1.0 and "no-eos" not in ended.stderr
 
 
+@pytest.mark.full
 def test_a_critic_that_learns_far_too_fast(run):
     wild = ("--critic-learning-rate", 1, "--value-clip-range", 100, "--learning-rate", "1e-5", "--ppo-epochs", 1)
     ended, lines = run("lottery", *wild, "--max-steps", 11, "--batch-size", 4)
@@ -167,6 +176,7 @@ def test_a_critic_that_learns_far_too_fast(run):
     assert "alarm_critic" not in lines[8] and lines[9]["explained_variance"] < 0 and lines[9]["alarm_critic"] == 1.0
 
 
+@pytest.mark.full
 def test_groups_whose_responses_all_score_the_same(run):
     ended, lines = run("flat", *GROUPS)
     assert "for 100% of the prompts every response had the same score" in warned(ended, "dead-groups")
@@ -197,6 +207,7 @@ def test_gradients_that_are_not_finite(run, monkeypatch, tmp_path):
     assert "step-000002" in os.listdir(tmp_path / "x" / "state")
 
 
+@pytest.mark.full
 def test_gradients_that_are_not_finite_can_be_put_up_with(run, monkeypatch):
     plant_inf(monkeypatch, 7)
     ended, lines = run("vowels", "--stop-on", "kl")
@@ -204,12 +215,16 @@ def test_gradients_that_are_not_finite_can_be_put_up_with(run, monkeypatch):
     assert [line["nonfinite_in_a_row"] for line in lines] == [0, 1, 5, 9]
 
 
+@pytest.mark.full
 def test_a_reward_whose_scale_drifts_away(run):
     ended, _ = run("drift", "--max-steps", 9)
     assert "the mean score moved from" in warned(ended, "reward-range")
 
 
-@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16"), GROUPS])
+@pytest.mark.parametrize(
+    "more",
+    [(), *full((("--dtype", "bfloat16"),), (GROUPS,))],
+)
 def test_a_run_that_is_well_says_nothing(run, tmp_path, more):
     ended, lines = run("vowels", *more, "--temperature", 1, "--max-steps", 12, "--learning-rate", "1e-3")
     assert ended.code == 0 and "warning" not in ended.stderr and "alarms" not in ended.stdout
@@ -220,6 +235,7 @@ def test_a_run_that_is_well_says_nothing(run, tmp_path, more):
 # --- stopping, and going on
 
 
+@pytest.mark.full
 def test_a_run_that_stopped_goes_on_to_the_same_bits(run, tmp_path):
     """It stops at its second update, and again when repeated as it was; told not to, it ends as if it never had."""
     whole, expected = run("vowels", *FAR, "--stop-on", "none", folder="whole")
@@ -237,6 +253,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(run, tmp_path):
     assert manifest(tmp_path / "x")["metrics"] == manifest(tmp_path / "whole")["metrics"]
 
 
+@pytest.mark.full
 def test_a_run_that_stops_in_its_first_update_goes_on_from_the_start(run, monkeypatch, tmp_path):
     """Eight steps an update, all of them bad; once the fault is mended the run is the one that never had it."""
     run("vowels", "--minibatches", 2, folder="whole")
@@ -251,6 +268,7 @@ def test_a_run_that_stops_in_its_first_update_goes_on_from_the_start(run, monkey
     assert without_times(tmp_path / "x" / "metrics.jsonl") == without_times(tmp_path / "whole" / "metrics.jsonl")
 
 
+@pytest.mark.full
 def test_a_resumed_run_does_not_repeat_what_was_said(run):
     """The KL is warned of at update 2; the groups die later and stop the run; once resumed the KL is old news."""
     more = (*COLLAPSE, *GROUPS, "--batch-size", 16, "--max-steps", 16)

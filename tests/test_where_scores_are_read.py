@@ -116,6 +116,7 @@ def rows_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.full
 def test_the_served_mean_of_demonstrations_is_zero(trained):
     folder, told = trained
     scores = served_scores(folder, rows_of(folder / "shown.jsonl"))
@@ -184,6 +185,7 @@ def test_demonstrations_that_cannot_be_used_are_not_passed_over_in_silence(train
     assert "e.jsonl:1" in refused(*line[:6], data, *line[7:], "--output", tmp_path / "x")
 
 
+@pytest.mark.full
 def test_a_reward_model_with_another_chat_template_is_named(trained, tmp_path):
     folder, _ = trained
     done("reward", "--model", folder / "sft", "--dataset", folder / "c.jsonl", "--output", tmp_path / "other",

@@ -19,6 +19,7 @@ def data(tmp_path):
     return tmp_path
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("more", [(), ("--gradient-checkpointing", "true"), ("--load-in-4bit",)], ids=str)
 def test_every_stage_runs_in_half_precision(data, device, model_folder, more):
     if "--load-in-4bit" in more and importlib.util.find_spec("bitsandbytes") is None:
@@ -50,6 +51,7 @@ def distance(one, other):
     return math.sqrt(sum(float((mine[name] - theirs[name]).square().sum()) for name in mine))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_that_was_interrupted_ends_where_a_straight_one_does(data, device, model_folder, dtype):
     """To the bit where two straight runs agree to the bit, as on a CPU; else within 5 % of the way they went."""

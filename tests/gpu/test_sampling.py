@@ -7,6 +7,7 @@ import torch
 
 from stages.models.roles import Roles
 from stages.rollout.generate import Sampling, generate
+from tests.marks import full
 from tests.parts import random_adapter, sequences_of
 
 PROMPTS = (7, 3, 12, 5, 9, 1, 4, 8)
@@ -22,7 +23,7 @@ def responses(base, roles, rows_at_once, chosen=EVERY):
         return generate(base, [prompts[i] for i in chosen], keys, (2, 3), sampling)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", *full("mistral", "gpt2", "gemma2")])
 def test_the_same_keys_give_the_same_responses_whatever_the_batch(opened, architecture):
     """In fp32, where the order of sums moves a logit by less than a draw notices."""
     base = opened(architecture, scale=0.1)
