@@ -152,6 +152,7 @@ def report(
     ],
     as_json: Annotated[bool, typer.Option("--json", help=RUN_OPTIONS["json"][1])] = False,
     debug: Annotated[bool, typer.Option("--debug", help=RUN_OPTIONS["debug"][1])] = False,
+    help_all: bool = help_all_option().default,
 ) -> int:
     """Read the results that the stages of runs have written."""
 

@@ -27,7 +27,7 @@ MOST_RESPONSES = 10**6  # of one PPO update
 # Former knobs -> what took their place. Configs have the values that are fixed now, as class attributes.
 REMOVED = {
     **dict.fromkeys(("adam_beta1", "adam_eps", "ratio_limit"), "its value is fixed at {}"),
-    "force_biased_kl": "use force",
+    "force_biased_kl": "use force instead",
 }
 
 

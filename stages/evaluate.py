@@ -33,7 +33,7 @@ from stages.rollout.evaluation import (
 from stages.rollout.generate import Sampling, check_engine
 from stages.rollout.reward_sources import RewardSources, check_templates
 from stages.tables import evaluation_tables, facts_table, metrics_table
-from stages.training.comparing import FEWEST_PROMPTS, encode_comparison
+from stages.training.comparing import MIN_PROMPT_CLUSTERS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
 from stages.training.opening import check_coverage, context_limit, encode_all, open_base, open_text, prompt_limit
 
@@ -215,12 +215,12 @@ def measure_kl_curve(
 def win_rate(mine: Tensor, other: Tensor, prompts: list[PromptRow]) -> dict[str, float]:
     """How often one score beats the other, ties half, with its 95 % interval; rows of one prompt are one cluster.
 
-    With fewer than FEWEST_PROMPTS prompts, the interval is that of these prompts alone.
+    With fewer than MIN_PROMPT_CLUSTERS prompts, the interval is that of these prompts alone.
     """
     wins = (mine > other).double() + 0.5 * (mine == other).double()
     places: dict[tuple[int, ...], int] = {}
     clusters = [places.setdefault(tuple(prompt.ids.tolist()), len(places)) for prompt in prompts]
-    low, high, _ = clustered_interval(wins, clusters if len(places) >= FEWEST_PROMPTS else list(range(len(wins))))
+    low, high, _ = clustered_interval(wins, clusters if len(places) >= MIN_PROMPT_CLUSTERS else list(range(len(wins))))
     return {"rate": float(wins.mean()), "low": low, "high": high, "n": len(mine)}
 
 

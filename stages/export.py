@@ -17,12 +17,12 @@ from stages.models.checks import check_finite
 from stages.models.heads import ScalarHead
 from stages.models.model_ref import ModelRef
 from stages.models.roles import Roles, adapter_of, head_of
-from stages.models.templates import scored_template
-from stages.models.tokens import PROBE, Text
+from stages.models.templates import PROBE_MESSAGES, scored_template
+from stages.models.tokens import Text
 from stages.places import absolute
 from stages.results import Reporter, Result, Table
 from stages.tables import facts_table
-from stages.training.devices import DTYPES, pick_device
+from stages.training.devices import TORCH_DTYPES, pick_device
 from stages.training.opening import open_text
 from stages.training.reload import probe_sequences
 
@@ -34,8 +34,10 @@ def run(config: ExportConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     """Write the merged model in the wanted precision, load it back with transformers, and compare."""
     source, output = inputs.source, absolute(config.output, "--output")
     text = open_text(source, config, reporter)
-    stored = DTYPES.get(str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32)
-    wanted = DTYPES.get(config.dtype, stored)
+    stored = TORCH_DTYPES.get(
+        str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32
+    )
+    wanted = TORCH_DTYPES.get(config.dtype, stored)
     is_reward = source.manifest.stage == "reward"
     kind = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
     facts = {"kind": kind, "dtype": str(wanted).removeprefix("torch.")}
@@ -128,12 +130,12 @@ def end_where_scored(text: Text, reporter: Reporter) -> None:
     A classifier reads the last token, and most templates write a line break after the last turn's end token.
     """
     template = text.tokenizer.get_chat_template()
-    judged = text.judged(Demonstration("", "", "", PROBE), 2**30).ids.tolist()
-    ids = text.encode(text.render(PROBE), rendered=True).ids
+    judged = text.judged(Demonstration("", "", "", PROBE_MESSAGES), 2**30).ids.tolist()
+    ids = text.encode(text.render(PROBE_MESSAGES), rendered=True).ids
     if ids == judged:
         return
     text.tokenizer.chat_template = scored_template(template, writes_end=judged == ids[: len(judged)])
-    if text.encode(text.render(PROBE), rendered=True).ids != judged:
+    if text.encode(text.render(PROBE_MESSAGES), rendered=True).ids != judged:
         last = text.tokenizer.convert_ids_to_tokens(judged[-1])
         reporter.warn(f"the score of a conversation is read at {last}; cut what the chat template writes after it")
 

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from stages.config import AUTO, PpoConfig
-from stages.diagnostics.conditions import ADVICE
+from stages.diagnostics.conditions import CONDITION_ADVICE
 from stages.diagnostics.watchdog import Watchdog, add_resume_advice, alarms_in
 from stages.errors import ConfigError, TrainingStopped
 from stages.inputs import Inputs
@@ -87,7 +87,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     metrics = {**before_and_after(lines), **last, "alarms": sorted(alarms)}
     session.publish("policy", metrics, rewards=[spec.checkpoint for spec in inputs.rewards if spec.checkpoint])
     tables = (before_and_after_table(metrics) if held_out else metrics_table("ppo", metrics),)
-    tables += (alarm_table(alarms, session.total, ADVICE),) if alarms else ()
+    tables += (alarm_table(alarms, session.total, CONDITION_ADVICE),) if alarms else ()
     return session.result({"metrics": metrics, "updates": session.total, "alarms": alarms}, tables)
 
 
@@ -176,12 +176,15 @@ def open_roles(session: Session) -> None:
 def open_setup(session: Session, ptx: list[TokenRow]) -> PpoSetup:
     """Reward sources, sampling and watchdog of a run whose base is loaded."""
     config, model, base, engine = session.config, session.model, session.base, session.config.rollout_engine
-    for line in check_engine(base, engine):
+    rewards = RewardSources(
+        session.inputs.rewards, session.roles, timeout=config.reward_timeout, signals=session.signals
+    )
+    for line in check_engine(base, engine):  # once all roles are there: a DoRA reward model takes the native pass
         session.reporter.note(line)
     at_once = rollout_rows(config, session.work, model, source_shapes(model, config), free_memory(base.device))
     return PpoSetup(
         session,
-        RewardSources(session.inputs.rewards, session.roles, timeout=config.reward_timeout, signals=session.signals),
+        rewards,
         Sampling(config.temperature, config.max_response_tokens, rollout_batch_size=at_once, engine=engine),
         Watchdog(
             tuple(config.stop_on),

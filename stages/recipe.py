@@ -50,6 +50,8 @@ def read_recipe(path: str | Path, cls: type) -> Recipe:
         name, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
         if name in recipe:
             raise ConfigError(f"`{name}` is given twice", where=where, fix="keep one of the two lines")
+        if removal_of(name, cls) and values[name] == getattr(cls, name.replace("-", "_")):
+            continue  # as config.yaml of an earlier rlhf has it
         if name not in knobs(cls):
             raise ConfigError(f"unknown knob `{name}`", where=where, fix=suggest(name, cls))
         recipe[name] = (values[name], where)

@@ -15,7 +15,7 @@ from stages.results import Table
 ABSENT = "-"
 SHOWN_CHARACTERS = 600  # of an example in a table
 REPORTED_STAGES = ("sft", "reward", "ppo", "dpo")
-Row = dict[str, object]
+JsonRow = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ MEASURES = (
     Measure("length", "response length, tokens", "length", 1),
     Measure("eos_rate", "ended with EOS", "EOS", 1, percent=True),
     Measure("duplicate_rate", "responses that repeat another", "repeated", 1, percent=True),
-    Measure("distinct_1", "distinct tokens / tokens", "distinct-1", 2),
-    Measure("distinct_2", "distinct pairs of tokens / pairs", "distinct-2", 2),
+    Measure("distinct_1", "distinct tokens / tokens", "dist-1", 2),
+    Measure("distinct_2", "distinct pairs of tokens / pairs", "dist-2", 2),
 )
 
 
@@ -65,7 +65,7 @@ def format_share(rate: object, low: object = None, high: object = None, note: st
     return f"{100 * rate:.1f} %" + (f" ({about})" if about else "")  # type: ignore[operator]
 
 
-def format_measure(row: Row, measure: Measure) -> str:
+def format_measure(row: JsonRow, measure: Measure) -> str:
     """One measure of one policy, with its standard error if it has one."""
     if measure.percent:
         return format_share(row.get(measure.key))
@@ -73,7 +73,7 @@ def format_measure(row: Row, measure: Measure) -> str:
     return f"{text} ± {format_number(error, measure.digits)}" if is_number(error) else text
 
 
-def format_interval(report: Row, name: str) -> str:
+def format_interval(report: JsonRow, name: str) -> str:
     """A share between 0 and 1 with its 95 % interval."""
     return f"{report[name]:.3f} [{report[f'{name}_low']:.3f}, {report[f'{name}_high']:.3f}]"
 
@@ -212,20 +212,20 @@ def scorers_table(reports: list[dict]) -> Table:
     ]
     longer = f"{reports[0]['longer_wins_accuracy']:.3f}"
     rows.append(("baseline: longer wins", ABSENT, longer, *[ABSENT] * 4))
-    columns = ("model", "score", "accuracy [95 %]", "log-loss", "margin", "score-length corr.", "agreement")
+    columns = ("model", "score", "accuracy [95 %]", "log-loss", "margin", "length corr.", "agreement")
     return Table(f"{describe_pairs(reports[0], 'pairs')}, side by side", columns, tuple(rows))
 
 
 # --- policies on prompts: what evaluate.json holds
 
 
-def evaluation_tables(evaluation: Row, label: str = "", *, with_examples: bool = True) -> tuple[Table, ...]:
+def evaluation_tables(evaluation: JsonRow, label: str = "", *, with_examples: bool = True) -> tuple[Table, ...]:
     """Every table that evaluate.json has numbers for: the policies, the curves over KL, and examples."""
     tables = (policy_table(evaluation, label), *curve_tables(evaluation, label))
     return (*tables, examples_table(evaluation, label)) if with_examples else tables
 
 
-def name_sides(evaluation: Row) -> tuple[str, ...]:
+def name_sides(evaluation: JsonRow) -> tuple[str, ...]:
     """Names of the compared policies: SFT and PPO, or those of other folders; only PPO if nothing was compared."""
     paths = [inner(evaluation, key) for key in ("compared_with", "model")]
     names = [Path(path).name if isinstance(path, str) else "" for path in paths]
@@ -236,7 +236,7 @@ def name_sides(evaluation: Row) -> tuple[str, ...]:
     return (ppo or "PPO",) if alone else (sft or "SFT", ppo or "PPO")
 
 
-def policy_table(evaluation: Row, label: str = "") -> Table:
+def policy_table(evaluation: JsonRow, label: str = "") -> Table:
     """The evaluated policy, beside the one it was compared with if any, with a row per measure."""
     names = name_sides(evaluation)
     sides = [part(evaluation, side) for side in ("against", "policy")][-len(names) :]
@@ -256,7 +256,7 @@ def policy_table(evaluation: Row, label: str = "") -> Table:
     return Table(f"{label}{' against '.join(names)}{on}", ("measure", *names), tuple(rows))
 
 
-def examples_table(evaluation: Row, label: str = "") -> Table:
+def examples_table(evaluation: JsonRow, label: str = "") -> Table:
     """The same prompts with the response and scores of each policy."""
     names = name_sides(evaluation)
     keys = (("against", "against_score", "against_gold"), ("response", "score", "gold"))[-len(names) :]
@@ -266,7 +266,7 @@ def examples_table(evaluation: Row, label: str = "") -> Table:
     return Table(f"{label}the same prompts, answered by {' and '.join(names)}", ("prompt", *names), tuple(rows))
 
 
-def _response(example: Row, text: str, score: str, gold: str) -> str:
+def _response(example: JsonRow, text: str, score: str, gold: str) -> str:
     """A response with its scores in a line below."""
     scored = [(name, example.get(key)) for name, key in (("score", score), ("gold", gold))]
     scores = ", ".join(f"{name} {format_number(value, 2)}" for name, value in scored if is_number(value))
@@ -274,7 +274,7 @@ def _response(example: Row, text: str, score: str, gold: str) -> str:
     return "\n".join(filter(None, lines))
 
 
-def curve_rows(value: object, name: str) -> list[Row]:
+def curve_rows(value: object, name: str) -> list[JsonRow]:
     """The rows of a list from JSON that have the key `name` and a finite KL, by rising KL."""
     rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
     return sorted((row for row in rows if name in row and is_finite(row.get("kl"))), key=lambda row: row["kl"])
@@ -285,7 +285,7 @@ def is_finite(value: object) -> bool:
     return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def curve_tables(evaluation: Row, label: str = "") -> tuple[Table, ...]:
+def curve_tables(evaluation: JsonRow, label: str = "") -> tuple[Table, ...]:
     """Tables of best-of-n, of several policies by KL, and of over-optimisation, as far as they were measured."""
     best, policies = curve_rows(evaluation.get("best_of"), "n"), curve_rows(evaluation.get("frontier"), "model")
     tables: tuple[Table, ...] = ()
@@ -302,7 +302,7 @@ def curve_tables(evaluation: Row, label: str = "") -> tuple[Table, ...]:
     return tables
 
 
-def _curve_table(title: str, first: str, named: list[tuple[str, Row]]) -> Table:
+def _curve_table(title: str, first: str, named: list[tuple[str, JsonRow]]) -> Table:
     """Measures by column, with a row per name."""
     measures = [m for m in MEASURES if any(is_number(row.get(m.key)) for _, row in named)]
     cells = [(name, *(format_measure(row, measure) for measure in measures)) for name, row in named]

@@ -421,7 +421,7 @@ def test_another_condition_to_stop_on_is_the_same_run():
         (SftConfig, "adam-eps", "its value is fixed at 1e-08"),
         (PpoConfig, "adam_eps", "its value is fixed at 1e-05"),
         (PpoConfig, "ratio_limit", "its value is fixed at 10.0"),
-        (PpoConfig, "force_biased_kl", "use force"),
+        (PpoConfig, "force_biased_kl", "use force instead"),
     ],
 )
 def test_a_removed_knob_of_an_old_recipe_says_what_became_of_it(tmp_path, cls, name, reason):

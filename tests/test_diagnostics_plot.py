@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from stages.diagnostics.plot import COLOURS, MARK, Point, Series, check_matplotlib, scatter, write_plot
+from stages.diagnostics.plot import COLOURS, PLOT_MARK, Point, Series, check_matplotlib, scatter, write_plot
 from stages.errors import ConfigError, OutputError
 from tests.marks import full
 
@@ -75,12 +75,12 @@ def test_a_file_is_written_whole_with_a_mark_and_the_same_bytes_each_time(tmp_pa
     for _ in range(2):
         write_plot(tmp_path / f"x{suffix}", scatter([Series("s", [Point(0, 0, 1, 1), Point(1, 1)])], **NAMES))
         contents.add((tmp_path / f"x{suffix}").read_bytes())
-    assert len(contents) == 1 and MARK.encode() in contents.copy().pop()
+    assert len(contents) == 1 and PLOT_MARK.encode() in contents.copy().pop()
 
     def full(path, data):
         raise OutputError("cannot write: no space")
 
-    monkeypatch.setattr("stages.checkpoint.atomic._write_new", full)
+    monkeypatch.setattr("stages.checkpoint.atomic._write_all", full)
     with pytest.raises(OutputError):
         write_plot(tmp_path / f"x{suffix}", scatter([Series("s", [Point(2, 2)])], **NAMES))
     assert [path.name for path in tmp_path.iterdir()] == [f"x{suffix}"]

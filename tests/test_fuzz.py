@@ -56,7 +56,7 @@ TEXT = st.text(max_size=12) | st.sampled_from(["", " ", "a b", "\0", "\x1b[2J", 
 ATOMS = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | TEXT
 JSON = st.recursive(ATOMS, lambda part: st.lists(part, max_size=3) | st.dictionaries(TEXT, part, max_size=3))
 MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from([*raw_rows.ROLES, *raw_rows.ROLE_ALIASES, "cat"]) | JSON, "content": TEXT | JSON},
+    {"role": st.sampled_from([*raw_rows.MESSAGE_ROLES, *raw_rows.ROLE_ALIASES, "cat"]) | JSON, "content": TEXT | JSON},
     optional={"tool_calls": JSON, "name": TEXT, "from": TEXT, "value": TEXT},
 )
 SHAREGPT = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system"]) | JSON, "value": TEXT | JSON})

@@ -10,11 +10,13 @@ import signal
 import pytest
 import torch
 
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, ModelError
+from stages.models.lora import adapter_from
 from stages.models.model_ref import read_adapter_shape
+from stages.models.roles import new_adapter
 from tests.commands import SHORT, SMALL, assert_same_weights, contents, done, manifest, refused, result, rlhf, weights
 from tests.commands import write_data as write_rows
-from tests.parts import sequences_of, whole_model
+from tests.parts import random_adapter, sequences_of, whole_model
 from tests.test_resume import in_a_process
 
 IDS = sequences_of([11], seed=3)[0]
@@ -158,3 +160,19 @@ def test_a_type_that_there_is_not_is_refused_with_those_there_are(place, tmp_pat
     ended = rlhf("sft", "--model", "m", "--dataset", "d", "--output", tmp_path, "--lora-type", "pissa")
     assert ended.code == 2 and "rslora" in ended.stderr and "dora" in ended.stderr
     assert contents(tmp_path) == {}
+
+
+def test_dora_refuses_a_row_of_zeros(open_tiny):
+    """DoRA divides by the norm of every row of the weight."""
+    base = open_tiny("llama")
+    path, layer = next(iter(base.layers.items()))
+    layer.weight.data[3] = 0
+    with pytest.raises(ModelError, match=f"a row of the weight of {path} is zero"):
+        new_adapter(base, 4, 8.0, [], 0, "dora")
+
+
+def test_tensors_that_no_layer_has_are_refused(open_tiny):
+    base = open_tiny("llama")
+    tensors = random_adapter(base, 1).tensors() | {"base_model.model.foo.weight": torch.zeros(2)}
+    with pytest.raises(CheckpointError, match="the adapter is for foo.weight, which the base lacks"):
+        adapter_from(base.layers, tensors, 4, 8.0, "lora", where="a", trainable=False)

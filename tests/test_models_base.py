@@ -110,9 +110,9 @@ def test_other_readouts_and_attentions_are_right_too(tmp_path, name):
 def test_a_model_with_attention_sinks_keeps_its_own_attention(tmp_path):
     """Negative: under our attention, which has no sinks, its logits would be off by far more than rounding."""
     base = open_folder(save_model(tmp_path, readouts()["gpt_oss"]()))
-    assert base.model.config._attn_implementation != attention.NAME
+    assert base.model.config._attn_implementation != attention.ATTENTION_NAME
     own = logits_of(base, SEQUENCES)
-    base.model.set_attn_implementation(attention.NAME)
+    base.model.set_attn_implementation(attention.ATTENTION_NAME)
     assert (logits_of(base, SEQUENCES) - own).abs().max() > 0.1
 
 

@@ -211,7 +211,7 @@ def test_the_plain_attention_is_the_measure_of_all_others(model_folder):
     with torch.no_grad():
         assert (model(sequence[None]).logits[0] - expected).abs().max() > 0.01
         base._choose_attention(model)
-        assert model.config._attn_implementation == attention.NAME
+        assert model.config._attn_implementation == attention.ATTENTION_NAME
         assert (model(sequence[None]).logits[0] - expected).abs().max() <= 1e-4
 
 

@@ -34,7 +34,7 @@ def test_without_the_package_nothing_is_loaded(without_bitsandbytes):
         open_inputs("sft", sft_config(model="there is no such model", load_in_4bit=True))
     assert str(caught.value) == (
         "--load-in-4bit: a base in 4 bits needs bitsandbytes, which is not installed\n"
-        "  -> pip install 'rlhf[4bit]', or leave it out"
+        "  -> run pip install 'rlhf[4bit]', or leave --load-in-4bit out"
     )
 
 

@@ -22,7 +22,7 @@ from stages.checkpoint import atomic
 from stages.checkpoint.manifest import FORMAT_VERSION, MANIFEST, SPLIT, Manifest, read_manifest
 from stages.checkpoint.same_run import changed_functions, differences, ends_later, ends_of
 from stages.checkpoint.states import STATE, read_about, states_in
-from stages.config import as_dict
+from stages.config import REMOVED, as_dict
 from stages.errors import CheckpointError, OutputError
 from stages.places import describe_special
 from stages.reading import read_json
@@ -140,6 +140,9 @@ def _different_run(run: Run, lines: list[str], states: list[Path]) -> OutputErro
     what = "holds a run with different knobs or inputs:\n" + "\n".join(f"    {line}" for line in lines)
     if all(line.startswith(("max_steps: ", "epochs: ")) for line in lines) and not states:
         what += "\n    that run cannot be extended: its state was not kept (--keep-state)"
+    if any(line.partition(":")[0] in REMOVED for line in lines):
+        fix = f"its value can no longer be set: finish the run with the rlhf that started it, or {START_AGAIN}"
+        return OutputError(what, where=str(run.folder), fix=fix)
     return OutputError(what, where=str(run.folder), fix=f"use the old values to resume, or {START_AGAIN}")
 
 
@@ -196,6 +199,8 @@ def _check_writable(folder: Path) -> None:
     while not os.path.lexists(place):
         place = place.parent
     with atomic.raising_output_errors(folder):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # raises for a name that is too long
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
         if not os.access(place, os.W_OK | os.X_OK):

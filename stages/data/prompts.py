@@ -28,7 +28,7 @@ TAG = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 # Transcripts, our own `plain`, Vicuna and Alpaca; both cases spelled out, since IGNORECASE takes six times as long.
-NAME = re.compile(
+SPEAKER = re.compile(
     r"[HhUuAaSsBbIiRr](?:uman|UMAN|ser|SER|ssistant|SSISTANT|ystem|YSTEM|ot|i|I|nstruction|nput|esponse):"
 )
 INLINE = ("human", "user", "assistant")  # also within a line, if capitalised
@@ -40,7 +40,7 @@ BOILERPLATE = re.compile(
 )
 SPECIAL = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|end_of_turn)>")
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
-ROLES = {
+SPEAKER_ROLES = {
     "assistant": ASSISTANT, "chatbot": ASSISTANT, "bot": ASSISTANT, "ai": ASSISTANT, "model": ASSISTANT,
     "response": ASSISTANT, "/inst]": ASSISTANT, "system": SYSTEM, "developer": SYSTEM, "<sys>>": SYSTEM,
     "system_prompt]": SYSTEM,
@@ -97,7 +97,7 @@ def _turns(content: Content) -> Iterator[tuple[str, str]]:
         yield from _marked_turns(content)
         return
     for message in content:
-        role = ROLES.get(message["role"], USER)
+        role = SPEAKER_ROLES.get(message["role"], USER)
         if role == USER:
             yield from _marked_turns(message["content"])
         else:
@@ -108,7 +108,7 @@ def _marked_turns(text: str) -> Iterator[tuple[str, str]]:
     role, start = USER, 0
     for begin, end, name in _marks(text):
         yield role, _words(text[start:begin])
-        role, start = ROLES.get(name, USER), end
+        role, start = SPEAKER_ROLES.get(name, USER), end
     yield role, _words(text[start:])
 
 
@@ -118,7 +118,7 @@ def _marks(text: str) -> Iterator[tuple[int, int, str]]:
     A name marks a turn at the start of a line or directly after another mark.
     """
     last = 0
-    for mark in heapq.merge(TAG.finditer(text), NAME.finditer(text), key=lambda mark: mark.start()):
+    for mark in heapq.merge(TAG.finditer(text), SPEAKER.finditer(text), key=lambda mark: mark.start()):
         begin = mark.start()
         if mark.re is TAG:
             last = mark.end()

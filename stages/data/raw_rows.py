@@ -12,10 +12,10 @@ from decimal import Decimal
 from stages.data.cells import json_value
 from stages.errors import DatasetError
 
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Message = dict[str, str]  # {"role": one of MESSAGE_ROLES, "content": text}
 Content = str | tuple[Message, ...]  # plain text, or turns for the chat template
 
-ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {"developer": "system", "human": "user", "gpt": "assistant"}
 NAME_SHOWN, NAMES_LISTED = 60, 20  # characters of a name, and how many names, in one message
 ROW_FIX = "correct the row, or drop such rows with --skip-bad-rows"
@@ -117,8 +117,8 @@ def _check_message(item: object, where: str) -> Message:
         if not isinstance(item.get(key), str):
             raise bad_row(f"expected text in `{key}`, found {named(item.get(key))}", where)
     role = ROLE_ALIASES.get(item[role_key], item[role_key])
-    if role not in ROLES:
-        raise bad_row(f"unknown role `{quoted(role)}`; roles are {', '.join(ROLES)}", where)
+    if role not in MESSAGE_ROLES:
+        raise bad_row(f"unknown role `{quoted(role)}`; roles are {', '.join(MESSAGE_ROLES)}", where)
     return {"role": role, "content": item[content_key]}
 
 

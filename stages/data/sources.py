@@ -17,7 +17,7 @@ from stages.data.readers import READERS, import_library, read_file
 from stages.errors import DatasetError
 from stages.places import describe_special
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?")
+HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _locate(source: str) -> tuple[Path | None, str | None]:
     if head and split and os.path.exists(head):
         return Path(head), split
     repository, _, split = source.partition(":")
-    if HUB_ID.fullmatch(source) and Path(repository).suffix.lower() not in READERS:
+    if HUB_DATASET.fullmatch(source) and Path(repository).suffix.lower() not in READERS:
         return None, split or "train"
     folder = Path(local).parent
     names = [entry.name for entry in folder.iterdir()] if os.access(folder, os.R_OK) and folder.is_dir() else []

@@ -14,7 +14,7 @@ from stages.data.rows import Comparison, Demonstration, Prompt
 
 Row = TypeVar("Row", Demonstration, Prompt, Comparison)
 
-FEWEST_PROMPTS = 10
+MIN_PROMPTS_TO_HOLD_OUT = 10
 SALT = "0"
 
 
@@ -52,7 +52,9 @@ def held_out_everywhere(held_out: Iterable[Row], fraction: float) -> bool:
 def shared_prompts(rows: Sequence[Row], others: Iterable[Row]) -> list[Row]:
     """The `rows` with a prompt that `others` have: by `prompt_key` if there are enough of these, else by every turn."""
     others = list(others)
-    key = prompt_key if _divides([prompt_key(row) for row in (*rows, *others)], FEWEST_PROMPTS) else whole_prompt
+    key = (
+        prompt_key if _divides([prompt_key(row) for row in (*rows, *others)], MIN_PROMPTS_TO_HOLD_OUT) else whole_prompt
+    )
     keys = {key(row) for row in others}
     return [row for row in rows if key(row) in keys]
 
@@ -76,8 +78,8 @@ def prompt_key(row: Row) -> str:
 def _choose(rows: Sequence[Row], fraction: float) -> tuple[list[float], set[int]]:
     """A hash per row and the indices of the rows to hold out, by the first kind of key that divides the rows."""
     kinds: list[tuple[Callable[[Row], str], int]] = [
-        (prompt_key, FEWEST_PROMPTS),
-        (lambda row: json.dumps(whole_prompt(row)), FEWEST_PROMPTS),
+        (prompt_key, MIN_PROMPTS_TO_HOLD_OUT),
+        (lambda row: json.dumps(whole_prompt(row)), MIN_PROMPTS_TO_HOLD_OUT),
         (_content_key, 2),
     ]
     held: set[int] = set()

@@ -310,4 +310,4 @@ CONDITION_CHECKS: dict[str, Condition] = {
         "read samples.jsonl; raise --kl-coef, or change what the reward pays for",
     ),
 }
-ADVICE = {name: condition.advice for name, condition in CONDITION_CHECKS.items()}
+CONDITION_ADVICE = {name: condition.advice for name, condition in CONDITION_CHECKS.items()}

@@ -6,7 +6,7 @@ import typing
 from pathlib import PurePath
 
 from stages.diagnostics.plot import Point, Series, scatter
-from stages.tables import Row, is_finite
+from stages.tables import JsonRow, is_finite
 
 if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ if typing.TYPE_CHECKING:
 # --- over-optimisation ----------------------------------------------------------------------------------------------
 
 
-def turning_point(rows: list[Row]) -> tuple[Row, Row] | None:
+def turning_point(rows: list[JsonRow]) -> tuple[JsonRow, JsonRow] | None:
     """The row of the highest gold score, and the row of the highest score among those with more KL, a higher score
     and a lower gold score; None if there is no such row.
     """
@@ -26,7 +26,7 @@ def turning_point(rows: list[Row]) -> tuple[Row, Row] | None:
     return (peak, max(beyond, key=lambda row: row["score"])) if beyond else None
 
 
-def describe_over_optimisation(rows: list[Row], loss_error: float | None) -> str:
+def describe_over_optimisation(rows: list[JsonRow], loss_error: float | None) -> str:
     """One sentence on over-optimisation; `loss_error` is the standard error over prompts of the gold score's fall."""
     turn = turning_point(rows)
     if turn is None:
@@ -42,14 +42,14 @@ def describe_over_optimisation(rows: list[Row], loss_error: float | None) -> str
     )
 
 
-def _name(row: Row) -> str:
+def _name(row: JsonRow) -> str:
     return str(row.get("label", row.get("model", "")))
 
 
 # --- plot -----------------------------------------------------------------------------------------------------------
 
 
-def plot_kl_curve(rows: list[Row], best_of: list[Row], title: str) -> Figure:
+def plot_kl_curve(rows: list[JsonRow], best_of: list[JsonRow], title: str) -> Figure:
     """Score (solid) and gold score (dashed) over the KL to the reference: a line for each run with states."""
     series = []
     for colour, (kind, points) in enumerate([*by_run(rows).items(), ("best of n", best_of)]):
@@ -60,12 +60,12 @@ def plot_kl_curve(rows: list[Row], best_of: list[Row], title: str) -> Figure:
     return scatter(series, title=title, x_label="KL to the reference, nats (square-root scale)", y_label="score")
 
 
-def by_run(rows: list[Row]) -> dict[str, list[Row]]:
+def by_run(rows: list[JsonRow]) -> dict[str, list[JsonRow]]:
     """Rows of each line of the plot, by name: the states of a run with its checkpoint, and all other checkpoints."""
     runs = {str(row["model"]).rpartition("/state/step-")[0] for row in rows} - {""}
     short = {run: PurePath(run).name for run in runs}
     named = {run: name if list(short.values()).count(name) == 1 else run for run, name in short.items()}
-    out: dict[str, list[Row]] = {}
+    out: dict[str, list[JsonRow]] = {}
     for row in rows:
         model = str(row["model"])
         run = model.rpartition("/state/step-")[0] or model.rstrip("/")
@@ -73,6 +73,6 @@ def by_run(rows: list[Row]) -> dict[str, list[Row]]:
     return out
 
 
-def _point(row: Row, key: str) -> Point:
+def _point(row: JsonRow, key: str) -> Point:
     errors = [float(row[name]) if is_finite(row.get(name)) else 0.0 for name in ("kl_error", f"{key}_error")]
     return Point(float(row["kl"]), float(row[key]), *errors)

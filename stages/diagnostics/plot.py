@@ -16,14 +16,14 @@ from stages.errors import ConfigError
 if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARK = "drawn by rlhf"  # in the metadata of every plot: files with it may be overwritten
+PLOT_MARK = "drawn by rlhf"  # in the metadata of every plot: files with it may be overwritten
 # Okabe and Ito 2008: distinguishable with the common kinds of colour blindness.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 # Metadata by format: the mark, and no date, so that the same numbers always give the same bytes.
 METADATA: dict[str, dict[str, str | None]] = {
-    ".svg": {"Description": MARK, "Date": None},
-    ".png": {"Software": MARK},
-    ".pdf": {"Creator": MARK, "CreationDate": None},
+    ".svg": {"Description": PLOT_MARK, "Date": None},
+    ".png": {"Software": PLOT_MARK},
+    ".pdf": {"Creator": PLOT_MARK, "CreationDate": None},
 }
 
 
@@ -99,7 +99,7 @@ def write_plot(path: str | Path, figure: Figure) -> None:
 
     suffix, content = Path(path).suffix, io.BytesIO()
     # Text stays text in SVG; its identifiers are otherwise random.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": MARK}), warnings.catch_warnings():
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": PLOT_MARK}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about characters that the font lacks
         figure.savefig(content, format=suffix[1:], metadata=METADATA[suffix])
     write_bytes(path, content.getvalue())

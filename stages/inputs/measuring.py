@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stages.config import EvaluateConfig, ExportConfig, SampleConfig
 from stages.data import rows as files
-from stages.diagnostics.plot import MARK, METADATA, check_matplotlib
+from stages.diagnostics.plot import METADATA, PLOT_MARK, check_matplotlib
 from stages.errors import CheckpointError, ConfigError, DatasetError, OutputError, UserError
 from stages.inputs.outputs import REPORT_KEYS, RESPONSE_KEYS, check_output_file
 from stages.inputs.parts import Inputs, check_response_fits, describe_left_out, open_first, read_rows, refuse_idle
@@ -26,8 +26,6 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     against = _other(config.against, "--against", source, trusted)
     rewards = open_rewards(config.reward, source, trust_remote_code=trusted)
     gold = open_rewards(config.gold, source, what="--gold", trust_remote_code=trusted)
-    if config.max_response_tokens is not None:
-        check_response_fits(config, source)
     kinds = f"{config.dataset} holds {kind}s", "give another --dataset"
     samples = kind != "demonstration" or bool(rewards or gold)
     if kind != "demonstration":
@@ -40,6 +38,9 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
         what = f"{config.dataset} holds demonstrations; --also compares responses to prompts"
         fix = "give prompts, or --reward to sample and score responses to the demonstrations' prompts"
         raise DatasetError(what, where="--dataset", fix=fix)
+    if config.max_response_tokens is not None or config.rollout_engine == "native":
+        others = [against, reference, *(beside.ref for beside in also), *(spec.checkpoint for spec in rewards + gold)]
+        check_response_fits(config, source, others)
     _check_outputs(config)
     read = files.read_demonstrations if kind == "demonstration" else files.read_prompts
     data = read_rows(read, config, config.dataset)
@@ -95,7 +96,7 @@ def _check_outputs(config: EvaluateConfig) -> None:
     if config.output:
         check_output_file(config.output, "--output", (".json",), REPORT_KEYS, config.dataset)
     if config.plot:
-        check_output_file(config.plot, "--plot", tuple(METADATA), MARK, config.dataset)
+        check_output_file(config.plot, "--plot", tuple(METADATA), PLOT_MARK, config.dataset)
         check_matplotlib("--plot")
 
 

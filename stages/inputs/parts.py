@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,12 +66,16 @@ def describe_left_out(data: Dataset) -> tuple[str, ...]:
     return (f"{data.skipped} rows of {data.source} cannot be used and were dropped; {data.problems[0]}",)
 
 
-def check_response_fits(config: Any, source: ModelRef) -> None:
-    """Raise ModelError if a response leaves no room for a prompt, or if the native decoder cannot run the adapter."""
-    if config.rollout_engine == "native" and lora_type_of(config, source) == "dora":
+def check_response_fits(config: Any, source: ModelRef, others: Iterable[ModelRef | None] = ()) -> None:
+    """Raise ModelError if a response leaves no room for a prompt, or if the native decoder cannot run an adapter.
+
+    `others` are further models that stand on the same base: one DoRA adapter takes the native pass from all of them.
+    """
+    types = {lora_type_of(config, source), *(lora_type_of(None, other) for other in others if other is not None)}
+    if config.rollout_engine == "native" and "dora" in types:
         what = "the native decoder does not support DoRA adapters"
         raise ModelError(what, where="rollout_engine", fix="leave --rollout-engine out")
-    if config.max_response_tokens >= source.context:
+    if (config.max_response_tokens or 0) >= source.context:
         raise ModelError(
             f"responses of {config.max_response_tokens} tokens leave no room for a prompt in a context of "
             f"{source.context}",

@@ -72,7 +72,7 @@ def _comparisons(
 def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
     source = open_first(config, POLICIES)
     rewards = open_rewards(config.reward, source, trust_remote_code=config.trust_remote_code)
-    check_response_fits(config, source)
+    check_response_fits(config, source, [spec.checkpoint for spec in rewards])
     digests = {f"reward {spec.name}": spec.digest for spec in rewards}
     ptx = []
     if config.ptx_dataset:

@@ -20,7 +20,7 @@ from stages.native import attention
 from stages.native.forward import Native, native_of
 from stages.native.prefixes import pack
 
-PROBE = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
+PROBE_TOKENS = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
 NO_ADAPTER = "no adapter of PEFT"  # no folder of a base has this name: transformers looks for an adapter in it
 ANOTHER = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
 NO_CHECKPOINTING = "leave --gradient-checkpointing out"
@@ -245,7 +245,7 @@ class Base:
         return native if is_close(states, expected, self.dtype, fp32_tolerance=1e-4) else None
 
     def _probe_texts(self) -> list[Tensor]:
-        return [torch.tensor(text) % self.vocabulary for text in PROBE]
+        return [torch.tensor(text) % self.vocabulary for text in PROBE_TOKENS]
 
     def _refusal(self, why: str, fix: str) -> ModelError:
         return ModelError(f"`{self.ref.config['model_type']}` {why}", where="--model", fix=fix)
@@ -318,11 +318,11 @@ def _choose_attention(model: nn.Module) -> None:
     A fused kernel may leave out a part that it does not support: sdpa of transformers 5.17 the soft cap of Gemma 2,
     ours the sinks of GPT-OSS. A model without an eager attention to choose is left as it is.
     """
-    ids = torch.tensor([PROBE[0]], device=model.device) % model.get_output_embeddings().weight.shape[0]
+    ids = torch.tensor([PROBE_TOKENS[0]], device=model.device) % model.get_output_embeddings().weight.shape[0]
     default, plain = model.config._attn_implementation, "eager"
     _use_attention(model, plain)
     expected = model(input_ids=ids, use_cache=False).logits
-    for name in (attention.NAME, default):
+    for name in (attention.ATTENTION_NAME, default):
         _use_attention(model, name)
         if is_close(model(input_ids=ids, use_cache=False).logits, expected, model.dtype):
             return

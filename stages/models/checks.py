@@ -81,7 +81,7 @@ def check_stored(
     """Raise CheckpointError unless stored tensors have these names and shapes and are finite; `subject` is theirs."""
     if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
         raise CheckpointError(f"{subject} do not fit the base", where=where, fix="train it again on this base")
-    if not all(torch.isfinite(tensors[name]).all() for name in shapes):
+    if not all(torch.isfinite(tensors[name].float()).all() for name in shapes):
         raise CheckpointError(
             f"{subject} are not finite numbers",
             where=where,

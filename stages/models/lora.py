@@ -241,6 +241,12 @@ def initial_adapter(
         weights[path + LORA_A], weights[path + LORA_B] = nn.Parameter(a), nn.Parameter(b)
         if lora_type == "dora":
             weights[path + MAGNITUDE] = nn.Parameter(_magnitudes(layer, a, b))
+            if not weights[path + MAGNITUDE].all():
+                raise ModelError(
+                    f"a row of the weight of {path} is zero, and DoRA divides by its norm",
+                    where="lora_type",
+                    fix="use --lora-type lora, or rslora",
+                )
     return Adapter(lora_config(layers, list(chosen), rank, alpha, lora_type), weights)
 
 
@@ -252,6 +258,7 @@ def random_a(rank: int, width: int, device: torch.device, seed: int) -> Tensor:
 
 def _magnitudes(layer: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     """Norms (out,) of the rows of a layer's weight, with which DoRA begins (Liu et al. 2024); b is zero."""
+    quiet_bitsandbytes()
     from peft.tuners.lora.dora import DoraLinearLayer
 
     dora = DoraLinearLayer(fan_in_fan_out=not hasattr(layer, "in_features"))
@@ -283,7 +290,7 @@ def adapter_from(
         for name in shapes:
             weight = tensors[name].to(layers[path].weight.device, torch.float32)
             weights[name] = nn.Parameter(weight, requires_grad=trainable)
-    unknown = sorted(stored - set(layers))
+    unknown = sorted(stored - set(layers)) or sorted(tensors.keys() - weights.keys() - {"score.weight"})
     if unknown or not weights:
         name = unknown[0] if unknown else "any layer"
         raise CheckpointError(

@@ -131,6 +131,8 @@ def read_adapter_shape(folder: Path) -> AdapterShape:
     """The shape of a checkpoint's adapter, from adapter_config.json. Raises CheckpointError if it is none of ours."""
     try:
         config = read_json(folder / ADAPTER_CONFIG)
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
         rank, alpha = config["r"], config["lora_alpha"]
         damaged = damaged_knob("sft", {"lora_rank": rank, "lora_alpha": alpha}) or rank is None or alpha is None
         problem = f"r is {reprlib.repr(rank)}, lora_alpha is {reprlib.repr(alpha)}" if damaged else ""

@@ -14,7 +14,7 @@ from stages.reading import read_text
 if TYPE_CHECKING:
     from stages.models.tokens import Text
 
-PROBE = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"})
+PROBE_MESSAGES = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"})
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -95,7 +95,7 @@ def template_warnings(text: Text, name: str | None) -> list[str]:
     if opening and name is not None and name not in TEMPLATES:
         words, ids = (
             "".join(text.tokenizer.convert_ids_to_tokens(opening)),
-            text.encode(text.render(PROBE), rendered=True).ids,
+            text.encode(text.render(PROBE_MESSAGES), rendered=True).ids,
         )
         if ids[: 2 * len(opening)] == opening * 2:
             raise ModelError(
@@ -110,7 +110,7 @@ def template_warnings(text: Text, name: str | None) -> list[str]:
                 "model is meant to do without"
             )
     try:
-        prompt, whole = text.render(PROBE[:1], generate=True), text.render(PROBE)
+        prompt, whole = text.render(PROBE_MESSAGES[:1], generate=True), text.render(PROBE_MESSAGES)
     except DatasetError:
         return warnings
     extra = prompt[len(os.path.commonprefix([prompt, whole])) :]

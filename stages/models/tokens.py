@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.data.raw_rows import first_line
 from stages.data.rows import Comparison, Content, Demonstration, Prompt
 from stages.errors import DatasetError, ModelError
-from stages.models.templates import PROBE, choose_template, opening_tokens, template_warnings
+from stages.models.templates import PROBE_MESSAGES, choose_template, opening_tokens, template_warnings
 from stages.models.turns import content_end, find_turn, marked_spans
 
 MARKS_ADVICE = "put {% generation %} around what the assistant writes, or leave these marks out of the template"
@@ -85,7 +85,7 @@ class Text:
 
     def _turn_end(self) -> int:
         """The special token by which the chat template ends an assistant's turn; EOS if it writes none."""
-        ids = self.tokenizer(self.render(PROBE), add_special_tokens=False).input_ids
+        ids = self.tokenizer(self.render(PROBE_MESSAGES), add_special_tokens=False).input_ids
         after = len(ids) - 1
         while after >= 0 and ids[after] not in self.special and not self.tokenizer.decode([ids[after]]).strip():
             after -= 1

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from stages.errors import DatasetError
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-MARK = "zQxvJkWq"  # letters of both cases: a template that changes the case of contents is noticed
-ADVICE = "use a template that writes contents as they are, or one with {% generation %} marks"
+PROBE_CONTENT = "zQxvJkWq"  # letters of both cases: a template that changes the case of contents is noticed
+TEMPLATE_ADVICE = "use a template that writes contents as they are, or one with {% generation %} marks"
 
 Render = Callable[..., str]  # (messages, *, generate=False) -> text; raises DatasetError
 Messages = Sequence[dict[str, str]]
@@ -43,7 +43,9 @@ def find_turn(render: Render, messages: Messages, turn: int, text: str) -> Span:
     end = content_end(render, messages, turn, text)
     begin = len(before) if opened else _turn_begin(render, messages, turn, text, before)
     if begin is None or end is None or begin > end:
-        raise DatasetError("the chat template changes the assistant's text, so it cannot be found again", fix=ADVICE)
+        raise DatasetError(
+            "the chat template changes the assistant's text, so it cannot be found again", fix=TEMPLATE_ADVICE
+        )
     return Span(begin, end, len(after) if whole else _closed(render, messages[: turn + 1], text, end))
 
 
@@ -127,7 +129,7 @@ def _split(render: Render, messages: Messages, turn: int, content: str, mark: st
 
 def _unused(text: str) -> str:
     """A mark that the text does not contain."""
-    mark = MARK
+    mark = PROBE_CONTENT
     while mark in text:
         mark += "Zq"
     return mark

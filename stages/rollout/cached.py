@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stages.models.base import PROBE, Base, is_close
+from stages.models.base import PROBE_TOKENS, Base, is_close
 from stages.native.limits import tokens_at_once
 
 
@@ -152,7 +152,7 @@ def cache_works(base: Base) -> bool:
 @torch.no_grad()
 def _probe_cache(base: Base) -> bool:
     """Compare two short texts that grow by two tokens, then one of them alone by a third, with and without a cache."""
-    texts = [torch.tensor(text) % base.vocabulary for text in PROBE]
+    texts = [torch.tensor(text) % base.vocabulary for text in PROBE_TOKENS]
     exact = RereadingDecoder(base, texts)
     expected, actual = [exact.start()], []
     try:

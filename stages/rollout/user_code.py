@@ -22,7 +22,7 @@ from stages.training.signals import STOP_SIGNALS, Signals, handling
 RING = signal.SIGURG  # the watching thread interrupts with it: ignored by default, and hardly ever used
 RING_AGAIN = 2.0  # seconds between two interrupts: the block's cleaning up may wait for what hangs
 LOOK_UP = 1.0  # seconds between two checks that the pipe is still open
-PATIENCE = 10.0  # seconds of interrupts before the process is ended
+SECONDS_TO_INTERRUPT = 10.0  # seconds of interrupts before the process is ended
 
 
 class TookTooLong(BaseException):
@@ -47,8 +47,8 @@ def user_code(
     """Run a block of a user's code; `who` names it in the message if it has to be ended by force.
 
     SIGTERM and Ctrl-C raise StopRequested in it at once; after `timeout` seconds (0: never) TookTooLong is raised.
-    Both are raised again until the block ends, and after PATIENCE the process ends: a call into C that never returns
-    can be left in no other way. (One that holds Python's lock all the time cannot be left at all.)
+    Both are raised again until the block ends, and after SECONDS_TO_INTERRUPT the process ends: a call into C that
+    never returns can be left in no other way. (One that holds Python's lock all the time cannot be left at all.)
 
     Afterwards the settings of the process, of torch and the standard descriptors are as before; ClosedFiles is raised
     if the block closed other files of ours. The block starts with the changes of `imported`, if given. A process that
@@ -136,7 +136,7 @@ class _Watch:
             elif time.monotonic() >= self.next_ring and not self.over:
                 if self.stop_signal is None:
                     self._stop(RING)
-                if time.monotonic() - self.stop_time >= PATIENCE:
+                if time.monotonic() - self.stop_time >= SECONDS_TO_INTERRUPT:
                     self._give_up()
                 signal.pthread_kill(threading.main_thread().ident, RING)
                 self.next_ring = time.monotonic() + RING_AGAIN

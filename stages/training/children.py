@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-PATIENCE = 1.0  # seconds that a process has to end after SIGTERM
+SECONDS_TO_END = 1.0  # seconds that a process has to end after SIGTERM
 ADOPT = 36  # Linux: PR_SET_CHILD_SUBREAPER
 
 
@@ -37,7 +37,7 @@ def end_children() -> None:
         for process in processes:
             with contextlib.suppress(OSError):
                 os.kill(process, number)
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + SECONDS_TO_END
         while processes and time.monotonic() < until:
             processes = [process for process in processes if _lives(process)]
             time.sleep(0.01 if processes else 0)

@@ -27,7 +27,7 @@ from stages.native.prefixes import shared_beginnings
 REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 PLANNED_COMPARISONS = 64  # comparisons that the memory plan looks at
 LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
-FEWEST_PROMPTS = 3  # with fewer, the variance between prompts cannot be estimated
+MIN_PROMPT_CLUSTERS = 3  # with fewer, the variance between prompts cannot be estimated
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def encode_comparison(row: Comparison, text: Text, max_tokens: int) -> TokenComp
 def clusters_of(comparisons: list[TokenComparison]) -> list[int]:
     """A cluster number per pair, the same for pairs that may depend on each other: those of one prompt, in any row.
 
-    With fewer than FEWEST_PROMPTS prompts, a cluster is the pairs of rows that share a response, directly or through
-    other rows.
+    With fewer than MIN_PROMPT_CLUSTERS prompts, a cluster is the pairs of rows that share a response, directly or
+    through other rows.
     """
     prompts: list[object] = [c.prompt if c.prompt is not None else _prompt_tokens(c) for c in comparisons]
-    keys = prompts if len(set(prompts)) >= FEWEST_PROMPTS else _linked(comparisons)
+    keys = prompts if len(set(prompts)) >= MIN_PROMPT_CLUSTERS else _linked(comparisons)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [numbers[key] for comparison, key in zip(comparisons, keys, strict=True) for _ in comparison.pairs]
 

@@ -20,7 +20,7 @@ from stages.models.passes import LARGEST_OF
 
 TENSOR_TIMEOUT = datetime.timedelta(minutes=30)  # for a rank that computes as much as the others
 TEXT_TIMEOUT = datetime.timedelta(days=1)  # for a rank whose reward function or disk is slow
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -63,7 +63,7 @@ def _own_cuda_device() -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Precision of the frozen base; `auto` is bfloat16 on CUDA and float32 on the CPU."""
     if name != "auto":
-        return DTYPES[name]
+        return TORCH_DTYPES[name]
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
