@@ -126,7 +126,7 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
 
     epochs: float = knob(1.0, "passes over the dataset", TRAINING, above=0, high=1e6)
     max_steps: int | None = knob(None, "stop after N steps, regardless of epochs", TRAINING, low=1, auto="from epochs")
-    batch_size: int = knob(64, "rows per optimiser step, over all ranks", TRAINING, low=1, high=10**6)
+    batch_size: int = knob(64, "rows per step (ppo: prompts per update), over all ranks", TRAINING, low=1, high=10**6)
     micro_batch_size: int | str = knob(
         AUTO, "rows per forward pass; auto fits the available memory; affects results only by rounding", TRAINING,
         low=1, may_change_on_resume=True,
