@@ -179,7 +179,7 @@ def open_setup(session: Session, ptx: list[TokenRow]) -> PpoSetup:
     rewards = RewardSources(
         session.inputs.rewards, session.roles, timeout=config.reward_timeout, signals=session.signals
     )
-    for line in check_engine(base, engine):  # once all roles are there: a DoRA reward model takes the native pass
+    for line in check_engine(base, engine):  # after all roles: DoRA in any of them rules the native decoder out
         session.reporter.note(line)
     at_once = rollout_rows(config, session.work, model, source_shapes(model, config), free_memory(base.device))
     return PpoSetup(

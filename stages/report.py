@@ -9,6 +9,7 @@ import json
 import shlex
 from pathlib import Path
 
+from stages.checkpoint.manifest import MANIFEST
 from stages.errors import CheckpointError
 from stages.places import absolute
 from stages.reading import read_text
@@ -24,7 +25,7 @@ from stages.tables import (
     part,
 )
 
-MANIFEST, EVALUATION_FILE = "checkpoint.json", "evaluate.json"
+EVALUATION_FILE = "evaluate.json"
 
 
 def run(paths: list[str], reporter: Reporter) -> Result:

@@ -69,7 +69,7 @@ def describe_left_out(data: Dataset) -> tuple[str, ...]:
 def check_response_fits(config: Any, source: ModelRef, others: Iterable[ModelRef | None] = ()) -> None:
     """Raise ModelError if a response leaves no room for a prompt, or if the native decoder cannot run an adapter.
 
-    `others` are further models that stand on the same base: one DoRA adapter takes the native pass from all of them.
+    `others` are further models on the same base: with a DoRA adapter among them, the native decoder runs none of them.
     """
     types = {lora_type_of(config, source), *(lora_type_of(None, other) for other in others if other is not None)}
     if config.rollout_engine == "native" and "dora" in types:

@@ -19,4 +19,6 @@ def tokens_at_once(*, on_cuda: bool) -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """True if torch could not allocate memory."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -48,7 +48,7 @@ class TransformersDecoder:
         ).last_hidden_state[:, -1]
 
 
-class Group(NamedTuple):
+class BandGroup(NamedTuple):
     """The numbers of rows in one band of lengths, and the decoder that they share."""
 
     rows: list[int]
@@ -64,7 +64,7 @@ class BandedDecoder:
 
     def __init__(self, base: Base, prompts: list[Tensor]):
         self.base, self.texts = base, list(prompts)
-        self.groups: list[Group] = []
+        self.groups: list[BandGroup] = []
 
     def start(self) -> Tensor:
         return _in_order(self._begin(list(range(len(self.texts)))))
@@ -81,7 +81,7 @@ class BandedDecoder:
         chosen = rows.tolist()
         self._select([[i for i in chosen if i in group.rows] for group in self.groups])
         new = {old: number for number, old in enumerate(chosen)}
-        self.groups = [Group([new[i] for i in group.rows], group.decoder) for group in self.groups]
+        self.groups = [BandGroup([new[i] for i in group.rows], group.decoder) for group in self.groups]
         self.texts = [self.texts[i] for i in chosen]
 
     def _begin(self, rows: list[int]) -> list[tuple[list[int], Tensor]]:
@@ -90,7 +90,7 @@ class BandedDecoder:
         for same in self.base.bands.group([len(self.texts[i]) for i in rows]):
             numbers = [rows[k] for k in same]
             decoder = TransformersDecoder(self.base, [self.texts[i] for i in numbers])
-            self.groups.append(Group(numbers, decoder))
+            self.groups.append(BandGroup(numbers, decoder))
             states.append((numbers, decoder.start()))
         return states
 
@@ -102,7 +102,7 @@ class BandedDecoder:
                 positions = torch.tensor([group.rows.index(i) for i in rows], device=self.base.device)
                 group.decoder.keep(positions)
             if rows:
-                self.groups.append(Group(rows, group.decoder))
+                self.groups.append(BandGroup(rows, group.decoder))
 
 
 class RereadingDecoder:

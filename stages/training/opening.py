@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from stages.checkpoint.manifest import MANIFEST
 from stages.errors import CheckpointError, DatasetError, ModelError
@@ -11,12 +11,10 @@ from stages.models.base import Base, load_base
 from stages.models.checks import check_config
 from stages.models.coverage import measure_coverage, sample_texts
 from stages.models.model_ref import ModelRef, lora_type_of, stop_ids_of
+from stages.models.passes import Out, Row
 from stages.models.tokens import Text, load_text
 from stages.results import Reporter
 from stages.training.devices import pick_device, pick_dtype
-
-Row = TypeVar("Row")
-Out = TypeVar("Out")
 
 
 def open_text(source: ModelRef, config: Any, reporter: Reporter | None = None) -> Text:

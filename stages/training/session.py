@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from stages.checkpoint.run import Run
 from stages.errors import ModelError
 from stages.models.base import Base
 from stages.models.model_ref import ModelRef, lora_type_of
-from stages.models.passes import Passes
+from stages.models.passes import Out, Passes, Row
 from stages.models.roles import Roles, adapter_of, frozen_copy, start_adapter
 from stages.models.tokens import Text
 from stages.results import Reporter, Result, Table, next_commands
@@ -33,8 +33,6 @@ from stages.training.reload import check_adaptable
 from stages.training.seeds import derive
 from stages.training.signals import Signals
 
-Row = TypeVar("Row")
-Out = TypeVar("Out")
 Metrics = dict[str, float]
 
 
