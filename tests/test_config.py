@@ -430,6 +430,12 @@ def test_a_removed_knob_of_an_old_recipe_says_what_became_of_it(tmp_path, cls, n
     assert error.where.endswith(":2")
 
 
+def test_a_removed_knob_at_its_fixed_value_is_passed_over(tmp_path):
+    """As config.yaml of an earlier version has it."""
+    (tmp_path / "r.yaml").write_text("ratio_limit: 10.0\nforce_biased_kl: false\nbatch_size: 3\n", encoding="utf-8")
+    assert read_recipe(tmp_path / "r.yaml", PpoConfig) == {"batch_size": (3, f"{tmp_path}/r.yaml:3")}
+
+
 def test_a_removed_knob_of_another_stage_is_any_unknown_one(tmp_path):
     assert "removed" not in complaint(tmp_path, "ratio_limit: 10").fix
 
