@@ -13,20 +13,8 @@ import typing
 import typer
 from typer.core import TyperCommand
 
-from stages.config import (
-    DATA,
-    DEVICE,
-    LORA,
-    MODEL,
-    OPTIMISER,
-    OUTPUT,
-    REQUIRED,
-    STAGES,
-    TRAINING,
-    Knob,
-    default_of,
-    knobs,
-)
+from stages.config import DATA, DEVICE, LORA, MODEL, OPTIMISER, OUTPUT, STAGES, TRAINING
+from stages.knobs import REQUIRED, Knob, default_of, knobs
 
 REQUIRED_KNOBS, MAIN_KNOBS, THIS_RUN = "Required", "Main knobs", "This run"
 SHOW_ALL = "rlhf.help_all"  # key of a context whose help page shows every knob

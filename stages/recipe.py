@@ -11,8 +11,9 @@ import reprlib
 import typing
 from pathlib import Path
 
-from stages.config import AUTO, REMOVED, REQUIRED, STAGES, Knob, as_dict, default_of, knobs
+from stages.config import AUTO, REMOVED, STAGES
 from stages.errors import ConfigError
+from stages.knobs import REQUIRED, Knob, as_dict, default_of, knobs
 from stages.places import absolute, describe_special
 
 NONE = "none"

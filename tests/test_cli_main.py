@@ -15,7 +15,7 @@ from rlhf_cli import main
 from rlhf_cli.main import app
 from rlhf_cli.program import QUIET_PIPED, SETTINGS
 from stages import __version__
-from stages.config import PpoConfig, SftConfig, TrainingKnobs, knob
+from stages.config import PpoConfig, SftConfig, TrainingKnobs
 from stages.errors import (
     CheckpointError,
     ConfigError,
@@ -28,6 +28,7 @@ from stages.errors import (
     TrainingStopped,
     UserError,
 )
+from stages.knobs import knob
 from stages.launch import MASTER, NUMBERS
 from stages.results import Result, Table
 

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from rlhf_cli.main import RUN_OPTIONS, app
 from rlhf_cli.options import given, knob_options, metavar, nearest, shown_default
-from stages.config import REQUIRED, STAGES, Knob, PpoConfig, SampleConfig, SftConfig, default_of, knob, knobs
+from stages.config import STAGES, PpoConfig, SampleConfig, SftConfig
+from stages.knobs import REQUIRED, Knob, default_of, knob, knobs
 from stages.recipe import resolve
 
 RUNNER = CliRunner(env={"COLUMNS": "80"})

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from stages.config import (
-    STAGES,
-    DpoConfig,
-    EvaluateConfig,
-    PpoConfig,
-    RewardConfig,
-    SampleConfig,
-    SftConfig,
-    as_dict,
-    default_of,
-    knobs,
-)
+from stages.config import STAGES, DpoConfig, EvaluateConfig, PpoConfig, RewardConfig, SampleConfig, SftConfig
 from stages.errors import ConfigError
+from stages.knobs import as_dict, default_of, knobs
 from stages.recipe import LARGEST, read_recipe, resolve, split_paths
 from tests.commands import refused, result
 from tests.marks import full

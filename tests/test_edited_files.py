@@ -10,8 +10,9 @@ import pytest
 
 from stages.checkpoint.states import read_about
 from stages.checkpoint.tensors import save_tensors
-from stages.config import STAGES, as_dict
+from stages.config import STAGES
 from stages.errors import CheckpointError
+from stages.knobs import as_dict
 from stages.recipe import damaged_knob, resolve
 from tests.commands import SHORT, done, refused, rlhf
 from tests.marks import full

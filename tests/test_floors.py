@@ -18,6 +18,7 @@ FLOORS = {
     "stages.errors": 1,
     "stages.places": 1,
     "stages.launch": 1,
+    "stages.knobs": 1,
     "stages.config": 1,
     "stages.reading": 1,
     "stages.recipe": 1,
@@ -36,8 +37,8 @@ FLOORS = {
     "rlhf_cli": 9,
 }
 GROUND = (
-    "stages.errors", "stages.places", "stages.launch", "stages.config", "stages.reading", "stages.recipe",
-    "stages.results", "stages.tables",
+    "stages.errors", "stages.places", "stages.launch", "stages.knobs", "stages.config", "stages.reading",
+    "stages.recipe", "stages.results", "stages.tables",
 )  # fmt: skip
 HEAVY = {
     "torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow",
@@ -48,6 +49,7 @@ TERMINAL = {"typer", "click", "rich", "rlhf_cli"}
 # Prefix of a module's name -> packages it must not import above its functions.
 LIGHT = {
     "rlhf_cli": HEAVY | {"yaml"},
+    "stages.knobs": HEAVY | {"yaml"},
     "stages.config": HEAVY | {"yaml"},
     "stages.recipe": HEAVY | {"yaml"},
     "stages.errors": HEAVY,
@@ -64,6 +66,7 @@ LIGHT = {
 # Prefix of a module's name -> packages it must not import anywhere.
 NEVER = {
     "stages": TERMINAL,
+    "stages.knobs": HEAVY,
     "stages.config": HEAVY,
     "stages.recipe": HEAVY,
     "stages.errors": HEAVY,

@@ -22,8 +22,9 @@ from stages.checkpoint import atomic
 from stages.checkpoint.manifest import FORMAT_VERSION, MANIFEST, SPLIT, Manifest, read_manifest
 from stages.checkpoint.same_run import changed_functions, differences, ends_later, ends_of
 from stages.checkpoint.states import STATE, read_about, states_in
-from stages.config import REMOVED, as_dict
+from stages.config import REMOVED
 from stages.errors import CheckpointError, OutputError
+from stages.knobs import as_dict
 from stages.places import describe_special
 from stages.reading import read_json
 from stages.recipe import damaged_knob

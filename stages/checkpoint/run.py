@@ -28,8 +28,8 @@ from stages.checkpoint.output_folder import (
     refuse_inside_a_run,
 )
 from stages.checkpoint.states import STATE, ResumeState, owner_of, read_state, states_in, step_of, write_state
-from stages.config import as_dict
 from stages.errors import CheckpointError, OutputError
+from stages.knobs import as_dict
 from stages.places import absolute, describe_special
 from stages.reading import to_json
 

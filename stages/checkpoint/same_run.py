@@ -8,7 +8,7 @@ import os
 import re
 import typing
 
-from stages.config import as_dict
+from stages.knobs import as_dict
 from stages.reading import to_json
 from stages.recipe import differing
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stages.checkpoint.run import Run
-from stages.config import default_of, knobs
 from stages.data.rows import Dataset
 from stages.errors import ConfigError, ModelError
+from stages.knobs import default_of, knobs
 from stages.models.candidates import Candidate
 from stages.models.model_ref import ModelRef, lora_type_of, open_model
 from stages.rollout.reward_specs import RewardSpec

@@ -11,7 +11,7 @@ from stages.checkpoint import atomic
 from stages.checkpoint.manifest import Manifest, Parent, checkpoint_digest, versions
 from stages.checkpoint.run import write_config
 from stages.checkpoint.tensors import save_tensors
-from stages.config import as_dict
+from stages.knobs import as_dict
 from stages.models.base import Base
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
