@@ -37,6 +37,7 @@ HOLD_OUT = "give --eval-dataset, or an --eval-fraction above 0"
 SCORE = "give --reward (a reward checkpoint or file.py:function)"
 LONGEST_ROW = "longest prompt+response in tokens; longer prompts lose their start, longer responses their end"
 TIES = "rating differences up to this are ties and are dropped"
+BY_WIDTH = "from the width of the base"
 Z_SCORES = "convert ratings to z-scores per annotator before comparing"
 
 
@@ -100,13 +101,13 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
 
     epochs: float = knob(1.0, "passes over the dataset", TRAINING, above=0, high=1e6)
     max_steps: int | None = knob(None, "stop after N steps, regardless of epochs", TRAINING, low=1, auto="from epochs")
-    batch_size: int = knob(64, "rows per step (ppo: prompts per update), over all ranks", TRAINING, low=1, high=10**6)
+    batch_size: int = knob(16, "rows per step, over all ranks", TRAINING, low=1, high=10**6)
     micro_batch_size: int | str = knob(
         AUTO, "rows per forward pass; auto fits the available memory; affects results only by rounding", TRAINING,
         low=1, may_change_on_resume=True,
     )  # fmt: skip
 
-    learning_rate: float = knob(2e-4, "peak learning rate", OPTIMISER, above=0)
+    learning_rate: float | None = knob(None, "peak learning rate", OPTIMISER, above=0, auto=BY_WIDTH)
     lr_schedule: str = knob("linear", "decay after warm-up", OPTIMISER, choices=("linear", "cosine", "constant"))
     warmup_ratio: float = knob(0.03, "fraction of steps with a rising learning rate", OPTIMISER, low=0, high=1)
     weight_decay: float = knob(0.0, "decoupled weight decay", OPTIMISER, low=0)
@@ -149,7 +150,7 @@ class SftConfig(TrainingKnobs):
 
     main: ClassVar = (*TrainingKnobs.main, "max_tokens", "mask")
 
-    max_tokens: int = knob(1024, "longest row in tokens; longer rows are cut, and no EOS is added to them", DATA, low=2)
+    max_tokens: int = knob(2048, "longest row in tokens; longer rows are cut, and no EOS is added to them", DATA, low=2)
     mask: str = knob(
         "completion", "tokens with a loss; completion: the last assistant turn of messages", TRAINING, choices=MASKS
     )
@@ -161,7 +162,7 @@ class RewardConfig(TrainingKnobs):
 
     main: ClassVar = (*TrainingKnobs.main, "max_tokens")
 
-    max_tokens: int = knob(1024, LONGEST_ROW, DATA, low=4)
+    max_tokens: int = knob(2048, LONGEST_ROW, DATA, low=4)
     loss_margin: bool = knob(False, "subtract a row's `margin` inside the loss (Llama 2)", REWARD)
     centre_coef: float = knob(0.0, "weight of (r_chosen + r_rejected)^2, which keeps scores near 0", REWARD, low=0)
     label_smoothing: float = knob(0.0, "probability that a label is wrong", REWARD, low=0, high=0.49)
@@ -182,7 +183,7 @@ class DpoConfig(TrainingKnobs):
 
     main: ClassVar = (*TrainingKnobs.main, "max_tokens", "loss", "beta")
 
-    max_tokens: int = knob(1024, LONGEST_ROW, DATA, low=4)
+    max_tokens: int = knob(2048, LONGEST_ROW, DATA, low=4)
     loss: str = knob("sigmoid", "loss on comparisons", PREFERENCE, choices=("sigmoid", "ipo", "kto"))
     beta: float = knob(0.1, "weight of the KL to the reference", PREFERENCE, above=0)
     label_smoothing: float = knob(0.0, "probability that a label is wrong (cDPO)", PREFERENCE, low=0, high=0.49)
@@ -190,7 +191,7 @@ class DpoConfig(TrainingKnobs):
     undesirable_weight: float = knob(1.0, "with loss kto: weight of rejected responses", PREFERENCE, low=0)
     rating_threshold: float = knob(0.0, TIES, DATA, low=0)
     normalise_raters: bool = knob(False, Z_SCORES, DATA)
-    learning_rate: float = knob(2e-5, "peak learning rate", OPTIMISER, above=0)
+    warmup_ratio: float = knob(0.1, "fraction of steps with a rising learning rate", OPTIMISER, low=0, high=1)
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
@@ -211,7 +212,7 @@ class RolloutKnobs:
     """How responses are sampled."""
 
     max_prompt_tokens: int | None = knob(None, "longest prompt in tokens", ROLLOUT, low=1, auto="context - response")
-    max_response_tokens: int = knob(128, "longest response in tokens", ROLLOUT, low=1, high=10**6)
+    max_response_tokens: int = knob(256, "longest response in tokens", ROLLOUT, low=1, high=10**6)
     temperature: float = knob(0.7, "sampling temperature, used for log-probabilities too", ROLLOUT, above=0)
     rollout_batch_size: int | str = knob(AUTO, "responses decoded together", ROLLOUT, low=1, may_change_on_resume=True)
     rollout_engine: str = knob(
@@ -256,6 +257,7 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
     )  # fmt: skip
     length_penalty: float = knob(0.0, "penalty per token beyond length_limit", REWARD, low=0)
     length_limit: int = knob(0, "length up to which a response has no length penalty, in tokens", REWARD, low=0)
+    batch_size: int = knob(64, "prompts per update, over all ranks", TRAINING, low=1, high=10**6)
     ptx_dataset: str | None = knob(None, "demonstrations or texts for a language-modelling loss", DATA, auto="none")
     ptx_coef: float = knob(1.0, "weight of the loss on ptx_dataset (PPO-ptx, InstructGPT)", PPO, low=0)
     whiten_rewards: bool = knob(False, "scale rewards to unit variance; shortens responses, see README", REWARD)
@@ -288,7 +290,10 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
     value_clip_range: float = knob(0.2, "clip range of the value's change", PPO, above=0)
     value_coef: float = knob(0.1, "weight of the value loss", PPO, low=0)
     critic_lambda: float | None = knob(None, "lambda of the critic's targets", PPO, low=0, high=1, auto="gae_lambda")
-    critic_warmup: int = knob(0, "number of initial updates that train only the critic", PPO, low=0)
+    critic_warmup: int | None = knob(
+        None, "number of initial updates that train only the critic", PPO, low=0,
+        auto="until explained variance settles, for a tenth of the updates at most",
+    )  # fmt: skip
     ppo_epochs: int = knob(4, "passes over each batch of experience", PPO, low=1)
     minibatches: int = knob(1, "optimiser steps per pass", PPO, low=1)
     target_approx_kl: float | None = knob(
@@ -303,10 +308,14 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
         ["kl", "nan"], f"conditions that stop training, comma-separated, or none: {', '.join(CONDITION_NAMES)}", PPO,
         choices=CONDITION_NAMES, may_change_on_resume=True,
     )  # fmt: skip
-    learning_rate: float = knob(1e-5, "learning rate of the policy at the first update", OPTIMISER, above=0)
-    critic_learning_rate: float | None = knob(None, "critic's learning rate", OPTIMISER, above=0, auto="learning_rate")
+    learning_rate: float | None = knob(
+        None, "learning rate of the policy at the first update", OPTIMISER, above=0, auto=BY_WIDTH
+    )
+    critic_learning_rate: float | None = knob(
+        None, "critic's learning rate", OPTIMISER, above=0, auto="3 x learning_rate"
+    )
     warmup_ratio: float = knob(0.0, "fraction of updates with a rising learning rate", OPTIMISER, low=0, high=1)
-    eval_limit: int = knob(64, "evaluate on at most N held-out prompts; the others are not trained on", DATA, low=1)
+    eval_limit: int = knob(256, "evaluate on at most N held-out prompts; the others are not trained on", DATA, low=1)
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
@@ -393,7 +402,7 @@ class EvaluateConfig(ScoringKnobs, RolloutKnobs, ModelKnobs, BaseKnobs, DataKnob
     gold: list[str] = knob([], "a second reward source, reported separately and never trained on", REWARD, paths=True)
     against: str | None = knob(None, "checkpoint or base to compare with, prompt by prompt", EVALUATION)
     reference: str | None = knob(None, "model that KL is measured from", EVALUATION, auto="what it was trained from")
-    max_tokens: int = knob(1024, "longest demonstration or comparison in tokens", DATA, low=2)
+    max_tokens: int = knob(2048, "longest demonstration or comparison in tokens", DATA, low=2)
     mask: str = knob("completion", "tokens in the perplexity", EVALUATION, choices=MASKS)
     best_of: list[int] = knob([], "also evaluate best-of-n by --reward, n such as 1,4", EVALUATION, low=1, high=10**4)
     also: list[str] = knob(
@@ -404,7 +413,7 @@ class EvaluateConfig(ScoringKnobs, RolloutKnobs, ModelKnobs, BaseKnobs, DataKnob
     examples: int = knob(3, "number of prompts shown with their responses", EVALUATION, low=0)
     temperature: float | None = knob(None, "sampling temperature", ROLLOUT, above=0, auto="as in training, else 1.0")
     max_response_tokens: int | None = knob(
-        None, "longest response in tokens", ROLLOUT, low=1, high=10**6, auto="as in training, else 128"
+        None, "longest response in tokens", ROLLOUT, low=1, high=10**6, auto="as in training, else 256"
     )
 
     def conflicts(self) -> Iterator[Conflict]:

@@ -30,7 +30,7 @@ from stages.models.tokens import PromptRow, TokenRow
 from stages.results import Reporter, Result
 from stages.rollout.charges import charge_scores
 from stages.rollout.clipped import ExperienceWithAdvantages, clipped_steps
-from stages.rollout.critic import head_on_policy, open_critic
+from stages.rollout.critic import critic_is_ready, head_on_policy, open_critic
 from stages.rollout.estimate import estimate_advantages
 from stages.rollout.experience import (
     Experience,
@@ -267,9 +267,10 @@ def judge(setup: PpoSetup, rollout: Rollout, step: int) -> tuple[ExperienceWithA
     score = charge_scores(session, experience)
     groups = torch.arange(len(score), device=score.device) // config.responses_per_prompt
     advantages, returns = estimate_advantages(config, experience, score, kl_coef, groups, session.ranks.sum)
-    train_policy = step >= config.critic_warmup
-    judged = ExperienceWithAdvantages(experience, advantages, returns, kl_coef, train_policy=train_policy)
-    return judged, summarise_rollout(session, judged, score, groups)
+    judged = ExperienceWithAdvantages(experience, advantages, returns, kl_coef)
+    metrics = summarise_rollout(session, judged, score, groups)
+    train_policy = critic_is_ready(session, step, metrics.get("explained_variance"))
+    return replace(judged, train_policy=train_policy), metrics
 
 
 def collect_experience(setup: PpoSetup, rollout: Rollout) -> Experience:

@@ -13,6 +13,7 @@ from tests.tiny import write_jsonl
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
 WORDS += ["six", "cat", "dog", "bird", "song", "park", "mat", "sun"]
 AFTER = dict(zip(WORDS, [*WORDS[1:], WORDS[0]], strict=True))  # the rule that demonstrations follow
+GENTLE = ("--learning-rate", 1e-4)  # three steps leave the responses as the base writes them
 SMALL = ("--batch-size", "8", "--max-steps", "3", "--lora-rank", "4", "--samples", "2", "--eval-fraction", "0.2")
 SHORT = ("--max-response-tokens", "6")
 
@@ -154,10 +155,12 @@ def run_chain(folder: Path, base: Path, *, chat: bool = False) -> Chain:
     data = {name: ("--dataset", folder / f"{name}.jsonl") for name in ("demonstrations", "comparisons", "prompts")}
     sft, reward, ppo = (folder / name for name in ("sft", "reward", "ppo"))
     lines = {
-        "sft": ("sft", "--model", base, *data["demonstrations"], "--output", sft, *SMALL),
+        "sft": ("sft", "--model", base, *data["demonstrations"], "--output", sft, *SMALL, *GENTLE),
         # Three steps teach nothing; on so few held-out rows that is not known either, so PPO takes it.
-        "reward": ("reward", "--model", sft, *data["comparisons"], "--output", reward, *SMALL, "--eval-limit", 16),
-        "ppo": ("ppo", "--model", sft, "--reward", reward, *data["prompts"], "--output", ppo, *SMALL, *SHORT),
+        "reward": (
+            "reward", "--model", sft, *data["comparisons"], "--output", reward, *SMALL, *GENTLE, "--eval-limit", 16,
+        ),
+        "ppo": ("ppo", "--model", sft, "--reward", reward, *data["prompts"], "--output", ppo, *SMALL, *GENTLE, *SHORT),
         "evaluate": (
             "evaluate", "--model", ppo, "--against", sft, "--reward", reward, *data["prompts"],
             "--output", folder / "evaluate.json", "--limit-rows", 16,

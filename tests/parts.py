@@ -50,7 +50,7 @@ def dpo_config(**knobs: object) -> DpoConfig:
 
 
 def ppo_config(**knobs: object) -> PpoConfig:
-    return config_of(PpoConfig, {"reward": ["r.py"]} | knobs)
+    return config_of(PpoConfig, {"reward": ["r.py"], "learning_rate": 1e-5} | knobs)
 
 
 def sequences_of(lengths: list[int], seed: int = 0, vocabulary: int = 300) -> list[Tensor]:

@@ -116,7 +116,7 @@ def test_a_run_from_nothing_to_finished(tmp_path):
     assert_finished(tmp_path / "new" / "x")
     assert (tmp_path / "new/x/metrics.jsonl").read_text("utf-8") == METRICS
     assert (tmp_path / "new/x/samples.jsonl").read_text("utf-8") == SAMPLES
-    assert run.manifest.config["learning_rate"] == 2e-4 and run.manifest.inputs == INPUTS
+    assert run.manifest.config["learning_rate"] is None and run.manifest.inputs == INPUTS
     assert names(tmp_path) == ["new"] and names(tmp_path / "new") == ["x"]
 
 
@@ -146,7 +146,7 @@ def test_other_choices_are_named_old_value_first(tmp_path):
         with pytest.raises(OutputError) as caught:
             opened(folder, other, INPUTS | {"dataset": "3" * 64})
         assert caught.value.what.splitlines()[1:] == [
-            "    learning_rate: 0.0002 -> 0.0001",
+            "    learning_rate: null -> 0.0001",
             "    max_steps: null -> 9",
             "    content of dataset: 111111111111 -> 333333333333",
         ]

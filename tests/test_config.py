@@ -355,8 +355,8 @@ def test_a_win_rate_needs_something_that_scores(tmp_path):
 
 def test_ppo_has_defaults_of_its_own():
     config = PpoConfig(**NEEDED, reward=["r"])
-    assert (config.learning_rate, config.adam_eps, config.warmup_ratio) == (1e-5, 1e-5, 0.0)
-    assert (SftConfig(**NEEDED).learning_rate, RewardConfig(**NEEDED).adam_eps) == (2e-4, 1e-8)
+    assert (config.adam_eps, config.warmup_ratio) == (1e-5, 0.0)
+    assert RewardConfig(**NEEDED).adam_eps == 1e-8
 
 
 # --- comparing with a stored config -------------------------------------------------------------------------------

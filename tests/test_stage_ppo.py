@@ -184,7 +184,7 @@ def charged(chain, place: Path, way: str, penalty: float) -> tuple[list[float], 
         "    return scores\n"
     )
     flags = ("--max-steps", 1, "--eval-fraction", 0, "--missing-eos", way, "--missing-eos-penalty", penalty)
-    ppo(chain(), place / "x", *flags, rm=place / "f.py")
+    ppo(chain(), place / "x", "--learning-rate", 1e-5, *flags, rm=place / "f.py")
     line = metrics_of(place / "x")[1]
     assert line["eos_rate"] == 0.0 and line["reward_kl"] == 0.0
     return json.loads((place / "scores").read_text().splitlines()[1]), line["reward_total"]

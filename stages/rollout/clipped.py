@@ -100,11 +100,7 @@ def clipped_steps(
 
 def learning_rates(session: Session, rate: float, *, train_policy: bool) -> dict[str, float]:
     """Learning rates by optimiser if the policy's is `rate`; the critic's follows the same schedule."""
-    config = session.config
-    rates = {
-        "policy": rate,
-        "critic": rate * (config.critic_learning_rate or config.learning_rate) / config.learning_rate,
-    }
+    rates = {"policy": rate, "critic": rate * session.peak_critic_rate / session.peak_learning_rate}
     return {name: rates[name] for name in session.progress.optimizers if name == "critic" or train_policy}
 
 

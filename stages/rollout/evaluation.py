@@ -17,7 +17,7 @@ from stages.rollout.experience import Rollout, rollout_kl, sample_rollout
 from stages.rollout.generate import Sampling
 from stages.rollout.reward_sources import RewardSources
 
-DEFAULT_RESPONSE_TOKENS = 128
+DEFAULT_RESPONSE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ScoredRollout:
 
 
 def sampling_of(source: ModelRef, config: EvaluateConfig) -> Sampling:
-    """Sampling as configured, else as in the policy's training, else temperature 1 and 128 tokens."""
+    """Sampling as configured, else as in the policy's training, else temperature 1 and 256 tokens."""
     trained = source.manifest.config if source.manifest is not None else {}
     default = min(DEFAULT_RESPONSE_TOKENS, source.context // 2)
     tokens = config.max_response_tokens or trained.get("max_response_tokens") or default

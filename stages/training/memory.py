@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "shared")
 NAMES = {  # of the same size in the configs of different architectures
     "layers": ("num_hidden_layers", "n_layer"),
     "heads": ("num_attention_heads", "n_head"),
-    "hidden": ("hidden_size", "n_embd"),
+    "hidden": ("hidden_size", "n_embd", "d_model"),
     "inner": ("intermediate_size", "n_inner"),
 }
 
@@ -67,7 +68,7 @@ def shapes_of(config: dict, tensors: dict[str, tuple[int, ...]]) -> Shapes:
     config = inner if isinstance(inner, dict) and inner else config
     linear = {n: s for n, s in tensors.items() if len(s) == 2 and not any(part in n for part in NOT_ADAPTED)}
     layers, heads, hidden, inner = (_number(config, names) for names in NAMES.values())
-    layers, heads, hidden = max(layers, 1), max(heads, 1), max(hidden, 1)
+    layers, heads, hidden = max(layers, 1), max(heads, 1), hidden or _usual_size(linear)
     head_size = _number(config, ("head_dim",)) or hidden // heads
     vectors = [name for name, shape in tensors.items() if shape == (hidden,) and ("norm" in name or "ln_" in name)]
     scales = [name for name in vectors if name.endswith("weight")]
@@ -147,6 +148,12 @@ def logits_bytes(shapes: Shapes, rows: float, width: int) -> float:
 def draw_bytes(shapes: Shapes, rows: int) -> float:
     """Bytes to draw one token of each of `rows` responses: its distribution in fp64, in three copies."""
     return 3 * FP64 * rows * shapes.vocabulary
+
+
+def _usual_size(linear: dict[str, tuple[int, int]]) -> int:
+    """The size that most linear layers read or write, which is the width of the hidden states; 1 without layers."""
+    sizes = Counter(size for shape in linear.values() for size in set(shape))
+    return sizes.most_common(1)[0][0] if sizes else 1
 
 
 def _number(config: dict, names: tuple[str, ...]) -> int:

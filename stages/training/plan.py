@@ -225,8 +225,8 @@ def memory_text(stage: str, config: Any, source: ModelRef, tokens: int) -> str:
     return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items())
 
 
-def plan_result(config: Any, source: ModelRef, work: Work, total: int, left_out: dict[str, int]) -> Result:
-    """The result of --dry-run: steps, rows, passes and memory of a stage that will not train."""
+def plan_result(config: Any, source: ModelRef, work: Work, total: int, about: dict[str, float]) -> Result:
+    """The result of --dry-run: steps, rows, passes, memory and what `about` adds, of a stage that will not train."""
     width, _ = precision_of(config)
     shapes = source_shapes(source, config)
     free = free_memory(pick_device(config.device))
@@ -238,7 +238,7 @@ def plan_result(config: Any, source: ModelRef, work: Work, total: int, left_out:
     memory = {name: size / 1e9 for name, size in parts.items()} | {"total": peak_of(parts) / 1e9}
     facts = {
         "rows": len(work.sizes) * work.repeated,
-        **left_out,
+        **about,
         "steps": total,
         "batch_size": config.batch_size,
         "tokens_per_epoch": sum(work.sizes) * work.repeated,

@@ -24,6 +24,7 @@ from stages.training import opening
 from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.devices import Ranks, free_memory, peak_memory_gb
 from stages.training.language import warn_above_uniform
+from stages.training.learning_rates import CRITIC_FACTOR, auto_learning_rate
 from stages.training.loop import before_and_after, read_metrics, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, choose_passes, plan_result, source_shapes
@@ -106,7 +107,8 @@ class Session:
 
     def describe_plan(self) -> Result:
         """The result of --dry-run."""
-        return plan_result(self.config, self.model, self.work, self.total, self.inputs.rows_left_out)
+        facts = {**self.inputs.rows_left_out, **self.peak_learning_rates()}
+        return plan_result(self.config, self.model, self.work, self.total, facts)
 
     # --- the base and its roles
 
@@ -157,6 +159,9 @@ class Session:
     def optimise(self, **trained: list[nn.Parameter]) -> None:
         """Give every named group of parameters an optimiser."""
         self.progress = open_progress(self.config, trained)
+        for name, rate in self.peak_learning_rates().items():
+            if getattr(self.config, name) is None:
+                self.reporter.note(f"{name} auto is {rate:.2g}, for this stage and the width of this base")
 
     def optimise_role(self, role: str, what: str) -> None:
         """Give the only role that is trained its optimiser; a note counts its weights and the rows, called `what`."""
@@ -174,10 +179,29 @@ class Session:
         """`progress.add_gradients` of this session's roles and ranks."""
         return add_gradients(self.roles, self.ranks, work, again=again)
 
+    @functools.cached_property
+    def peak_learning_rate(self) -> float:
+        """The config's learning rate; for `auto`, the one that fits the stage and the width of the base."""
+        if self.config.learning_rate is not None:
+            return self.config.learning_rate
+        return auto_learning_rate(self.stage, source_shapes(self.model, self.config).hidden)
+
+    @property
+    def peak_critic_rate(self) -> float:
+        """The critic's learning rate at its peak; for `auto`, a multiple of the policy's."""
+        return self.config.critic_learning_rate or CRITIC_FACTOR * self.peak_learning_rate
+
+    def peak_learning_rates(self) -> dict[str, float]:
+        """The learning rates of the run at their peak, `auto` replaced, by knob."""
+        rates = {"learning_rate": self.peak_learning_rate}
+        if getattr(self.config, "advantage", None) == "gae":
+            rates["critic_learning_rate"] = self.peak_critic_rate
+        return rates
+
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
         config = self.config
-        return learning_rate_at(step, self.total, config.learning_rate, config.lr_schedule, config.warmup_ratio)
+        return learning_rate_at(step, self.total, self.peak_learning_rate, config.lr_schedule, config.warmup_ratio)
 
     def apply_gradients(self, rates: Metrics, step: int, **patience: float) -> Metrics:
         """`progress.apply_gradients` with these learning rates, at step `step`, counted from 0."""
