@@ -28,7 +28,7 @@ from outcomes import Point, draw, of_texts, summarise, tables
 HERE = Path(__file__).resolve().parent
 GOLD = HERE / "gold.py"
 SHARPNESS = 4.0  # of the judge: P(a preferred to b) = sigmoid(SHARPNESS * (gold a - gold b))
-BEST_OF = (1, 2, 4, 8, 16)
+BEST_OF = "1,2,4,8,16"
 TOKENS = "64"  # of a response
 
 SFT = {"learning_rate": "3e-3", "batch_size": "32", "max_tokens": "256", "samples": "0"}
@@ -172,9 +172,9 @@ def run_dpo(bench: Bench, beta: str, seed: int, sft: Path, held: Path) -> Point:
     return Point("dpo", seed, manifest["steps"], manifest["seconds"], **measured, **of_texts(said))
 
 
-def run_best_of(bench: Bench, seed: int, sft: Path, held: Path) -> list[dict[str, float]]:
+def run_best_of(bench: Bench, seed: int, sft: Path, held: Path, sizes: str = BEST_OF) -> list[dict[str, float]]:
     """Best of n samples of the SFT model by the reward model."""
-    return evaluate(bench, sft, seed, held, best_of=",".join(map(str, BEST_OF)), name=f"best-of-{seed}")["best_of"]
+    return evaluate(bench, sft, seed, held, best_of=sizes, name=f"best-of-{seed}")["best_of"]
 
 
 def evaluate(bench: Bench, model: Path, seed: int, held: Path, name: str | None = None, **more: object) -> dict:
