@@ -257,7 +257,8 @@ def closing(result: Result) -> list[str]:
 
 
 def show_tables(tables: tuple[Table, ...], stream: TextIO) -> None:
-    """Print tables: on a terminal at its width and with rules, otherwise as aligned plain text."""
+    """Print the tables that have rows: on a terminal at its width and with rules, otherwise as aligned plain text."""
+    tables = tuple(table for table in tables if table.rows)
     if not tables:
         return
     from rich.console import Console as Terminal

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint.atomic import write_json
+from stages.checkpoint.output_folder import REPORT
 from stages.config import DpoConfig
+from stages.diagnostics.finished import finished_tables
 from stages.errors import DatasetError
 from stages.inputs import Inputs
 from stages.maths.preferences import dpo_loss, implicit_reward, ipo_loss, kto_baseline, kto_loss
 from stages.models.roles import Roles
 from stages.models.tokens import TokenRow
 from stages.results import Reporter, Result
-from stages.tables import comparison_tables
 from stages.training.batching import batch_at, steps_in
 from stages.training.comparing import (
     NO_PAIRS,
-    REPORT_FILE,
     TokenComparison,
     build_comparison_report,
     computed_share,
@@ -57,11 +57,11 @@ def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     if not session.ranks.first:
         return session.result({})
     report = report_on_held_out(session, reference)
-    write_json(session.run.folder / REPORT_FILE, report)
+    write_json(session.run.folder / REPORT, report)
     metrics = session.summarise_metrics() | numbers_of(report)
-    session.publish("policy", metrics, extra_files=(REPORT_FILE,))
-    tables = comparison_tables(report, "dpo on held-out comparisons, by its implicit reward") if held_out else ()
-    return session.result({"metrics": metrics, "report": report, "steps": session.total}, tables)
+    session.publish("policy", metrics, extra_files=(REPORT,))
+    data = {"metrics": metrics, "report": report, "steps": session.total}
+    return session.result(data, finished_tables(session.run))
 
 
 def check_rows_of_kto(config: DpoConfig, rows: list[TokenComparison]) -> None:

@@ -20,8 +20,9 @@ from functools import partial
 
 import torch
 
+from stages.checkpoint.run import read_metrics
 from stages.config import AUTO, PpoConfig
-from stages.diagnostics.conditions import CONDITION_ADVICE
+from stages.diagnostics.finished import finished_tables
 from stages.diagnostics.watchdog import Watchdog, add_resume_advice, alarms_in
 from stages.errors import ConfigError, TrainingStopped
 from stages.inputs import Inputs
@@ -44,11 +45,10 @@ from stages.rollout.generate import ROWS_AT_ONCE, Sampling, check_engine
 from stages.rollout.held_out import respond_to_held_out
 from stages.rollout.metrics import summarise_rollout
 from stages.rollout.reward_sources import RewardSources, check_templates
-from stages.tables import alarm_table, before_and_after_table, metrics_table
-from stages.training.batching import batch_at, prompts_at
+from stages.training.batching import batch_at, prompts_at, updates_in
 from stages.training.devices import free_memory, peak_memory_gb, pick_device
 from stages.training.language import count_targets, learn_rows
-from stages.training.loop import before_and_after, read_metrics, stop_together
+from stages.training.loop import before_and_after, stop_together
 from stages.training.opening import prompt_limit
 from stages.training.plan import Work, rollout_rows, source_shapes
 from stages.training.session import Session
@@ -61,8 +61,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     """Train a policy against a reward and publish it, with its critic, as a checkpoint."""
     session = Session("ppo", config, inputs, reporter)
     prompts, held_out, ptx = encode_rows(session)
-    steps = math.ceil(round(config.epochs * len(prompts) / config.batch_size, 6))
-    session.plan(work_of(config, prompts), config.max_steps or max(1, steps))
+    session.plan(work_of(config, prompts), updates_in)
     if dry_run:
         return session.describe_plan()
 
@@ -86,9 +85,8 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     last = {name: lines[-1].get(name) for name in ("reward_score", "reward_kl", "entropy")}
     metrics = {**before_and_after(lines), **last, "alarms": sorted(alarms)}
     session.publish("policy", metrics, rewards=[spec.checkpoint for spec in inputs.rewards if spec.checkpoint])
-    tables = (before_and_after_table(metrics) if held_out else metrics_table("ppo", metrics),)
-    tables += (alarm_table(alarms, session.total, CONDITION_ADVICE),) if alarms else ()
-    return session.result({"metrics": metrics, "updates": session.total, "alarms": alarms}, tables)
+    data = {"metrics": metrics, "updates": session.total, "alarms": alarms}
+    return session.result(data, finished_tables(session.run))
 
 
 # --- setting up

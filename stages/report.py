@@ -13,7 +13,7 @@ from stages.checkpoint.manifest import MANIFEST
 from stages.errors import CheckpointError
 from stages.places import absolute
 from stages.reading import read_text
-from stages.results import Reporter, Result, Table
+from stages.results import Reporter, Result, Table, reward_flags
 from stages.tables import (
     ABSENT,
     REPORTED_STAGES,
@@ -122,9 +122,9 @@ def held_out_table(label: str, results: dict) -> Table:
     sft, reward, ppo, dpo = (part(results["stages"], stage, "metrics") for stage in REPORTED_STAGES)
     rows = []
     if is_number(sft.get("eval_loss")):
-        rows.append(("SFT: loss per token", change(sft, "eval_loss"), "lower is better"))
+        rows.append(("sft: loss per token", change(sft, "eval_loss"), "lower is better"))
     if is_number(sft.get("eval_perplexity")):
-        rows.append(("SFT: perplexity", format_number(sft["eval_perplexity"], 2), "1 would be certain of every token"))
+        rows.append(("sft: perplexity", format_number(sft["eval_perplexity"], 2), "1 would be certain of every token"))
     if is_number(reward.get("accuracy")):
         pairs = reward.get("eval_pairs")
         counted = f" of {format_number(pairs, 0)} comparisons" if is_number(pairs) else ""
@@ -136,10 +136,10 @@ def held_out_table(label: str, results: dict) -> Table:
     if is_number(ppo.get("eval_score")):
         kl = ppo.get("eval_kl")
         note = f"at KL {format_number(kl, 2)}" if is_number(kl) else "by the reward it was trained on"
-        rows.append(("PPO: score", change(ppo, "eval_score"), note))
+        rows.append(("ppo: score", change(ppo, "eval_score"), note))
     if is_number(dpo.get("accuracy")):
         accuracy = format_share(dpo["accuracy"], dpo.get("accuracy_low"), dpo.get("accuracy_high"))
-        rows.append(("DPO: prefers the chosen response", accuracy, "by its implicit reward"))
+        rows.append(("dpo: prefers the chosen response", accuracy, "by its implicit reward"))
     return Table(f"{label}on held-out rows", ("measure", "value", "note"), tuple(rows))
 
 
@@ -153,7 +153,7 @@ def overview(runs: dict[str, dict]) -> Table:
         loss, accuracy = format_number(sft.get("eval_loss"), 3), format_share(reward.get("accuracy"))
         scores = (format_number(against.get("score"), 3), format_number(policy.get("score"), 3))
         rows.append((path, loss, accuracy, *scores, format_number(policy.get("kl"), 3), format_share(win.get("rate"))))
-    columns = ("run", "SFT loss", "RM accuracy", "score SFT", "score PPO", "KL", "PPO wins")
+    columns = ("run", "sft loss", "reward accuracy", "score sft", "score ppo", "KL", "ppo wins")
     return Table("all runs", columns, tuple(rows))
 
 
@@ -179,11 +179,13 @@ def suggest_next_command(path: str, results: dict) -> list[str]:
         return []  # `rlhf ppo` would refuse it
     if not policies:
         return [f"rlhf ppo --model {paths['sft']} --reward {paths['reward']} --dataset PROMPTS --output {paths['ppo']}"]
-    prompts = inner(stages.get("ppo"), "config", "dataset")
+    prompts, sources = (inner(stages.get("ppo"), "config", knob) for knob in ("dataset", "reward"))
     prompts = shlex.quote(prompts) if isinstance(prompts, str) else "PROMPTS"
+    named = isinstance(sources, list) and sources and all(isinstance(source, str) for source in sources)
+    rewards = reward_flags(sources) if named else f"--reward {paths['reward']}"
     also = f" --also {paths['dpo']}" if len(policies) > 1 else ""
     target = shlex.quote(str(folder / EVALUATION_FILE))
     return [
-        f"rlhf evaluate --model {paths[policies[0]]}{also} --against {paths['sft']} --reward {paths['reward']}"
+        f"rlhf evaluate --model {paths[policies[0]]}{also} --against {paths['sft']} {rewards}"
         f" --dataset {prompts} --output {target}"
     ]

@@ -57,13 +57,20 @@ class Silent:
     def end(self) -> None: ...
 
 
-def next_commands(stage: str, config: Any) -> tuple[str, ...]:
-    """Commands that usually follow a training stage, ready for a shell."""
+def reward_flags(sources: list[str]) -> str:
+    """A --reward for every source, ready for a shell."""
+    return " ".join(f"--reward {shlex.quote(source)}" for source in sources)
+
+
+def next_commands(stage: str, config: Any, metrics: dict[str, Any]) -> tuple[str, ...]:
+    """Commands that usually follow a training stage, ready for a shell; none after the verdict no-go."""
     output, model = shlex.quote(config.output), shlex.quote(config.model)
     if stage == "sft":
         return (f"rlhf reward --model {output} --dataset COMPARISONS --output DIR",)
+    if stage == "reward" and metrics.get("verdict") == "no-go":
+        return ()  # `rlhf ppo` would refuse it
     if stage == "reward":
         return (f"rlhf ppo --model {model} --reward {output} --dataset PROMPTS --output DIR",)
-    reward = shlex.quote(config.reward[0]) if stage == "ppo" else "RM"
-    compare = f"--against {model} --reward {reward} --dataset PROMPTS"
+    rewards = reward_flags(config.reward) if stage == "ppo" else "--reward RM"
+    compare = f"--against {model} {rewards} --dataset PROMPTS"
     return (f"rlhf evaluate --model {output} {compare}", f"rlhf export --model {output} --output DIR")

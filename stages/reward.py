@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint.atomic import write_json
+from stages.checkpoint.output_folder import REPORT
 from stages.config import RewardConfig
 from stages.data.rows import Prompt
 from stages.diagnostics.baselines import baselines
+from stages.diagnostics.finished import finished_tables
 from stages.diagnostics.verdict import reach_verdict
 from stages.inputs import Inputs
 from stages.maths.losses import pair_loss
@@ -20,10 +22,8 @@ from stages.models.roles import Roles, adapter_of, frozen_copy, head_of
 from stages.models.tokens import TokenRow
 from stages.results import Reporter, Result
 from stages.rollout.policy_scores import score_policy_responses
-from stages.tables import comparison_tables
 from stages.training.comparing import (
     NO_PAIRS,
-    REPORT_FILE,
     TokenComparison,
     build_comparison_report,
     computed_share,
@@ -65,12 +65,11 @@ def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     report = build_report(session, rows, held_out, centred)
     verdict = reach_verdict(report)
     report["verdict"] = verdict.stored()
-    write_json(session.run.folder / REPORT_FILE, report)
+    write_json(session.run.folder / REPORT, report)
     metrics = session.summarise_metrics() | numbers_of(report) | {"verdict": verdict.decision}
-    session.publish(ROLE, metrics, extra_files=(REPORT_FILE,))
-    tables = (*(comparison_tables(report, "reward model") if held_out else ()), verdict.table())
-    advice = () if verdict.decision == "no-go" else None
-    return session.result({"metrics": metrics, "report": report, "steps": session.total}, tables, advice)
+    session.publish(ROLE, metrics, extra_files=(REPORT,))
+    data = {"metrics": metrics, "report": report, "steps": session.total}
+    return session.result(data, finished_tables(session.run))
 
 
 def update(session: Session, rows: list[TokenComparison], step: int) -> dict[str, float]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from stages.config import SftConfig
+from stages.diagnostics.finished import finished_tables
 from stages.inputs import Inputs
 from stages.models.tokens import TokenRow
 from stages.results import Reporter, Result
 from stages.rollout.samples import show_samples
-from stages.tables import metrics_table
 from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
 from stages.training.plan import Work
 from stages.training.session import Session
@@ -35,7 +35,7 @@ def run(config: SftConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
         return session.result({})
     metrics = session.summarise_metrics() | {"held_out_rows": len(held_out)}
     session.publish("policy", metrics)
-    return session.result({"metrics": metrics, "steps": session.total}, (metrics_table("sft", metrics),))
+    return session.result({"metrics": metrics, "steps": session.total}, finished_tables(session.run))
 
 
 def update(session: Session, rows: list[TokenRow], held_out: list[TokenRow], step: int) -> dict[str, float]:

@@ -75,7 +75,8 @@ def format_measure(row: JsonRow, measure: Measure) -> str:
 
 def format_interval(report: JsonRow, name: str) -> str:
     """A share between 0 and 1 with its 95 % interval."""
-    return f"{report[name]:.3f} [{report[f'{name}_low']:.3f}, {report[f'{name}_high']:.3f}]"
+    share, low, high = (format_number(report[f"{name}{end}"], 3) for end in ("", "_low", "_high"))
+    return f"{share} [{low}, {high}]"
 
 
 def format_text(value: object) -> str:
@@ -143,14 +144,23 @@ def alarm_table(alarms: dict[str, list[int]], updates: int, advice: dict[str, st
     return Table("alarms", ("condition", "updates", "first", "last", "what helps"), rows)
 
 
-def before_and_after_table(metrics: dict[str, float]) -> Table:
-    """PPO on held-out prompts before the first update and after the last."""
+def before_and_after_table(metrics: dict[str, Any]) -> Table:
+    """PPO on held-out prompts before the first update and after the last; without rows if nothing was held out."""
     rows = tuple(
-        (measure.label, f"{metrics[f'eval_{measure.key}_before']:.4g}", f"{metrics[f'eval_{measure.key}']:.4g}")
+        (
+            measure.label,
+            format_short(metrics[f"eval_{measure.key}_before"]),
+            format_short(metrics[f"eval_{measure.key}"]),
+        )
         for measure in MEASURES
         if f"eval_{measure.key}_before" in metrics
     )
     return Table("ppo on held-out prompts", ("measure", "start", "end"), rows)
+
+
+def format_short(value: object) -> str:
+    """A number with four significant digits, or a dash."""
+    return f"{value:.4g}" if is_number(value) else ABSENT
 
 
 # --- comparisons: reward models and implicit rewards
@@ -168,21 +178,26 @@ def comparison_tables(report: dict, title: str) -> tuple[Table, ...]:
         ("held-out pairs", describe_pairs(report)),
         *((("ties, which count half", str(report["ties"])),) if report["ties"] else ()),
         ("accuracy [95 % interval]", format_interval(report, "accuracy")),
-        ("accuracy of 'longer wins'", f"{report['longer_wins_accuracy']:.3f}"),
-        ("calibration error", f"{report['calibration_error']:.3f}"),
-        ("log-loss (chance is 0.693)", f"{report['log_loss']:.4f}"),
-        ("margin, mean and std", f"{report['margin_mean']:.3f}  {report['margin_std']:.3f}"),
-        ("score of chosen, mean and std", f"{report['score_chosen_mean']:.3f}  {report['score_chosen_std']:.3f}"),
-        ("score of rejected, mean and std", f"{report['score_rejected_mean']:.3f}  {report['score_rejected_std']:.3f}"),
-        ("correlation of score and length", f"{report['score_length_corr']:.3f}"),
+        ("accuracy of 'longer wins'", format_number(report["longer_wins_accuracy"], 3)),
+        ("calibration error", format_number(report["calibration_error"], 3)),
+        ("log-loss (chance is 0.693)", format_number(report["log_loss"], 4)),
+        ("margin, mean and std", _mean_and_std(report, "margin")),
+        ("score of chosen, mean and std", _mean_and_std(report, "score_chosen")),
+        ("score of rejected, mean and std", _mean_and_std(report, "score_rejected")),
+        ("correlation of score and length", format_number(report["score_length_corr"], 3)),
     )
     calibration = tuple(
-        (f"{b['low']:.2f}-{b['high']:.2f}", str(b["count"]), f"{b['predicted']:.3f}", f"{b['observed']:.3f}")
+        (
+            f"{b['low']:.2f}-{b['high']:.2f}",
+            str(b["count"]),
+            format_number(b["predicted"], 3),
+            format_number(b["observed"], 3),
+        )
         for b in report["calibration"]
         if b["count"]
     )
     by_length = tuple(
-        (_range(b["low"], b["high"]), str(b["count"]), f"{b['accuracy']:.3f}")
+        (_range(b["low"], b["high"]), str(b["count"]), format_number(b["accuracy"], 3))
         for b in report["by_length_difference"]
         if b["count"]
     )
@@ -191,6 +206,10 @@ def comparison_tables(report: dict, title: str) -> tuple[Table, ...]:
         Table("calibration", ("predicted", "pairs", "mean predicted", "observed"), calibration),
         Table("by length", ("chosen length - rejected length, tokens", "pairs", "accuracy"), by_length),
     )
+
+
+def _mean_and_std(report: dict, name: str) -> str:
+    return f"{format_number(report[f'{name}_mean'], 3)}  {format_number(report[f'{name}_std'], 3)}"
 
 
 def _range(low: float, high: float) -> str:
@@ -226,14 +245,14 @@ def evaluation_tables(evaluation: JsonRow, label: str = "", *, with_examples: bo
 
 
 def name_sides(evaluation: JsonRow) -> tuple[str, ...]:
-    """Names of the compared policies: SFT and PPO, or those of other folders; only PPO if nothing was compared."""
+    """Names of the compared policies: their folders', as in every table; without folders sft and ppo, or ppo alone."""
     paths = [inner(evaluation, key) for key in ("compared_with", "model")]
     names = [Path(path).name if isinstance(path, str) else "" for path in paths]
     if names[0] and names[0] == names[1]:  # two runs of one stage: only their whole paths differ
         return str(paths[0]), str(paths[1])
-    sft, ppo = (name.upper() if name in REPORTED_STAGES else name for name in names)
-    alone = not (sft or part(evaluation, "against"))
-    return (ppo or "PPO",) if alone else (sft or "SFT", ppo or "PPO")
+    other, model = names
+    alone = not (other or part(evaluation, "against"))
+    return (model or "ppo",) if alone else (other or "sft", model or "ppo")
 
 
 def policy_table(evaluation: JsonRow, label: str = "") -> Table:

@@ -229,6 +229,13 @@ def test_the_same_command_again_says_that_it_is_done_and_touches_nothing(chain):
     assert {path: path.stat().st_mtime_ns for path in found.sft.rglob("*")} == before
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_finished_command_again_prints_what_it_printed_at_its_end(chain, stage):
+    found = chain()
+    again = done(stage, "--config", found.folder / stage / "config.yaml")
+    assert again.stdout == found.ended[stage].stdout.replace("\nwrote ", "\nalready done: ")
+
+
 def test_the_written_config_is_a_recipe_of_the_same_run(chain):
     found = chain()
     for stage in ("sft", "reward", "ppo"):
@@ -240,7 +247,7 @@ def test_report_tells_the_run(chain):
     found = chain()
     ended = rlhf("report", found.folder)
     assert ended.code == 0
-    assert "SFT: loss per token" in ended.stdout and "wins by score" in ended.stdout
+    assert "sft: loss per token" in ended.stdout and "wins by score" in ended.stdout
     accuracy = manifest(found.reward)["metrics"]["accuracy"]
     assert f"{100 * accuracy:.1f} %" in ended.stdout
 

@@ -122,6 +122,11 @@ def test_wide_characters_keep_columns_aligned():
     assert "空は  x\nabcd  y\n" in text
 
 
+def test_a_table_without_rows_is_not_printed():
+    empty, full = Table("empty", ("a",), ()), Table("full", ("a",), (("x",),))
+    assert printed(empty, full, empty, output=None) == "full\na\nx\n\n"
+
+
 def test_cells_are_not_interpreted():
     text = printed(Table("[bold]t", ("[red]a",), (("[link=x]y[/link] :smile: \x1b[31m",),)))
     assert "[bold]t\n[red]a\n[link=x]y[/link] :smile: \ufffd[31m\n" in text

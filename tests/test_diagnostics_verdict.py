@@ -160,5 +160,6 @@ def test_how_far_people_agree_is_told():
 
 def test_a_verdict_as_a_table():
     table = reach_verdict(GOOD).table()
+    assert all(table.columns)
     assert table.title == "verdict: go" and [row[0] for row in table.rows] == ["reason", "reason", "note"]
     assert reach_verdict(GOOD).stored()["decision"] == "go"

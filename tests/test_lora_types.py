@@ -31,12 +31,12 @@ def place(tmp_path_factory, model_folder):
     base, sft, reward = model_folder("llama"), folder / "sft", folder / "reward"
     line = ("sft", "--model", base, "--dataset", folder / "demonstrations.jsonl", "--lora-type", "dora")
     ended = done(*line, "--output", sft, *SMALL, *STATES)
-    assert ended.stderr.count("DoRA adapters run through transformers") == 1
+    assert ended.stderr.count("DoRA adapters run through transformers") == 1 == ended.stderr.count("slower")
     line = ("reward", "--model", sft, "--dataset", folder / "comparisons.jsonl", "--eval-limit", 16)
     done(*line, "--output", reward, *SMALL)
     ppo = ("ppo", "--model", sft, "--reward", reward, "--dataset", folder / "prompts.jsonl", *SMALL, *SHORT)
     ended = done(*ppo, "--output", folder / "ppo")
-    assert "with DoRA adapters; sampling with transformers, which is slower" in ended.stderr
+    assert ended.stderr.count("slower") == 1
     return folder
 
 
@@ -118,7 +118,7 @@ def test_our_own_decoder_does_not_take_dora(place, tmp_path):
     line = ("sample", "--model", place / "ppo", "--dataset", place / "prompts.jsonl", "--output", tmp_path / "s.jsonl")
     assert "the native decoder does not support DoRA" in refused(*line, "--rollout-engine", "native", *SHORT)
     ended = done(*line, *SHORT)
-    assert "with DoRA adapters; sampling with transformers" in ended.stderr
+    assert ended.stderr.count("DoRA adapters run through transformers, which is slower") == 1
 
 
 REFUSED = {

@@ -71,8 +71,8 @@ def test_the_stages_and_how_long_they_took(tmp_path):
 def test_what_training_did_on_held_out_rows(tmp_path):
     values = {name: cells[0] for name, cells in rows(report(whole_run(tmp_path)), "on held-out rows").items()}
     assert values == {
-        "SFT: loss per token": "2.500 -> 1.250",
-        "SFT: perplexity": "3.49",
+        "sft: loss per token": "2.500 -> 1.250",
+        "sft: perplexity": "3.49",
         "reward model: prefers the chosen response": "71.2 % (66.0 to 76.0) of 400 comparisons",
         "for comparison: always prefer the longer one": "60.0 %",
     }
@@ -82,8 +82,8 @@ def test_sft_beside_ppo(tmp_path):
     better = SIDE | {"score": 1.5, "gold": -0.25, "kl": 6.0, "length": 80.0, "eos_rate": 1.0}
     rates = {"reward": {"rate": 0.625, "low": 0.55, "high": 0.7, "n": 200}, "gold": {"rate": 0.5}}
     result = report(whole_run(tmp_path, policy=better, against=SIDE, win_rate=rates))
-    assert table(result, "SFT against PPO").columns == ("measure", "SFT", "PPO")
-    assert rows(result, "SFT against PPO") == {
+    assert table(result, "sft against ppo").columns == ("measure", "sft", "ppo")
+    assert rows(result, "sft against ppo") == {
         "score": ("0.250 ± 0.051", "1.500 ± 0.051"),
         "gold score (never trained on)": ("-1.500", "-0.250"),
         "KL to the reference, nats per response": ("3.14", "6.00"),
@@ -99,8 +99,8 @@ def test_the_same_prompts_side_by_side(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     chat = {"prompt": messages, "response": "", "against": "Hello", "gold": 2, "score": None}
     result = report(whole_run(tmp_path, examples=[example, chat], compared_with="x/sft"))
-    found = table(result, "the same prompts, answered by SFT and PPO")
-    assert found.columns == ("prompt", "SFT", "PPO")
+    found = table(result, "the same prompts, answered by sft and ppo")
+    assert found.columns == ("prompt", "sft", "ppo")
     assert found.rows == (
         ("Why?", "No.\n[score -0.50]", "Because.\n[score 1.23]"),
         ("system: Be brief.\nuser: Hi", "Hello", "(empty)\n[gold 2.00]"),
@@ -110,8 +110,8 @@ def test_the_same_prompts_side_by_side(tmp_path):
 def test_a_policy_compared_with_nothing_stands_alone(tmp_path):
     alone = {"policy": SIDE, "examples": [{"prompt": "Why?", "response": "So.", "score": 1.0}], "model": "x/ppo"}
     result = report(whole_run(tmp_path, **alone))
-    assert table(result, "PPO").columns == ("measure", "PPO")
-    assert table(result, "the same prompts, answered by PPO").rows == (("Why?", "So.\n[score 1.00]"),)
+    assert table(result, "ppo").columns == ("measure", "ppo")
+    assert table(result, "the same prompts, answered by ppo").rows == (("Why?", "So.\n[score 1.00]"),)
 
 
 def test_long_examples_keep_what_was_asked_and_how_the_answer_begins():
@@ -124,29 +124,29 @@ def test_absent_numbers_are_left_out_or_dashes(tmp_path):
     write(tmp_path / "sft/checkpoint.json", {"stage": "sft", "metrics": {"eval_loss": 1.0, "eval_perplexity": "n/a"}})
     write(tmp_path / "evaluate.json", {"policy": {"score": 1.0, "kl": None, "length": True}, "win_rate": None})
     result = report(tmp_path)
-    assert [t.title for t in result.tables] == ["the stages", "on held-out rows", "PPO"]
+    assert [t.title for t in result.tables] == ["the stages", "on held-out rows", "ppo"]
     assert rows(result, "the stages") == {"sft": (ABSENT, ABSENT, ABSENT, ABSENT)}
-    assert rows(result, "on held-out rows") == {"SFT: loss per token": ("1.000", "lower is better")}
-    assert rows(result, "PPO") == {"score": ("1.000",)}
+    assert rows(result, "on held-out rows") == {"sft: loss per token": ("1.000", "lower is better")}
+    assert rows(result, "ppo") == {"score": ("1.000",)}
 
 
 def test_numbers_that_are_not_finite_are_shown_as_they_are(tmp_path):
     write(tmp_path / "sft/checkpoint.json", '{"stage": "sft", "metrics": {"eval_loss": NaN}, "steps": Infinity}')
     result = report(tmp_path)
-    assert rows(result, "on held-out rows")["SFT: loss per token"][0] == "nan"
+    assert rows(result, "on held-out rows")["sft: loss per token"][0] == "nan"
     assert rows(result, "the stages")["sft"][1] == "inf"
 
 
 @pytest.mark.parametrize(
     ("evaluation", "names"),
     [
-        ({}, ("PPO",)),
+        ({}, ("ppo",)),
         ({"model": "tiny/base"}, ("base",)),
-        ({"against": {"score": 1.0}}, ("SFT", "PPO")),
-        ({"compared_with": "runs/x/sft", "model": "runs/x/ppo/"}, ("SFT", "PPO")),
-        ({"compared_with": "tiny/base", "model": "runs/x/ppo"}, ("base", "PPO")),
+        ({"against": {"score": 1.0}}, ("sft", "ppo")),
+        ({"compared_with": "runs/x/sft", "model": "runs/x/ppo/"}, ("sft", "ppo")),
+        ({"compared_with": "tiny/base", "model": "runs/x/ppo"}, ("base", "ppo")),
         ({"compared_with": "runs/a/ppo", "model": "runs/b/ppo"}, ("runs/a/ppo", "runs/b/ppo")),
-        ({"compared_with": None, "model": 3}, ("PPO",)),
+        ({"compared_with": None, "model": 3}, ("ppo",)),
     ],
 )
 def test_the_sides_are_named_after_what_was_compared(evaluation, names):
@@ -260,8 +260,13 @@ def test_the_next_command_follows_from_what_is_there(tmp_path):
     assert next_words() == [wanted]
     write(folder / "ppo/checkpoint.json", manifest("ppo"))
     wanted = ["rlhf", "evaluate", "--model", ppo, "--against", sft, "--reward", reward]
+    again = next_words()
+    config = {"dataset": "my prompts.jsonl", "reward": ["rm=0.5", "f.py:g"]}
+    write(folder / "ppo/checkpoint.json", manifest("ppo") | {"config": config})
+    assert next_words() == [[*wanted[:-1], "rm=0.5", "--reward", "f.py:g", *again[0][len(wanted) :]]]
+    write(folder / "ppo/checkpoint.json", manifest("ppo") | {"config": config | {"reward": [3]}})
     wanted += ["--dataset", "my prompts.jsonl", "--output", str(folder / "evaluate.json")]
-    assert next_words() == [wanted]
+    assert next_words() == [wanted] == again
     write(folder / "evaluate.json", {"policy": SIDE})
     assert next_words() == []
 
@@ -277,11 +282,11 @@ def test_dpo_stands_beside_ppo(tmp_path):
     result = report(path)
     assert list(rows(result, "the stages")) == ["sft", "reward", "ppo", "dpo"]
     held = rows(result, "on held-out rows")
-    assert held["PPO: score"] == ("0.500 -> 1.750", "at KL 3.46")
-    assert held["DPO: prefers the chosen response"] == ("70.0 % (60.0 to 79.0)", "by its implicit reward")
+    assert held["ppo: score"] == ("0.500 -> 1.750", "at KL 3.46")
+    assert held["dpo: prefers the chosen response"] == ("70.0 % (60.0 to 79.0)", "by its implicit reward")
     (line,) = result.next
     assert f"--model {tmp_path / 'ppo'} --also {tmp_path / 'dpo'} --against {tmp_path / 'sft'}" in line
-    assert name_sides({"model": "runs/x/dpo", "compared_with": "runs/x/sft"}) == ("SFT", "DPO")
+    assert name_sides({"model": "runs/x/dpo", "compared_with": "runs/x/sft"}) == ("sft", "dpo")
 
 
 def test_dpo_without_ppo_is_evaluated_next(tmp_path):

@@ -100,6 +100,12 @@ def test_its_policy_goes_on_to_the_other_stages(chain, tmp_path):
     done("export", "--model", tmp_path / "x", "--output", tmp_path / "merged")
 
 
+def test_a_finished_command_again_prints_the_same_tables(chain, tmp_path):
+    line = ("--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x", *SMALL)
+    first, again = done("dpo", *line).stdout, done("dpo", *line).stdout
+    assert again == first.replace("\nwrote ", "\nalready done: ") and "dpo on held-out comparisons" in first
+
+
 def test_smoothing_belongs_to_one_loss(chain, tmp_path):
     line = ("--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x")
     said = refused("dpo", *line, "--loss", "ipo", "--label-smoothing", "0.1")

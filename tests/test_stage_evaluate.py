@@ -236,9 +236,14 @@ def test_tables_have_short_headings_and_readable_prompts(chain):
     line = ("evaluate", "--model", found.ppo, "--against", found.sft, "--reward", found.reward, *SHORT)
     ended = rlhf(*line, "--dataset", found.prompts, "--limit-rows", 4)
     heading = next(line for line in ended.stdout.splitlines() if line.startswith("measure"))
-    assert heading.split() == ["measure", "SFT", "PPO"]
+    assert heading.split() == ["measure", "sft", "ppo"]
     assert "user: red six" in ended.stdout and "{'role'" not in ended.stdout
     assert ended.stdout.splitlines()[-1] == f"next: rlhf export --model {found.ppo} --output DIR"
+
+
+def test_no_examples_are_no_table(chain):
+    line = ("evaluate", "--model", chain().sft, "--dataset", chain().prompts, "--limit-rows", 2, *SHORT)
+    assert "same prompts" not in done(*line, "--examples", 0).stdout
 
 
 def test_rows_of_one_prompt_count_together_in_a_win_rate():

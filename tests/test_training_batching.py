@@ -6,7 +6,7 @@ import pytest
 
 from stages.models.passes import micro_batches
 from stages.native.limits import TOKENS_AT_ONCE_CPU
-from stages.training.batching import batch_at, epoch_at, steps_in
+from stages.training.batching import batch_at, epoch_at, prompts_at, steps_in, updates_in
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,22 @@ from stages.training.batching import batch_at, epoch_at, steps_in
 )
 def test_steps_of_a_run(n, batch, epochs, limit, steps):
     assert steps_in(n, batch, epochs, limit) == steps
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "epochs", "limit", "updates"),
+    [
+        (100, 10, 1.0, None, 10),
+        (101, 10, 1.0, None, 11),
+        (105, 10, 2.0, None, 21),  # 210 prompts: a batch may begin in one epoch and end in the next; steps_in has 22
+        (100, 10, 1.1, None, 11),
+        (3, 64, 1.0, None, 1),
+        (100, 10, 1.0, 3, 3),
+    ],
+)
+def test_updates_of_a_run(n, batch, epochs, limit, updates):
+    assert updates_in(n, batch, epochs, limit) == updates
+    assert all(len(prompts_at(step, n, batch, 0)) == batch for step in range(updates))
 
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order():

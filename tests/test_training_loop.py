@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from stages.checkpoint.run import Run, open_run
+from stages.checkpoint.run import Run, open_run, read_metrics
 from stages.errors import Interrupted, NotFiniteError, OutputError, RewardError, TrainingStopped
 from stages.models.passes import Passes
 from stages.results import Silent
 from stages.training import signals
 from stages.training.devices import Ranks
-from stages.training.loop import before_and_after, read_metrics, train
+from stages.training.loop import before_and_after, train
 from stages.training.optimizer import AdamW
 from stages.training.progress import Progress, apply_gradients
 from stages.training.session import Session

@@ -102,7 +102,7 @@ def load(folder, config):
     source, report = open_model(str(folder), stages=(), what="--model"), Notes()
     run = Session("sft", config, SimpleNamespace(source=source), report)
     run.text = open_tiny_text(folder)
-    run.plan(Work("sft", [100] * 64, 64), 1)
+    run.plan(Work("sft", [100] * 64, 64), lambda *_: 1)
     run.load_base()
     return run, report
 

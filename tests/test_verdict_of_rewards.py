@@ -83,6 +83,8 @@ def test_one_that_learned_nothing_is_refused_without_force(chain, trained, tmp_p
     report = report_of(folder)
     assert report["verdict"]["decision"] == "no-go" and report["accuracy_low"] <= 0.5 and report["pairs"] >= 20
     assert "verdict: no-go\n" in ended.stdout and "next:" not in ended.stdout
+    again = done("reward", "--config", folder / "config.yaml")
+    assert again.stdout == ended.stdout.replace("\nwrote ", "\nalready done: ")
     line = ppo(chain, folder, tmp_path / "x")
     for more in ((), ("--dry-run",)):
         said = refused(*line, *more)

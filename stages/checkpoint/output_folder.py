@@ -33,10 +33,10 @@ if typing.TYPE_CHECKING:
     from stages.checkpoint.run import Run
 
 RUN, LOCK = "run.json", "run.lock"
-METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.yaml"
+METRICS, SAMPLES, CONFIG, REPORT = "metrics.jsonl", "samples.jsonl", "config.yaml", "report.json"
 START_AGAIN = "choose another --output, or start again with --overwrite"
 _OURS = (  # what a stage writes into its folder, and so what --overwrite may remove
-    METRICS, SAMPLES, CONFIG, STATE, "critic", "report.json", "adapter_model.safetensors", "adapter_config.json",
+    METRICS, SAMPLES, CONFIG, REPORT, STATE, "critic", "adapter_model.safetensors", "adapter_config.json",
     "head.safetensors", "tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import json
 import os
 import secrets
 import typing
@@ -281,6 +282,12 @@ def open_run(
     if writer and not run.finished:
         check_lock(run.folder / LOCK)
     return run
+
+
+def read_metrics(run: Run) -> list[dict[str, float]]:
+    """Every line of the run's metrics.jsonl."""
+    text = (run.folder / METRICS).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def write_config(run: Run, config: object) -> None:

@@ -34,7 +34,7 @@ class Verdict:
     def table(self) -> Table:
         """For a person."""
         rows = [("reason", reason) for reason in self.reasons] + [("note", note) for note in self.notes]
-        return Table(f"verdict: {self.decision}", ("", "the reward model on held-out data"), tuple(rows))
+        return Table(f"verdict: {self.decision}", ("kind", "the reward model on held-out data"), tuple(rows))
 
 
 def reach_verdict(report: dict[str, Any]) -> Verdict:

@@ -9,13 +9,13 @@ import importlib.util
 from dataclasses import replace
 from typing import Any
 
+from stages.diagnostics.finished import finished_tables
 from stages.errors import ConfigError
 from stages.inputs.measuring import evaluate_inputs, export_inputs, sample_inputs
 from stages.inputs.parts import Inputs
 from stages.inputs.training import dpo_inputs, ppo_inputs, reward_inputs, sft_inputs
 from stages.models.model_ref import adapter_beside
 from stages.results import Result, next_commands
-from stages.tables import metrics_table
 
 
 def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
@@ -40,8 +40,8 @@ def already_done(stage: str, config: Any, inputs: Inputs) -> Result:
     inputs.run.tidy()
     manifest = inputs.run.manifest
     data = {"metrics": manifest.metrics, "steps": manifest.steps, "seconds": manifest.seconds}
-    tables = (metrics_table(stage, manifest.metrics),)
-    return Result(stage, "already done", config.output, data, tables, next_commands(stage, config))
+    following = next_commands(stage, config, manifest.metrics)
+    return Result(stage, "already done", config.output, data, finished_tables(inputs.run), following)
 
 
 def _check_4bit_packages() -> None:

@@ -23,6 +23,7 @@ from stages.native.prefixes import pack
 PROBE_TOKENS = ((5, 3, 9, 4, 8, 6, 7, 11, 2, 10), (4, 8, 3))  # two short texts, reduced modulo the vocabulary
 NO_ADAPTER = "no adapter of PEFT"  # no folder of a base has this name: transformers looks for an adapter in it
 ANOTHER = "use another architecture (Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX and alike work)"
+DORA_NOTE = "DoRA adapters run through transformers, which is slower"
 NO_CHECKPOINTING = "leave --gradient-checkpointing out"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stages.errors import ModelError, NotFiniteError
 from stages.maths.tensors import at_least_fp32, entropy_of
-from stages.models.base import Base
+from stages.models.base import DORA_NOTE, Base
 from stages.models.quantised import is_four_bit
 from stages.native.decode import Layer, NativeDecoder, layers_of
 from stages.native.graphs import capture_for
@@ -141,6 +141,8 @@ def check_engine(base: Base, engine: str) -> tuple[str, ...]:
     if not cache_works(base):
         slower = "recomputing the whole text for every token, since transformers' cache changes its outputs"
         return (f"{reason}; sampling with transformers, {slower}",)
+    if base.has_dora:
+        return (DORA_NOTE,)
     return (f"{reason}; sampling with transformers, which is slower",)
 
 

@@ -16,6 +16,13 @@ def steps_in(n: int, batch_size: int, epochs: float, max_steps: int | None) -> i
     return max(1, int(whole) * per_epoch + math.ceil(round(part * per_epoch, 6)))  # 1.1 epochs of 10 are 11, not 12
 
 
+def updates_in(n: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """PPO updates of a run over n prompts: max_steps, or those that `epochs` fill (every update has a whole batch)."""
+    if max_steps is not None:
+        return max_steps
+    return max(1, math.ceil(round(epochs * n / batch_size, 6)))
+
+
 def batch_at(step: int, n: int, batch_size: int, seed: int, stage: str) -> list[int]:
     """Row numbers of optimiser step `step`: a slice of its epoch's permutation."""
     per_epoch = math.ceil(n / batch_size)

@@ -24,7 +24,6 @@ from stages.models.roles import Roles
 from stages.models.tokens import Text, TokenRow
 from stages.native.prefixes import shared_beginnings
 
-REPORT_FILE = "report.json"  # PPO reads the verdict in it before it starts
 PLANNED_COMPARISONS = 64  # comparisons that the memory plan looks at
 LENGTH_EDGES = (-1e9, -50, -10, 0, 10, 50, 1e9)
 MIN_PROMPT_CLUSTERS = 3  # with fewer, the variance between prompts cannot be estimated

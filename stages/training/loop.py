@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from stages.checkpoint.run import Run
+from stages.checkpoint.run import read_metrics
 from stages.checkpoint.states import AHEAD
 from stages.errors import (
     Interrupted,
@@ -205,12 +204,6 @@ def _stop_if_diverged(metrics: Metrics, step: int) -> None:
                     fix="use another base or checkpoint",
                 )
             raise diverged(f"{name} is {metrics[name]}", step)
-
-
-def read_metrics(run: Run) -> list[Metrics]:
-    """Every line of the run's metrics.jsonl."""
-    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _warn_of_schedule(session: Session, done: int) -> None:

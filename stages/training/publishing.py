@@ -9,7 +9,7 @@ import torch
 
 from stages.checkpoint import atomic
 from stages.checkpoint.manifest import Manifest, Parent, checkpoint_digest, versions
-from stages.checkpoint.run import write_config
+from stages.checkpoint.run import read_metrics, write_config
 from stages.checkpoint.tensors import save_tensors
 from stages.knobs import as_dict
 from stages.models.base import Base
@@ -19,7 +19,6 @@ from stages.models.model_ref import ModelRef
 from stages.models.roles import HEAD, Roles, save_adapter
 from stages.models.tokens import Text
 from stages.training.devices import peak_memory_gb
-from stages.training.loop import read_metrics
 from stages.training.progress import diverged
 from stages.training.reload import check_reload, check_tokenizer, probe_sequences
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from stages.checkpoint.run import Run
+from stages.checkpoint.run import Run, read_metrics
 from stages.errors import ModelError
-from stages.models.base import Base
+from stages.models.base import DORA_NOTE, Base
 from stages.models.model_ref import ModelRef, lora_type_of
 from stages.models.passes import Out, Passes, Row
 from stages.models.roles import Roles, adapter_of, frozen_copy, start_adapter
@@ -25,7 +25,7 @@ from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.devices import Ranks, free_memory, peak_memory_gb
 from stages.training.language import warn_above_uniform
 from stages.training.learning_rates import CRITIC_FACTOR, auto_learning_rate
-from stages.training.loop import before_and_after, read_metrics, train
+from stages.training.loop import before_and_after, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, choose_passes, plan_result, source_shapes
 from stages.training.progress import Progress, add_gradients, apply_gradients, open_progress
@@ -99,11 +99,10 @@ class Session:
         problem = opening.check_coverage(self.text, rows, self.reporter, what=what)
         self.text_problem = self.text_problem or problem
 
-    def plan(self, work: Work, total: int | None = None) -> None:
-        """Fix what the stage runs through its model, and its steps: `total`, or those that the config asks for."""
+    def plan(self, work: Work, count: Callable[[int, int, float, int | None], int] = steps_in) -> None:
+        """Fix what the stage runs through its model, and its steps, as `count` (`steps_in`, `updates_in`) has them."""
         config = self.config
-        steps = steps_in(len(work.sizes), config.batch_size, config.epochs, config.max_steps)
-        self.work, self.total = work, steps if total is None else total
+        self.work, self.total = work, count(len(work.sizes), config.batch_size, config.epochs, config.max_steps)
 
     def describe_plan(self) -> Result:
         """The result of --dry-run."""
@@ -121,8 +120,8 @@ class Session:
         self.ranks = Ranks(base.device)
         targets = [] if self.model.folder else self.config.lora_targets
         check_adaptable(base, targets, lora_type_of(self.config, self.model))
-        if base.has_dora:
-            self.reporter.note("DoRA adapters run through transformers, which is slower than the native pass")
+        if base.has_dora and not self.work.prompt:  # a stage that samples notes it once all roles are open
+            self.reporter.note(DORA_NOTE)
         tokens = self._choose_pass_tokens(base)
         on_cuda = base.device.type == "cuda"
         base.passes = Passes(on_cuda, self.config.micro_batch_size, tokens, check=self.signals.check)
@@ -245,9 +244,7 @@ class Session:
         """Write the checkpoint of `role`; see `publish_checkpoint`."""
         publish_checkpoint(self, role, metrics, rewards=list(rewards), extra_files=extra_files)
 
-    def result(
-        self, data: dict[str, Any], tables: tuple[Table, ...] = (), advice: tuple[str, ...] | None = None
-    ) -> Result:
-        """The stage's result; `advice` defaults to the commands that usually follow."""
-        following = next_commands(self.stage, self.config) if advice is None else advice
+    def result(self, data: dict[str, Any], tables: tuple[Table, ...] = ()) -> Result:
+        """The stage's result, with the commands that usually follow."""
+        following = next_commands(self.stage, self.config, data.get("metrics", {}))
         return Result(self.stage, "done", self.config.output, data, tables, following)
