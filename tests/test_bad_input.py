@@ -514,11 +514,42 @@ ROWS = {
     ),
     "the output is a file": (EARLY, lambda c, p: sft(c, p, *file_at(p / "out")), ["cannot be used as a folder"]),
     "the output lies in a file": (
-        EARLY, lambda c, p: [*sft(c, p), "--output", file_at(p / "f", "x")[0]], ["Not a directory"],
+        EARLY, lambda c, p: [*sft(c, p), "--output", file_at(p / "f", "x")[0]],
+        ["f is not a folder", "a path component is a file"],
     ),
     "an output of too long a name": (
-        LATE, lambda c, p: [*sft(c, p, *STEPS), "--output", p / ("x" * 300)], ["File name too long"],
+        EARLY, lambda c, p: [*sft(c, p), "--output", p / ("x" * 300)], ["File name too long", "choose a shorter name"],
     ),
+    "an output below a name that is too long": (
+        EARLY, lambda c, p: [*reward(c, p), "--output", p / "new" / ("x" * 300) / "out"], ["File name too long"],
+    ),
+    "an output of too long a path": (
+        EARLY, lambda c, p: [*ppo(c, p), "--output", p.joinpath(*["x" * 200] * 21)], ["File name too long"],
+    ),
+    "a file whose temporary name is too long": (
+        EARLY, lambda c, p: [*sample(c, p), "--output", p / f"{'x' * 245}.jsonl"], ["File name too long"],
+    ),
+    "an export of too long a name": (
+        EARLY, lambda c, p: [*export(c, p), "--output", p / ("x" * 245)], ["File name too long"],
+    ),
+    "an export below a file": (
+        EARLY, lambda c, p: [*export(c, p), "--output", c.prompts / "x"], ["prompts.jsonl is not a folder"],
+    ),
+    **{
+        f"a place that nobody can write to: {name}": (
+            EARLY, lambda c, p, build=build, place=place: build(c, p, place),
+            [place, "cannot write: nothing can be written into /proc", "choose a place that you may write to"],
+        )
+        for name, place, build in (
+            ("sft", "/proc/new/out", lambda c, p, place: [*sft(c, p), "--output", place]),
+            ("export", "/proc/out", lambda c, p, place: [*export(c, p), "--output", place]),
+            ("sample", "/proc/x.jsonl", lambda c, p, place: [*sample(c, p), "--output", place]),
+            ("report", "/proc/x.json", lambda c, p, place: evaluate(c, p, "--output", place)),
+            ("plot", "/proc/x.svg", lambda c, p, place: evaluate(
+                c, p, "--plot", place, "--reward", c.reward, "--best-of", "1,2")),
+        )
+        if Path("/proc").is_dir()
+    },
     "another stage's run": (
         EARLY, lambda c, p: [*reward(c, p), "--output", c.sft],
         ["holds a run of `sft`, not of `reward`", "--overwrite"],
@@ -549,7 +580,7 @@ ROWS = {
         EARLY, lambda c, p: evaluate(c, p, "--output", p / "x.csv"), ["does not end in .json"],
     ),
     "a sample below a file": (
-        EARLY, lambda c, p: [*sample(c, p), "--output", c.prompts / "x.jsonl"], ["prompts.jsonl is a file"],
+        EARLY, lambda c, p: [*sample(c, p), "--output", c.prompts / "x.jsonl"], ["prompts.jsonl is not a folder"],
     ),
     "an export over something": (EARLY, lambda c, p: export(c, p, *owned(p / "out")), ["is not empty", "new folder"]),
     "an export over a file": (EARLY, lambda c, p: export(c, p, *file_at(p / "out")), ["--output"]),

@@ -198,11 +198,29 @@ def test_a_file_a_dead_link_and_an_unwritable_place_are_refused(tmp_path, monkey
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("file", "file/in", "link"):
-        with pytest.raises(OutputError, match="Not a directory|cannot be used as a folder"):
+        with pytest.raises(OutputError, match="is not a folder|cannot be used as a folder"):
             opened(tmp_path / name)
-    monkeypatch.setattr(os, "access", lambda place, mode: False)
-    with pytest.raises(OutputError, match="Permission denied.*\\n.*may write"):
-        opened(tmp_path / "new")
+    monkeypatch.setattr(os, "open", read_only(os.open))
+    with pytest.raises(OutputError, match="cannot write: Read-only file system.*\\n.*may write"):
+        opened(tmp_path / "new" / "folder")
+
+
+def test_a_run_is_not_resumed_where_nothing_can_be_written(tmp_path, monkeypatch):
+    started(tmp_path).release()
+    monkeypatch.setattr(os, "open", read_only(os.open))
+    with pytest.raises(OutputError, match="cannot write: Read-only file system"):
+        opened(tmp_path)
+
+
+def read_only(real):
+    """os.open on a file system that is mounted read-only."""
+
+    def refuse(path, flags, *mode, **more):
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *mode, **more)
+
+    return refuse
 
 
 def test_a_run_of_a_newer_version_is_refused(tmp_path):

@@ -179,6 +179,28 @@ def make_folder(path: str | Path) -> None:
     sync(path.parent)
 
 
+def check_place(folder: str | Path, name: str) -> None:
+    """Raise OutputError unless `name` could be written into a folder, which is made first if it is missing.
+
+    Tried with an empty file in the nearest folder that exists, since only that shows what the system allows.
+    """
+    folder = place = Path(os.path.realpath(folder))
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"{place} is not a folder", where=str(folder / name), fix=_FIXES[errno.ENOTDIR])
+    probe = _sibling(place / name, TEMP)
+    with raising_output_errors(folder / name):
+        for longest in (*(place / part for part in folder.relative_to(place).parts), folder / probe.name):
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(longest)  # raises if a name or the whole path is too long
+        try:
+            with _opened(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL):
+                _discard(probe)
+        except FileNotFoundError:  # as /proc says it
+            raise PermissionError(errno.EACCES, f"nothing can be written into {place}") from None
+
+
 def folder(path: str | Path) -> contextlib.AbstractContextManager[Path]:
     """Yield an empty folder to fill; it replaces `path`, whole, if the block ends without an error.
 

@@ -11,7 +11,6 @@ Every other folder that is not empty is never changed.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fnmatch
 import os
 import typing
@@ -66,9 +65,8 @@ def inspect_folder(run: Run) -> Standing:
             if not run.overwrite:
                 raise
             _spare_inputs(run)
-    if run.writer and standing == Standing():
-        _check_writable(run.folder)
     if run.writer and standing.manifest is None:
+        atomic.check_place(run.folder, RUN)
         _refuse_links(run.folder)
     return standing
 
@@ -193,16 +191,3 @@ def _refuse_links(folder: Path) -> None:
             if ours and (folder / place).is_symlink():
                 what = f"`{place}` is a link to {os.readlink(folder / place)}, and links are not written through"
                 raise OutputError(what, where=str(folder), fix="remove the link, or choose another --output")
-
-
-def _check_writable(folder: Path) -> None:
-    place = Path(os.path.abspath(folder))
-    while not os.path.lexists(place):
-        place = place.parent
-    with atomic.raising_output_errors(folder):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(folder)  # raises for a name that is too long
-        if not place.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))

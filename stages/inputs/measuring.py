@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stages.checkpoint.atomic import check_place
 from stages.config import EvaluateConfig, ExportConfig, SampleConfig
 from stages.data import rows as files
 from stages.diagnostics.plot import METADATA, PLOT_MARK, check_matplotlib
@@ -119,4 +120,5 @@ def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:
         raise OutputError(f"{output} is {special}", where="--output", fix="give a new folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} is not empty", where="--output", fix="give a new folder")
+    check_place(output.parent, output.name)
     return Inputs(source)

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from stages.checkpoint.atomic import check_place
 from stages.data.rows import SUFFIXES
 from stages.errors import OutputError
 from stages.places import absolute, describe_special
@@ -28,12 +29,8 @@ def check_output_file(
         raise OutputError(
             f"{name} {problem}", where=flag, fix=f"give another file name ending in {' or '.join(suffixes)}"
         )
-    inside = Path(os.path.realpath(path)).parent
-    place = next(parent for parent in (inside, *inside.parents) if parent.exists())
-    if not place.is_dir():
-        raise OutputError(f"{place} is a file", where=flag, fix="give a path inside a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"nothing can be written into {place}", where=flag, fix="choose another place")
+    target = Path(os.path.realpath(path))  # a link is written through
+    check_place(target.parent, target.name)
 
 
 def _find_problem(path: Path, suffixes: tuple[str, ...], mark: tuple[str, ...] | str, dataset: Path) -> str:
