@@ -12,9 +12,10 @@ from torch import Tensor
 from stages.checkpoint.manifest import Manifest, checkpoint_digest, write_manifest
 from stages.config import REMOVED, DpoConfig, PpoConfig, RewardConfig, SftConfig
 from stages.data.comparisons import Pair
+from stages.models.adapter_files import LORA_B, MAGNITUDE
 from stages.models.base import Base
 from stages.models.heads import ScalarHead
-from stages.models.lora import LORA_B, MAGNITUDE, Adapter
+from stages.models.lora import Adapter
 from stages.models.roles import Roles, new_adapter, save_adapter
 from stages.models.tokens import PromptRow, Text, TokenRow, load_text
 from stages.results import Silent

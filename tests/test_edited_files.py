@@ -8,14 +8,19 @@ import shutil
 
 import pytest
 
+from rlhf_cli import main
 from stages.checkpoint.states import read_about
 from stages.checkpoint.tensors import save_tensors
 from stages.config import STAGES
 from stages.errors import CheckpointError
 from stages.knobs import as_dict
+from stages.models.adapter_files import check_adapter_header
+from stages.models.roles import save_adapter
 from stages.recipe import damaged_knob, resolve
 from tests.commands import SHORT, done, refused, rlhf
 from tests.marks import full
+from tests.parts import random_adapter, random_head
+from tests.test_bad_input import heavy
 
 DEEP = json.loads("[" * 200 + "]" * 200)
 HUGE = 10**9
@@ -96,6 +101,57 @@ def test_a_place_with_a_nul_is_refused(chain, tmp_path):
     (tmp_path / "sft" / "checkpoint.json").write_text(json.dumps(stored))
     line = ("sample", "--model", tmp_path / "sft", "--dataset", chain().prompts, "--output", tmp_path / "x.jsonl")
     assert "`base`" in refused(*line, *SHORT)
+
+
+def without(end):
+    return lambda tensors: {name: t for name, t in tensors.items() if not name.endswith(f"0.self_attn.q_proj.{end}")}
+
+
+def with_another(end, *shape):
+    import torch
+
+    return lambda tensors: tensors | {f"base_model.model.model.layers.0.self_attn.q_proj.{end}": torch.zeros(*shape)}
+
+
+@pytest.mark.parametrize("folder", ["", "critic"])
+@pytest.mark.parametrize(
+    ("keys", "change", "says"),
+    [
+        ({"r": 8}, dict, "lora_A [4, 48], lora_B [32, 4]; with r 8 and lora of adapter_config.json, this base needs"),
+        ({"use_dora": True}, dict, "this base needs lora_A [4, 48], lora_B [32, 4], lora_magnitude_vector [32]"),
+        ({}, with_another("lora_magnitude_vector", 32), "are lora_A [4, 32], lora_B [32, 4], lora_magnitude_vector"),
+        ({}, without("lora_A.weight"), "model.layers.0.self_attn.q_proj are lora_B [32, 4]; with r 4 and lora"),
+        ({}, without("lora_B.weight"), "model.layers.0.self_attn.q_proj are lora_A [4, 32]; with r 4 and lora"),
+        ({}, with_another("lora_A.weight", 4, 31), "lora_A [4, 31], lora_B [32, 4]"),
+        ({}, with_another("lora_B.weight", 33, 4), "lora_A [4, 32], lora_B [33, 4]"),
+        ({}, with_another("lora_A.weight", 4), "are lora_A [4], lora_B"),
+        ({}, lambda tensors: {}, "holds no weights of LoRA"),
+    ],
+)
+def test_an_adapter_of_other_shapes_than_its_config_is_refused_early(
+    chain, tmp_path, monkeypatch, folder, keys, change, says
+):
+    from safetensors.torch import load_file
+
+    place = edited(chain().ppo, tmp_path / "ppo", f"{folder}/adapter_config.json".lstrip("/"), **keys)
+    file = place / folder / "adapter_model.safetensors"
+    save_tensors(file, change(load_file(file)))
+    relist(place)
+    monkeypatch.setattr(main, "load", heavy)
+    line = ("ppo", "--model", place, "--reward", chain().reward, "--dataset", chain().prompts, *SHORT)
+    said = refused(*line, "--output", tmp_path / "x")
+    assert f"error: {file}: " in said and says in said and "copy the checkpoint again" in said
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", *full("gpt_neox", "gemma3", "qwen3", "llama-tied")])
+def test_adapters_as_they_are_stored_have_the_shapes_of_their_base(model_folder, open_tiny, tmp_path, architecture):
+    for number, lora_type in enumerate(("lora", "dora")):
+        base = open_tiny(architecture)
+        adapter = random_adapter(base, 1, lora_type=lora_type)
+        save_adapter(tmp_path / str(number), base, adapter, random_head(base.width, 1))
+        check_adapter_header(tmp_path / str(number), model_folder(architecture), 4, lora_type)
+        with pytest.raises(CheckpointError, match="with r 5"):
+            check_adapter_header(tmp_path / str(number), model_folder(architecture), 5, lora_type)
 
 
 @pytest.mark.parametrize("shape", [(10**6,), (0,), (4, 8), ()])

@@ -10,8 +10,8 @@ import torch
 
 from stages.errors import ConfigError
 from stages.inputs import open_inputs
+from stages.models.adapter_files import LORA_A
 from stages.models.base import load_base
-from stages.models.lora import LORA_A
 from stages.models.model_ref import open_model
 from stages.models.quantised import is_four_bit
 from stages.models.roles import Roles, new_adapter

@@ -30,13 +30,13 @@ def base_digest(folder: str | Path) -> str:
     """
     folder = Path(folder)
     lines = []
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         lines += _tensor_lines(path)
     config = _without(_read_json(folder / "config.json"), _VOLATILE_CONFIG)
     return _digest([_canonical(config), *sorted(lines)])
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files with the weights; as in transformers, one whole file precedes an index, and an index other files."""
     if not folder.is_dir():
         raise ModelError("no such folder", where=str(folder), fix="give a model folder or a hub id")

@@ -56,6 +56,12 @@ def tensor_metadata(path: str | Path) -> dict[str, str]:
     return read_header(path)[0].get("__metadata__") or {}
 
 
+def shapes_in(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a file, by name. Raises CheckpointError for a missing or damaged file."""
+    entries = read_header(path)[0].items()
+    return {name: tuple(entry["shape"]) for name, entry in entries if name != "__metadata__"}
+
+
 def read_header(path: str | Path) -> tuple[dict[str, dict], int]:
     """The header of a safetensors file and the offset in bytes at which its tensors start, without torch.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ConfigError, ModelError
+from stages.models.adapter_files import LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX, adapter_shapes
 from stages.models.checks import check_stored
 from stages.models.quantised import is_four_bit, quiet_bitsandbytes
 
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
-PEFT_PREFIX = "base_model.model."
 MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # kernels bypass PEFT's layer at `out_proj`
-LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 @dataclass
@@ -283,9 +282,7 @@ def adapter_from(
     weights: dict[str, nn.Parameter] = {}
     for path in chosen:
         width, out = shape_of(layers[path])
-        shapes = {path + LORA_A: (rank, width), path + LORA_B: (out, rank)}
-        if lora_type == "dora":
-            shapes[path + MAGNITUDE] = (out,)
+        shapes = adapter_shapes(path, rank, width, out, lora_type)
         check_stored(tensors, shapes, f"the adapter's weights for {path}", where)
         for name in shapes:
             weight = tensors[name].to(layers[path].weight.device, torch.float32)

@@ -14,13 +14,13 @@ from stages.checkpoint.digests import base_digest, tokenizer_digest
 from stages.checkpoint.manifest import BaseRef, Manifest, checkpoint_digest, is_checkpoint, locate, read_manifest
 from stages.data.raw_rows import first_line
 from stages.errors import CheckpointError, ModelError
+from stages.models.adapter_files import ADAPTER_CONFIG, check_adapter_header
 from stages.places import absolute, describe_special
 from stages.reading import read_json, read_text
 from stages.recipe import damaged_knob
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-ADAPTER_CONFIG = "adapter_config.json"
 UNSUPPORTED = (  # keys of adapter_config.json that change what an adapter computes, or on what
     "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
     "alora_invocation_tokens", "megatron_config", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
@@ -105,8 +105,8 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
             where=what,
             fix=f"give one of: {', '.join(stages)}" + (", or a base model" if stages != ("reward",) else ""),
         )
-    if ADAPTER_CONFIG in manifest.files:
-        read_adapter_shape(path)
+    adapters = [path / part for part in ("", "critic") if str(Path(part, ADAPTER_CONFIG)) in manifest.files]
+    shapes = {folder: read_adapter_shape(folder) for folder in adapters}
     place = locate(path, manifest.base)
     base = Path(place) if Path(place).is_dir() else _download(str(place), what)
     ref = _open_base(name, base, manifest.base.name, manifest, what, trust_remote_code)
@@ -116,6 +116,8 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
             where=what,
             fix="put the original base back, or train the checkpoint again on this one",
         )
+    for folder, shape in shapes.items():
+        check_adapter_header(folder, base, shape.rank, shape.lora_type)
     return ref
 
 

@@ -15,14 +15,15 @@ from stages.checkpoint.atomic import make_folder, write_json
 from stages.checkpoint.states import read_state
 from stages.checkpoint.tensors import load_tensors, save_tensors
 from stages.errors import CheckpointError, ConfigError
+from stages.models.adapter_files import ADAPTER, ADAPTER_CONFIG
 from stages.models.base import Base
 from stages.models.candidates import Candidate
 from stages.models.heads import ScalarHead, head_from
 from stages.models.lora import Adapter, adapter_from, config_to_save, initial_adapter, leaf_of, targeted
-from stages.models.model_ref import ADAPTER_CONFIG, ModelRef, lora_type_of, read_adapter_shape
+from stages.models.model_ref import ModelRef, lora_type_of, read_adapter_shape
 from stages.models.passes import Row
 
-ADAPTER, HEAD = "adapter_model.safetensors", "head.safetensors"
+HEAD = "head.safetensors"
 SCORE_KEY = "base_model.model.score.weight"  # where PEFT looks for a sequence classifier's head
 DEFAULT_RANK, DEFAULT_ALPHA = 32, 32.0
 

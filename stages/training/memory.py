@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.checkpoint.tensors import shapes_in
 from stages.native.limits import COVERED, LOGITS_AT_ONCE, LONGEST_DENSE
 
 FP32, FP64 = 4, 8
@@ -49,14 +50,6 @@ def tensor_shapes(base: Path) -> dict[str, tuple[int, ...]]:
     # Some hub models have a second copy of their weights in files with other names.
     files = sorted(base.glob("model*.safetensors")) or sorted(base.glob("*.safetensors"))
     return {name: shape for path in files for name, shape in shapes_in(path).items()}
-
-
-def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of one file, by name."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def shapes_of(config: dict, tensors: dict[str, tuple[int, ...]]) -> Shapes:

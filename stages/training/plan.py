@@ -9,10 +9,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stages.checkpoint.tensors import shapes_in
 from stages.config import AUTO
+from stages.models.adapter_files import ADAPTER
 from stages.models.model_ref import ModelRef, lora_type_of
 from stages.models.passes import micro_batches
-from stages.models.roles import ADAPTER, DEFAULT_RANK
+from stages.models.roles import DEFAULT_RANK
 from stages.native.limits import tokens_at_once
 from stages.recipe import is_function
 from stages.results import Result
@@ -27,7 +29,6 @@ from stages.training.memory import (
     draw_bytes,
     logits_bytes,
     prefill_bytes,
-    shapes_in,
     shapes_of,
     tensor_shapes,
 )

@@ -12,10 +12,11 @@ from torch import Tensor
 from stages.checkpoint.digests import tokenizer_content_digest, tokenizer_digest
 from stages.checkpoint.tensors import load_tensors
 from stages.errors import ModelError, OutputError, UserError
+from stages.models.adapter_files import ADAPTER
 from stages.models.base import Base, is_close
 from stages.models.heads import ScalarHead
 from stages.models.lora import Adapter
-from stages.models.roles import ADAPTER, SCORE_KEY, Roles, adapter_of, head_of, new_adapter, save_adapter
+from stages.models.roles import SCORE_KEY, Roles, adapter_of, head_of, new_adapter, save_adapter
 from stages.models.tokens import Text, load_text
 from stages.native.limits import out_of_memory
 
