@@ -33,9 +33,17 @@ class UserError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        advice = f"\n  -> {self.fix}" if self.fix else ""
-        return f"{place}{self.what}{advice}"
+        subject, _, rest = self.what.partition(" ")
+        if self.where and _bare(subject) == _bare(self.where.rpartition(": ")[2]):  # name a knob or flag once
+            text = f"{self.where} {rest}"
+        else:
+            text = f"{self.where}: {self.what}" if self.where else self.what
+        return text + (f"\n  -> {self.fix}" if self.fix else "")
+
+
+def _bare(name: str) -> str:
+    """A knob's name as a flag or a recipe may write it."""
+    return name.removeprefix("--").replace("-", "_")
 
 
 class ConfigError(UserError):

@@ -163,7 +163,7 @@ ROWS = {
         EARLY, lambda c, p: sft(c, p, "--kl-coef", 1), ["no such option: --kl-coef", "sft --help"],
     ),
     "unknown command": (EARLY, lambda c, p: ["stf"], ["no such command 'stf'", "rlhf --help"]),
-    "missing flag": (EARLY, lambda c, p: ["sft", "--model", c.base], ["--dataset is required"]),
+    "missing flag": (EARLY, lambda c, p: ["sft", "--model", c.base], ["error: --dataset is required"]),
     "unknown knob in a recipe": (
         EARLY, lambda c, p: sft(c, p, *recipe(p, "seed: 1\nlearning_rat: 1\n")),
         ["recipe.yaml:2: unknown knob `learning_rat`", "did you mean `learning_rate`?"],
@@ -318,7 +318,7 @@ ROWS = {
         ["--model, --reward", "different tokenizers"],
     ),
     "a smaller rank": (
-        EARLY, lambda c, p: reward(c, p, "--lora-rank", 2), ["lora_rank 2 is smaller than 4", "at least 4"],
+        EARLY, lambda c, p: reward(c, p, "--lora-rank", 2), ["error: lora_rank 2 is smaller than 4", "at least 4"],
     ),
     # --- datasets
     "missing dataset": (

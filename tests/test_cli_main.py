@@ -151,7 +151,7 @@ def test_a_new_config_class_is_all_that_a_command_needs(monkeypatch):
         ([*SFT, "--kl-coef", "8"], "error: no such option: --kl-coef\n  -> see rlhf sft --help\n"),
         (["stf"], "error: no such command 'stf'. Did you mean 'sft'?\n  -> see rlhf --help\n"),
         ([*SFT, "more"], "error: got unexpected extra argument"),
-        (["sft", "--model", "m"], "error: --dataset: --dataset is required\n"),
+        (["sft", "--model", "m"], "error: --dataset is required\n"),
         ([*SFT, "--seed", "x"], "error: --seed: 'x' is not a whole number\n  -> give a whole number\n"),
         ([*SFT, "--seed", "-1"], "error: --seed: -1 is too small\n  -> the smallest value is 0\n"),
         ([*SFT, "--config", "no.yaml"], "error: no.yaml: cannot read the recipe: No such file or directory\n"),

@@ -110,7 +110,8 @@ def test_smoothing_belongs_to_one_loss(chain, tmp_path):
     line = ("--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x")
     said = refused("dpo", *line, "--loss", "ipo", "--label-smoothing", "0.1")
     assert (
-        "label_smoothing has no effect because it belongs to the sigmoid loss" in said and not (tmp_path / "x").exists()
+        "error: --label-smoothing has no effect because it belongs to the sigmoid loss" in said
+        and not (tmp_path / "x").exists()
     )
 
 
