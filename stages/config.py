@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from stages.errors import counted
 from stages.knobs import REQUIRED, knob
 
 AUTO = "auto"
@@ -260,7 +261,9 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
     batch_size: int = knob(64, "prompts per update, over all ranks", TRAINING, low=1, high=10**6)
     ptx_dataset: str | None = knob(None, "demonstrations or texts for a language-modelling loss", DATA, auto="none")
     ptx_coef: float = knob(1.0, "weight of the loss on ptx_dataset (PPO-ptx, InstructGPT)", PPO, low=0)
-    whiten_rewards: bool = knob(False, "scale rewards to unit variance; shortens responses, see README", REWARD)
+    whiten_rewards: bool = knob(
+        False, "divide token rewards by their standard deviation and keep their mean; shortens responses", REWARD
+    )
     kl_coef: float = knob(0.05, "weight of the KL to the reference in the reward", PPO, low=0)
     kl_target: float | None = knob(None, "adapt kl_coef towards this sequence KL", PPO, above=0, auto="fixed kl_coef")
     kl_horizon: int = knob(10_000, "with kl_target: responses over which kl_coef adapts; larger is slower", PPO, low=1)
@@ -321,7 +324,8 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
         yield from super().conflicts()
         responses = self.batch_size * self.responses_per_prompt
         if responses % self.minibatches:
-            what = f"a batch of {responses} responses does not split into {self.minibatches} equal minibatches"
+            batch = f"a batch of {counted(responses, 'responses')}"
+            what = f"{batch} does not split into {self.minibatches} equal minibatches"
             yield "minibatches", what, "choose minibatches that divide batch_size * responses_per_prompt"
         if responses > MOST_RESPONSES:
             what = f"an update of {responses:,} responses is too large; the maximum is {MOST_RESPONSES:,}"

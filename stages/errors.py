@@ -21,6 +21,17 @@ def words_of(error: BaseException) -> str:
     return text if len(text) <= WORDS else text[: WORDS - 3] + "..."
 
 
+def counted(number: int, nouns: str) -> str:
+    """A number with its nouns: `2 rows`, and `1 row`."""
+    return f"{number} {nouns.removesuffix('s') if number == 1 else nouns}"
+
+
+def verb_for(number: int, verb: str) -> str:
+    """A verb that is said of several things, as it is said of so many of them."""
+    single = {"are": "is", "were": "was", "have": "has", "lose": "loses", "score": "scores"}
+    return single[verb] if number == 1 else verb
+
+
 class UserError(Exception):
     """A user error: `what` is wrong, `where` (file:line, field, flag), and how to `fix` it."""
 

@@ -14,7 +14,7 @@ from stages.data.rows import Prompt
 from stages.diagnostics.comparison_evaluation import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
 from stages.diagnostics.kl_curve import describe_over_optimisation, plot_kl_curve, turning_point
 from stages.diagnostics.plot import write_plot
-from stages.errors import ConfigError, DatasetError, NotFiniteError
+from stages.errors import ConfigError, DatasetError, NotFiniteError, counted
 from stages.inputs import Inputs
 from stages.maths.statistics import clustered_interval, mean_with_error
 from stages.models.candidates import Candidate, candidate_of, labels_of
@@ -74,7 +74,7 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
         write_json(output, report)
     if plot:
         curve = report.get("frontier") or [{"model": report["model"]} | report["policy"]]
-        write_plot(plot, plot_kl_curve(curve, report.get("best_of", []), f"{report['prompts']} prompts"))
+        write_plot(plot, plot_kl_curve(curve, report.get("best_of", []), counted(report["prompts"], "prompts")))
         reporter.note(f"drew {config.plot}")
     is_policy = source.manifest is not None and source.manifest.stage != "reward"
     further = (f"rlhf export --model {shlex.quote(config.model)} --output DIR",) if is_policy else ()

@@ -24,7 +24,7 @@ from stages.checkpoint.run import read_metrics
 from stages.config import AUTO, PpoConfig
 from stages.diagnostics.finished import finished_tables
 from stages.diagnostics.watchdog import Watchdog, add_resume_advice, alarms_in
-from stages.errors import ConfigError, TrainingStopped
+from stages.errors import ConfigError, TrainingStopped, counted, verb_for
 from stages.inputs import Inputs
 from stages.maths.kl import next_kl_coef
 from stages.models.tokens import PromptRow, TokenRow
@@ -70,7 +70,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     open_roles(session)
     setup = open_setup(session, ptx)
     reporter.note(
-        f"{len(prompts)} prompts, {session.total} updates, "
+        f"{counted(len(prompts), 'prompts')}, {counted(session.total, 'updates')}, "
         f"{session.roles.adapters['policy'].size:,} parameters in the policy"
     )
     with session.ranks.together():
@@ -148,7 +148,7 @@ def check_ranks(session: Session) -> None:
     size, ranks = session.config.batch_size, session.ranks.size
     if size < ranks:
         raise ConfigError(
-            f"{size} prompts per update are too few for {ranks} ranks",
+            f"{counted(size, 'prompts')} per update {verb_for(size, 'are')} too few for {ranks} ranks",
             where="batch_size",
             fix=f"give at least {ranks}, or start fewer ranks",
         )

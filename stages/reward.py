@@ -14,6 +14,7 @@ from stages.data.rows import Prompt
 from stages.diagnostics.baselines import baselines
 from stages.diagnostics.finished import finished_tables
 from stages.diagnostics.verdict import reach_verdict
+from stages.errors import counted, verb_for
 from stages.inputs import Inputs
 from stages.maths.losses import pair_loss
 from stages.models.heads import ScalarHead
@@ -141,11 +142,12 @@ def encode_demonstrations(session: Session, rows: list[TokenComparison]) -> list
     given, limit = session.inputs.demonstrations.rows[:CENTRING_ROWS], session.max_tokens
     encoded = session.encode(given, partial(session.text.judged, max_tokens=limit), "demonstrations")
     whole = [row for row in encoded if int(row.ids[-1]) in session.text.stop_ids]
-    if len(whole) < len(encoded):
+    cut = len(encoded) - len(whole)
+    if cut:
         others = "the other demonstrations" if whole else "chosen training responses"
         session.reporter.warn(
-            f"{len(encoded) - len(whole)} of {len(encoded)} demonstrations are longer than max_tokens {limit} and lose "
-            f"their end token; scores are centred on {others}"
+            f"{cut} of {counted(len(encoded), 'demonstrations')} {verb_for(cut, 'are')} longer than max_tokens {limit} "
+            f"and {verb_for(cut, 'lose')} the end token; scores are centred on {others}"
         )
     return whole or chosen
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.errors import counted
 from stages.results import Table
 
 ABSENT = "-"
@@ -168,8 +169,8 @@ def format_short(value: object) -> str:
 
 def describe_pairs(report: dict, what: str = "") -> str:
     """The number of pairs of a report, called `what`, and of their prompts if those are fewer."""
-    counted = f"{report['pairs']} {what}".strip()
-    return counted if report["clusters"] == report["pairs"] else f"{counted} of {report['clusters']} prompts"
+    pairs = counted(report["pairs"], what).strip()
+    return pairs if report["clusters"] == report["pairs"] else f"{pairs} of {counted(report['clusters'], 'prompts')}"
 
 
 def comparison_tables(report: dict, title: str) -> tuple[Table, ...]:
@@ -267,11 +268,11 @@ def policy_table(evaluation: JsonRow, label: str = "") -> Table:
     for source, meaning in (("reward", "wins by score"), ("gold", "wins by gold score")):
         rate = part(evaluation, "win_rate", source)
         if is_number(rate.get("rate")):
-            counted = f", n {format_number(rate['n'], 0)}" if is_number(rate.get("n")) else ""
-            wins = format_share(rate["rate"], rate.get("low"), rate.get("high"), counted)
+            number = f", n {format_number(rate['n'], 0)}" if is_number(rate.get("n")) else ""
+            wins = format_share(rate["rate"], rate.get("low"), rate.get("high"), number)
             rows.append((meaning, *[ABSENT] * (len(names) - 1), wins))
     prompts = evaluation.get("prompts")
-    on = f" on {format_number(prompts, 0)} prompts" if is_number(prompts) else ""
+    on = f" on {format_number(prompts, 0)} {'prompt' if prompts == 1 else 'prompts'}" if is_number(prompts) else ""
     return Table(f"{label}{' against '.join(names)}{on}", ("measure", *names), tuple(rows))
 
 

@@ -293,7 +293,7 @@ ROWS = {
     ),
     "all rows are bad, and skipped": (
         EARLY, lambda c, p: dpo(c, p, "--skip-bad-rows", dataset=rows(p, {"prompt": 1, "chosen": 1, "rejected": 1})),
-        ["none of the 1 rows can be used"],
+        ["none of the 1 row can be used"],
     ),
     # --- conversations
     "messages in a list too many": (
@@ -333,7 +333,7 @@ ROWS = {
     ),
     "no prompt left once the long ones are gone": (
         LATE, lambda c, p: sample(c, p, "--skip-bad-rows", dataset=rows(p, {"prompt": LONG})),
-        ["none of the 1 prompts can be used"],
+        ["none of the 1 prompt can be used"],
     ),
     # --- models
     "T5": (EARLY, lambda c, p: sft(c, p, model=t5(c, p)), ["is an encoder-decoder (t5)", "decoder-only"]),

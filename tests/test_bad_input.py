@@ -401,7 +401,7 @@ ROWS = {
     ),
     "ranks that do not count up": (
         EARLY, lambda c, p: reward(c, p, dataset=rows(p, {"prompt": "a", "responses": ["b", "c"], "ranks": [1]})),
-        ["rows.jsonl:1: ranks: there are 2 responses but 1 ranks"],
+        ["rows.jsonl:1: ranks: the row has 2 responses but 1 rank"],
     ),
     "ratings that never differ": (
         EARLY, lambda c, p: reward(c, p, dataset=rows(p, *({"prompt": "a", "response": r, "rating": 3} for r in "bc"))),
@@ -412,7 +412,7 @@ ROWS = {
     ),
     "no row that can be used": (
         EARLY, lambda c, p: sft(c, p, "--skip-bad-rows", dataset=rows(p, {"prompt": "a", "completion": ""})),
-        ["none of the 1 rows can be used"],
+        ["none of the 1 row can be used"],
     ),
     "a conversation without a template": (
         LATE, lambda c, p: sft(c, p, dataset=rows(p, *[{"messages": TURNS}] * 3)),
@@ -495,7 +495,7 @@ ROWS = {
         ["it returned nan", "prompts.jsonl:"],
     ),
     "a function that returns too few": (
-        LATE, lambda c, p: ppo(c, p, rm=function(p, "return [1.0]")), ["it returned 1 numbers for 2 responses"],
+        LATE, lambda c, p: ppo(c, p, rm=function(p, "return [1.0]")), ["it returned 1 number for 2 responses"],
     ),
     "a function that returns texts": (
         LATE, lambda c, p: evaluate(c, p, *SHORT, "--reward", function(p, "return responses")),

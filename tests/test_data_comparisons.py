@@ -243,7 +243,7 @@ def test_ranked_responses_may_be_messages():
 @pytest.mark.parametrize(
     ("responses", "ranks", "where", "what"),
     [
-        (["a", "b"], [1], "ranks", "there are 2 responses but 1 ranks"),
+        (["a", "b"], [1], "ranks", "the row has 2 responses but 1 rank"),
         (["a", "b"], [1, 1], "ranks", "at least two different ranks"),
         (["a"], [1], "ranks", "at least two different ranks"),
         ([], [], "ranks", "at least two different ranks"),

@@ -66,7 +66,9 @@ def test_few_prompts_say_nothing_however_many_pairs_they_have(prompts, decision)
     found = reach_verdict(changed(clusters=prompts, accuracy_low=0.2))
     assert found.decision == decision
     if decision == "unknown":
-        start = f"100 held-out pairs of {prompts} prompts are too few, 6 prompts are needed: "
+        start = (
+            f"100 held-out pairs of {'1 prompt' if prompts == 1 else '5 prompts'} are too few, 6 prompts are needed: "
+        )
         assert found.reasons[0].startswith(start) and "--eval-dataset" in found.reasons[0]
 
 

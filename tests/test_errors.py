@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.errors import UserError
+from stages.errors import UserError, counted, verb_for
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,8 @@ from stages.errors import UserError
 )
 def test_a_knob_is_named_once(where, what, text):
     assert str(UserError(what, where=where, fix="change it")) == f"{text}\n  -> change it"
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 rows have"), (1, "1 row has"), (2, "2 rows have")])
+def test_one_of_something_is_singular(number, text):
+    assert f"{counted(number, 'rows')} {verb_for(number, 'have')}" == text

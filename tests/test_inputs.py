@@ -1,4 +1,4 @@
-"""stages/inputs.py: what a command works on, opened and checked without torch and without writing anything."""
+"""stages/inputs/: what a command works on, opened and checked without torch and without writing anything."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_rows_that_were_left_out_are_told(chain, tmp_path):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}, {"prompt": "c", "completion": "d"}]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     inputs = open_inputs("sft", sft(chain(), tmp_path, dataset=str(data), skip_bad_rows=True, eval_dataset=str(data)))
-    told = f"1 rows of {data} cannot be used and were dropped; {data}:2: completion: the text is empty"
+    told = f"1 row of {data} cannot be used and was dropped; {data}:2: completion: the text is empty"
     assert inputs.warnings[:2] == (told, told) and len(inputs.train) == 2
 
 

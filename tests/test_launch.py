@@ -83,7 +83,7 @@ def test_a_rank_beyond_the_devices_of_its_machine_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     launched(monkeypatch, RANK="2", WORLD_SIZE="4", LOCAL_RANK="2", **MASTERED)
     for name in ("auto", "cuda"):
-        with pytest.raises(DeviceError, match="LOCAL_RANK=2 in the environment, but there are 2 CUDA devices"):
+        with pytest.raises(DeviceError, match="LOCAL_RANK=2 in the environment, but the machine has 2 CUDA devices"):
             pick_device(name)
     assert pick_device("cpu").type == "cpu"
 

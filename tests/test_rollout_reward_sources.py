@@ -124,7 +124,7 @@ def test_anything_but_a_finite_number_is_refused_with_its_prompt(bad):
 
 @pytest.mark.parametrize(
     ("result", "got"),
-    [([1.0], "1 numbers"), ([1.0] * 3, "3 numbers"), (None, "NoneType"), (1.0, "float"), ({0: 1.0, 1: 2.0}, "dict")],
+    [([1.0], "1 number"), ([1.0] * 3, "3 numbers"), (None, "NoneType"), (1.0, "float"), ({0: 1.0, 1: 2.0}, "dict")],
 )
 def test_anything_but_one_number_each_is_refused(result, got):
     assert refused(lambda prompts, responses: result) == f"it returned {got} for 2 responses"

@@ -264,9 +264,9 @@ def test_bad_rows_are_dropped_and_counted_when_asked(chain, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     line = ("sft", "--model", chain().base, "--dataset", data, "--output", tmp_path / "x", *ONE_STEP, "--skip-bad-rows")
     ended = done(*line)
-    assert f"warning: 1 rows of {data} cannot be used and were dropped; {data}:17: completion" in ended.stderr
-    assert "1 of 17 demonstrations cannot be used and were dropped; " in ended.stderr and f"{data}:18" in ended.stderr
-    assert "16 demonstrations, 1 steps" in ended.stderr
+    assert f"warning: 1 row of {data} cannot be used and was dropped; {data}:17: completion" in ended.stderr
+    assert "1 of 17 demonstrations cannot be used and was dropped; " in ended.stderr and f"{data}:18" in ended.stderr
+    assert "16 demonstrations, 1 step, " in ended.stderr
 
 
 def test_held_out_rows_may_come_from_a_file(chain, tmp_path):

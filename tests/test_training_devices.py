@@ -50,7 +50,7 @@ def test_a_device_that_is_not_there_is_refused(cuda):
     with pytest.raises(DeviceError, match="torch sees no CUDA device"):
         pick_device("cuda")
     cuda(1)
-    with pytest.raises(DeviceError, match="cuda:3 does not exist; there are 1 CUDA devices"):
+    with pytest.raises(DeviceError, match="cuda:3 does not exist; the machine has 1 CUDA device"):
         pick_device("cuda:3")
 
 

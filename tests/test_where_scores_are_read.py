@@ -180,7 +180,7 @@ def test_demonstrations_that_cannot_be_used_are_not_passed_over_in_silence(train
     data = write_jsonl(tmp_path / "d.jsonl", bad)
     line = ("reward", "--model", folder / "sft", "--dataset", folder / "c.jsonl", "--demonstrations", data, "--dry-run")
     ended = rlhf(*line, "--output", tmp_path / "x")
-    assert ended.code == 0 and "1 of 2 demonstrations are longer than max_tokens 128" in ended.stderr
+    assert ended.code == 0 and "1 of 2 demonstrations is longer than max_tokens 128" in ended.stderr
     data = write_jsonl(tmp_path / "e.jsonl", [{"messages": [*ASKED, {"role": "tool", "content": "x"}]}])
     assert "e.jsonl:1" in refused(*line[:6], data, *line[7:], "--output", tmp_path / "x")
 

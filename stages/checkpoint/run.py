@@ -29,7 +29,7 @@ from stages.checkpoint.output_folder import (
     refuse_inside_a_run,
 )
 from stages.checkpoint.states import STATE, ResumeState, owner_of, read_state, states_in, step_of, write_state
-from stages.errors import CheckpointError, OutputError
+from stages.errors import CheckpointError, OutputError, counted
 from stages.knobs import as_dict
 from stages.places import absolute, describe_special
 from stages.reading import to_json
@@ -228,7 +228,8 @@ class Run:
             log, size = self.folder / name, state.sizes.get(name, 0) if state else 0
             present = log.stat().st_size if log.exists() else 0
             if present < size:
-                self.warnings.append(f"{log} has {present} bytes, {size} at the saved state; earlier lines are lost")
+                has = f"{log} has {counted(present, 'bytes')}"
+                self.warnings.append(f"{has}, {size} at the saved state; earlier lines are lost")
             elif size == 0:
                 atomic.remove(log)
             elif present > size:

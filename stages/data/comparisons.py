@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 
 from stages.data.raw_rows import Content, Message, RawRow, bad_row, check_content, check_number, check_prompt, named
+from stages.errors import counted
 
 TURN = "\n\nAssistant:"  # ends the prompt in texts written like Anthropic's HH data
 
@@ -169,7 +170,8 @@ def compare_ranked(row: RawRow) -> Comparison:
     prompt = row.prompt()
     cells, ranks = _list(row, "responses"), _list(row, "ranks")
     if len(cells) != len(ranks):
-        raise bad_row(f"there are {len(cells)} responses but {len(ranks)} ranks", row.at("ranks"))
+        what = f"the row has {counted(len(cells), 'responses')} but {counted(len(ranks), 'ranks')}"
+        raise bad_row(what, row.at("ranks"))
     responses = tuple(_as_response(prompt, check_content(cell, where), where) for where, cell in cells)
     places = [check_number(rank, where) for where, rank in ranks]
     if len(set(places)) < 2:

@@ -11,7 +11,7 @@ from stages.data.comparisons import Comparison, Pair
 from stages.data.raw_rows import Content, Message, RawRow, bad_row, check_prompt, listed, quoted
 from stages.data.readers import READERS
 from stages.data.sources import RawDataset, read_raw_dataset
-from stages.errors import DatasetError
+from stages.errors import DatasetError, counted
 
 __all__ = [
     "Comparison", "Content", "Demonstration", "Message", "Pair", "Prompt", "Dataset",
@@ -228,7 +228,7 @@ def _read(raw: RawDataset, formats: Sequence[Format], skip_bad_rows: bool, limit
             problems.append(f"{error.where}: {error.what}")
     if not usable:
         columns = listed(row_format.columns)
-        what = f"none of the {len(problems)} rows can be used; {problems[0]}"
+        what = f"none of the {counted(len(problems), 'rows')} can be used; {problems[0]}"
         fix = f"correct the rows ({row_format.kind} rows with {columns} were expected), or see --map"
         raise DatasetError(what, where=raw.name, fix=fix)
     return Dataset(usable, row_format.kind, raw.name, raw.digest, len(problems), problems[:PROBLEMS_KEPT])

@@ -14,7 +14,7 @@ from pathlib import Path
 from stages.data.cells import json_value, table_rows
 from stages.data.raw_rows import RawRow, first_line
 from stages.data.readers import READERS, import_library, read_file
-from stages.errors import DatasetError
+from stages.errors import DatasetError, counted
 from stages.places import describe_special
 
 HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:.+)?")
@@ -55,7 +55,8 @@ def read_raw_dataset(source: str, *, skip_bad_rows: bool = False) -> RawDataset:
         else:
             raise row
     if not rows:
-        reason = f"none of its {len(problems)} rows can be read; {problems[0]}" if problems else "it holds no rows"
+        none = f"none of its {counted(len(problems), 'rows')} can be read"
+        reason = f"{none}; {problems[0]}" if problems else "it holds no rows"
         raise DatasetError(reason, where=source, fix="give a dataset with at least one row")
     return RawDataset(source, rows, digest, tuple(problems))
 

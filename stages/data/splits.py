@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from stages.data.prompts import first_question, whole_prompt
 from stages.data.rows import Comparison, Demonstration, Prompt
+from stages.errors import counted, verb_for
 
 Row = TypeVar("Row", Demonstration, Prompt, Comparison)
 
@@ -65,8 +66,9 @@ def warn_of_trained_prompts(eval_dataset: str, held_out: Sequence[Row], train: I
     if not shared:
         return ()
     return (
-        f"{len(shared)} of {len(held_out)} rows of --eval-dataset {eval_dataset} have prompts that are trained on, so "
-        f"their metrics are not held-out metrics; the first is {shared[0].where}",
+        f"{len(shared)} of {counted(len(held_out), 'rows')} of --eval-dataset {eval_dataset} "
+        f"{verb_for(len(shared), 'have')} prompts that are trained on, so their metrics are not held-out metrics; the "
+        f"first is {shared[0].where}",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stages.errors import counted, verb_for
 from stages.results import Table
 
 MIN_PAIRS = 20  # held-out pairs that a decision needs
@@ -47,10 +48,11 @@ def reach_verdict(report: dict[str, Any]) -> Verdict:
     pairs = report.get("pairs", 0)
     prompts = report.get("clusters", pairs)
     if pairs < MIN_PAIRS:
-        return Verdict("unknown", (f"{pairs} held-out pairs are too few, {MIN_PAIRS} are needed: {MORE_PAIRS}",), notes)
-    if prompts < MIN_PROMPTS:
-        reason = f"{pairs} held-out pairs of {prompts} prompts are too few, {MIN_PROMPTS} prompts are needed"
+        reason = f"{counted(pairs, 'held-out pairs')} {verb_for(pairs, 'are')} too few, {MIN_PAIRS} are needed"
         return Verdict("unknown", (f"{reason}: {MORE_PAIRS}",), notes)
+    if prompts < MIN_PROMPTS:
+        reason = f"{pairs} held-out pairs of {counted(prompts, 'prompts')} are too few"
+        return Verdict("unknown", (f"{reason}, {MIN_PROMPTS} prompts are needed: {MORE_PAIRS}",), notes)
     interval = f"95 % interval {report['accuracy_low']:.3f} to {report['accuracy_high']:.3f}"
     of_prompts = f" of {prompts} prompts" if prompts < pairs else ""
     accuracy = f"accuracy {report['accuracy']:.3f} ({interval}) on {pairs} held-out pairs{of_prompts}"
@@ -138,10 +140,11 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         )
     if agreement is not None:
         comparison = f" (accuracy of this model: {accuracy:.3f})" if accuracy is not None else ""
-        yield f"two annotators agree on {agreement:.3f} of {report['annotator_pairs']} pairs{comparison}"
+        yield f"two annotators agree on {agreement:.3f} of {counted(report['annotator_pairs'], 'pairs')}{comparison}"
     if samples and accuracy is not None:
+        count = samples["count"]
         yield (
-            f"{samples['count']} sampled responses score {samples['mean']:.3g} on average, "
+            f"{counted(count, 'sampled responses')} {verb_for(count, 'score')} {samples['mean']:.3g} on average, "
             f"{distance_from_demonstrations(report):+.1f} standard deviations from the demonstrations; their standard "
             f"deviation is {samples['std']:.3g} overall and {samples['within_std']:.3g} among responses to one prompt"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.checkpoint.run import Run
 from stages.data.rows import Dataset
-from stages.errors import ConfigError, ModelError
+from stages.errors import ConfigError, ModelError, counted, verb_for
 from stages.knobs import default_of, knobs
 from stages.models.candidates import Candidate
 from stages.models.model_ref import ModelRef, lora_type_of, open_model
@@ -63,7 +63,8 @@ def describe_left_out(data: Dataset) -> tuple[str, ...]:
     """A warning if rows of a dataset were dropped."""
     if not data.skipped:
         return ()
-    return (f"{data.skipped} rows of {data.source} cannot be used and were dropped; {data.problems[0]}",)
+    rows, were = counted(data.skipped, "rows"), verb_for(data.skipped, "were")
+    return (f"{rows} of {data.source} cannot be used and {were} dropped; {data.problems[0]}",)
 
 
 def check_response_fits(config: Any, source: ModelRef, others: Iterable[ModelRef | None] = ()) -> None:

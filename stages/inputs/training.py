@@ -13,7 +13,7 @@ from stages.config import DpoConfig, PpoConfig, RewardConfig, SftConfig, Trainin
 from stages.data import rows as files
 from stages.data.rows import Dataset
 from stages.data.splits import held_out_everywhere, is_held_out, shared_prompts, split_held_out, warn_of_trained_prompts
-from stages.errors import ConfigError, DatasetError, RewardError
+from stages.errors import ConfigError, DatasetError, RewardError, counted, verb_for
 from stages.inputs.parts import (
     Inputs,
     Reader,
@@ -114,7 +114,8 @@ def _training(
         parents = [model.manifest for model in models if model is not None and model.manifest is not None]
         warnings += _warn_of_another_split(config, held_out, parents)
     if unmeasured:
-        notes += (f"{unmeasured} more rows have held-out prompts: not trained on, nor measured (--eval-limit)",)
+        more_rows = f"{counted(unmeasured, 'more rows')} {verb_for(unmeasured, 'have')} held-out prompts"
+        notes += (f"{more_rows}: not trained on, nor measured (--eval-limit)",)
     writer = read_launch().rank == 0
     run = open_run(config.output, stage, config, inputs, overwrite=overwrite, writer=writer)
     return Inputs(source, data, train, held_out, run, warnings=warnings, notes=notes, unmeasured=unmeasured, **more)
@@ -133,8 +134,10 @@ def _without_held_out_ptx(inputs: Inputs, config: PpoConfig) -> Inputs:
         what = f"every row's prompt is held out for evaluation, so no row of {config.ptx_dataset} can be trained on"
         fix = "give demonstrations of other prompts, another --eval-fraction, or an --eval-dataset"
         raise DatasetError(what, where="--ptx-dataset", fix=fix)
-    left_out = f"{len(inputs.ptx) - len(ptx)} of {len(inputs.ptx)} rows of --ptx-dataset"
-    note = f"{left_out} have held-out prompts and are not trained on"
+    left_out = len(inputs.ptx) - len(ptx)
+    have, are = verb_for(left_out, "have"), verb_for(left_out, "are")
+    rows = f"{left_out} of {counted(len(inputs.ptx), 'rows')} of --ptx-dataset"
+    note = f"{rows} {have} held-out prompts and {are} not trained on"
     return replace(inputs, ptx=ptx, notes=(*inputs.notes, note))
 
 

@@ -12,7 +12,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from stages.errors import RewardError, StopRequested, words_of
+from stages.errors import RewardError, StopRequested, counted, words_of
 from stages.models.outputs import sequence_scores
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import stored_template
@@ -101,7 +101,7 @@ def call_function(
         raise
     except TookTooLong:
         culprit = _culprit(spec, prompts, texts, signals, timeout)
-        raise too_slow(where, timeout, f"for {len(prompts)} responses{culprit}") from None
+        raise too_slow(where, timeout, f"for {counted(len(prompts), 'responses')}{culprit}") from None
     except BaseException as error:  # also what would end the process: it is reported as the function's error
         culprit = _culprit(spec, prompts, texts, signals, timeout)
         reason = reason_of(error, python_file(spec.name))
@@ -137,8 +137,8 @@ def _read_list(result: object, count: int, where: str) -> list:
     else:
         if isinstance(values, list) and len(values) == count:
             return values
-        got = f"{len(values)} numbers" if isinstance(values, list) else type(values).__name__
-        got += f" for {count} responses"
+        got = counted(len(values), "numbers") if isinstance(values, list) else type(values).__name__
+        got += f" for {counted(count, 'responses')}"
     raise RewardError(f"it returned {got}", where=where, fix="return a list with one number for each response")
 
 

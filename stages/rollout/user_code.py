@@ -174,7 +174,7 @@ class _Watch:
 def too_slow(who: str, timeout: float, more: str) -> RewardError:
     """The error for a function that ran into its time limit."""
     return RewardError(
-        f"it took longer than {timeout:g} seconds {more}",
+        f"it took longer than {timeout:g} {'second' if timeout == 1 else 'seconds'} {more}",
         where=who,
         fix="fix the function, or raise --reward-timeout",
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages import errors
-from stages.errors import ConfigError, DeviceError, OutOfMemory, RankError, StopRequested, UserError
+from stages.errors import ConfigError, DeviceError, OutOfMemory, RankError, StopRequested, UserError, counted
 from stages.launch import read_launch
 from stages.models.passes import LARGEST_OF
 
@@ -41,7 +41,7 @@ def pick_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
-            f"{name} does not exist; there are {torch.cuda.device_count()} CUDA devices",
+            f"{name} does not exist; the machine has {counted(torch.cuda.device_count(), 'CUDA devices')}",
             where="device",
             fix="choose a smaller index",
         )
@@ -53,9 +53,9 @@ def _own_cuda_device() -> torch.device:
     local, count = read_launch().local, torch.cuda.device_count()
     if local >= count:
         raise DeviceError(
-            f"LOCAL_RANK={local} in the environment, but there are {count} CUDA devices",
+            f"LOCAL_RANK={local} in the environment, but the machine has {counted(count, 'CUDA devices')}",
             where="device",
-            fix=f"start at most {count} ranks on a machine (torchrun --nproc-per-node {count}), or use --device cpu",
+            fix=f"start no more ranks than that (torchrun --nproc-per-node {count}), or use --device cpu",
         )
     return torch.device("cuda", local)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stages.checkpoint.manifest import MANIFEST
-from stages.errors import CheckpointError, DatasetError, ModelError
+from stages.errors import CheckpointError, DatasetError, ModelError, counted, verb_for
 from stages.models.base import Base, load_base
 from stages.models.checks import check_config
 from stages.models.coverage import measure_coverage, sample_texts
@@ -68,14 +68,15 @@ def encode_all(
     if rows and not out:
         first = problems[0]
         raise DatasetError(
-            f"none of the {len(rows)} {what} can be used; {first.what}", where=first.where, fix=first.fix
+            f"none of the {counted(len(rows), what)} can be used; {first.what}", where=first.where, fix=first.fix
         )
     if problems:
         first = f"{problems[0].where}: {problems[0].what}"
-        reporter.warn(f"{len(problems)} of {len(rows)} {what} cannot be used and were dropped; {first}")
+        were = verb_for(len(problems), "were")
+        reporter.warn(f"{len(problems)} of {counted(len(rows), what)} cannot be used and {were} dropped; {first}")
     cut = 0 if limit is None else sum(row.cut for row in out)
     if cut:
-        reporter.note(f"{cut} of {len(out)} {what} were cut to {limit} tokens")
+        reporter.note(f"{cut} of {counted(len(out), what)} {verb_for(cut, 'were')} cut to {limit} tokens")
     return out
 
 

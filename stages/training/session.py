@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from stages.checkpoint.run import Run, read_metrics
-from stages.errors import ModelError
+from stages.errors import ModelError, counted
 from stages.models.base import DORA_NOTE, Base
 from stages.models.model_ref import ModelRef, lora_type_of
 from stages.models.passes import Out, Passes, Row
@@ -166,7 +166,7 @@ class Session:
         """Give the only role that is trained its optimiser; a note counts its weights and the rows, called `what`."""
         self.optimise(**{role: self.roles.parameters(role)})
         rows, size = len(self.work.sizes), self.roles.adapters[role].size
-        self.reporter.note(f"{rows} {what}, {self.total} steps, {size:,} trainable parameters")
+        self.reporter.note(f"{counted(rows, what)}, {counted(self.total, 'steps')}, {size:,} trainable parameters")
 
     # --- training
 

@@ -192,5 +192,5 @@ def test_fewer_prompts_than_ranks_are_refused(chain, tmp_path):
         ["-m", "rlhf_cli"], [*command(chain(), "ppo", tmp_path / "x"), "--batch-size", "1", "--minibatches", "1"]
     )
     assert ended.returncode != 0
-    assert "batch_size: 1 prompts per update are too few for 2 ranks" in ended.stderr
+    assert "batch_size: 1 prompt per update is too few for 2 ranks" in ended.stderr
     assert not (tmp_path / "x").exists()
