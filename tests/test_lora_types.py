@@ -121,6 +121,41 @@ def test_our_own_decoder_does_not_take_dora(place, tmp_path):
     assert ended.stderr.count("DoRA adapters run through transformers, which is slower") == 1
 
 
+# --- DoRA among adapters of another kind
+
+
+@pytest.fixture(scope="module")
+def plain(place, model_folder):
+    """An SFT checkpoint of plain LoRA on the base of the DoRA chain."""
+    line = ("sft", "--model", model_folder("llama"), "--dataset", place / "demonstrations.jsonl", *SMALL)
+    done(*line, "--output", place / "plain")
+    return place / "plain"
+
+
+def test_a_dora_reward_model_scores_a_plain_policy(place, plain, tmp_path):
+    line = ("ppo", "--model", plain, "--reward", place / "reward", "--dataset", place / "prompts.jsonl", *SHORT)
+    said = refused(*line, "--output", tmp_path / "x", "--rollout-engine", "native")
+    assert "the native decoder does not support DoRA adapters" in said and not (tmp_path / "x").exists()
+    ended = done(*line, "--output", tmp_path / "x", *SMALL)
+    assert ended.stderr.count("slower") == 1
+    stored = {name: json.loads((tmp_path / "x" / name / "adapter_config.json").read_text()) for name in ("", "critic")}
+    assert {name: config["use_dora"] for name, config in stored.items()} == {"": False, "critic": True}
+    line = ("sample", "--model", tmp_path / "x", "--dataset", place / "prompts.jsonl", "--limit-rows", 2, *SHORT)
+    ended = done(*line, "--output", tmp_path / "s.jsonl", "--rollout-engine", "native")  # its critic is not loaded
+    assert "DoRA" not in ended.stderr
+
+
+def test_a_plain_and_a_dora_policy_are_measured_side_by_side(place, plain):
+    line = ("evaluate", "--model", plain, "--dataset", place / "prompts.jsonl", "--limit-rows", 4, *SHORT)
+    beside = ("--also", place / "sft", "--reward", place / "reward")
+    found = result(*line, *beside)
+    assert {row["label"] for row in found["frontier"]} == {"plain", "sft"}
+    alone = result(*line, "--reward", place / "reward")
+    assert found["policy"]["score"] == pytest.approx(alone["policy"]["score"])
+    said = refused(*line, *beside, "--rollout-engine", "native")
+    assert "the native decoder does not support DoRA adapters" in said
+
+
 REFUSED = {
     "init_lora_weights": ["pissa", "olora", "loftq", "eva", "corda", "pissa_niter_4"],
     "peft_type": ["IA3"],
