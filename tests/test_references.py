@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import STAGES, knobs
+from stages.config import STAGES
+from stages.knobs import knobs
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("stages", "rlhf_cli", "recipes", "benchmarks", "tests")
