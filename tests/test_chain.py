@@ -222,8 +222,7 @@ def test_the_same_command_again_says_that_it_is_done_and_touches_nothing(chain):
     found = chain()
     before = {path: path.stat().st_mtime_ns for path in found.sft.rglob("*")}
     arguments = ["sft", "--model", found.base, "--dataset", found.demonstrations, "--output", found.sft]
-    small = ["--batch-size", 8, "--max-steps", 3, "--lora-rank", 4, "--samples", 2, "--eval-fraction", 0.2]
-    again = result(*arguments, *small)
+    again = result(*arguments, *SMALL, "--learning-rate", "1e-4")
     assert again["status"] == "already done" and again["output"] == str(found.sft)
     assert again["metrics"] == manifest(found.sft)["metrics"] and again["steps"] == 3
     assert {path: path.stat().st_mtime_ns for path in found.sft.rglob("*")} == before
