@@ -556,7 +556,7 @@ ROWS = {
     ),
     "a run with other knobs": (
         EARLY, lambda c, p: [*sft(c, p), "--output", c.sft],
-        ["holds a run with different knobs or inputs", "batch_size: 8 -> 64"],
+        ["holds a run with different knobs or inputs", "batch_size: 8 -> 16"],
     ),
     "a sample into a folder": (
         EARLY, lambda c, p: [*sample(c, p), "--output", p], ["--output", "is a folder", ".jsonl"],
