@@ -100,7 +100,9 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
     eval_every: int | None = knob(None, "evaluate every N steps", TRAINING, low=1, auto="start and end")
     samples: int = knob(4, "held-out prompts whose responses go to samples.jsonl at each evaluation", TRAINING, low=0)
 
-    epochs: float = knob(1.0, "passes over the dataset", TRAINING, above=0, high=1e6)
+    epochs: float | None = knob(
+        None, "passes over the dataset", TRAINING, above=0, high=1e6, auto="1; for fewer than 100 steps, 2 or 3"
+    )
     max_steps: int | None = knob(None, "stop after N steps, regardless of epochs", TRAINING, low=1, auto="from epochs")
     batch_size: int = knob(16, "rows per step, over all ranks", TRAINING, low=1, high=10**6)
     micro_batch_size: int | str = knob(
@@ -258,6 +260,7 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
     )  # fmt: skip
     length_penalty: float = knob(0.0, "penalty per token beyond length_limit", REWARD, low=0)
     length_limit: int = knob(0, "length up to which a response has no length penalty, in tokens", REWARD, low=0)
+    epochs: float = knob(1.0, "passes over the dataset", TRAINING, above=0, high=1e6)
     batch_size: int = knob(64, "prompts per update, over all ranks", TRAINING, low=1, high=10**6)
     ptx_dataset: str | None = knob(None, "demonstrations or texts for a language-modelling loss", DATA, auto="none")
     ptx_coef: float = knob(1.0, "weight of the loss on ptx_dataset (PPO-ptx, InstructGPT)", PPO, low=0)

@@ -50,6 +50,9 @@ def _resolve_sources(sources: object) -> list[str] | None:
     return [f"{os.path.realpath(os.path.expanduser(name))}{equals}{weight}" for name, equals, weight in parts]
 
 
+MOST_AUTO_EPOCHS = 3  # what epochs `auto` may have stood for
+
+
 def _short(value: object) -> str:
     text = value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else to_json(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -67,7 +70,7 @@ def ends_later(config: object, old: dict[str, typing.Any], done: object) -> bool
         return False
     if new["max_steps"] is not None:
         return new["max_steps"] > (done or old["max_steps"] or math.inf)
-    return old["max_steps"] is None and new["epochs"] > old["epochs"]
+    return old["max_steps"] is None and (new["epochs"] or 0) > (old["epochs"] or MOST_AUTO_EPOCHS)
 
 
 def changed_functions(inputs: dict[str, str], old_inputs: dict[str, object]) -> dict[str, str]:

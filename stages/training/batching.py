@@ -7,12 +7,17 @@ import math
 from stages.training.seeds import permutation
 
 
-def steps_in(n: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
+FEWEST_STEPS, MOST_EPOCHS = 100, 3  # with epochs `auto`, a dataset of fewer steps is passed over again
+
+
+def steps_in(n: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:
     """Optimiser steps of a run over n rows: max_steps, or those of `epochs` (an epoch's last batch may be short)."""
     if max_steps is not None:
         return max_steps
-    whole, part = divmod(epochs, 1.0)
     per_epoch = math.ceil(n / batch_size)
+    if epochs is None:
+        return per_epoch * min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / per_epoch))
+    whole, part = divmod(epochs, 1.0)
     return max(1, int(whole) * per_epoch + math.ceil(round(part * per_epoch, 6)))  # 1.1 epochs of 10 are 11, not 12
 
 
