@@ -6,7 +6,6 @@ import math
 
 from stages.training.seeds import permutation
 
-
 FEWEST_STEPS, MOST_EPOCHS = 100, 3  # with epochs `auto`, a dataset of fewer steps is passed over again
 
 
