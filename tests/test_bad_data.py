@@ -451,6 +451,7 @@ def test_excess_fields_reach_reward_functions_and_samples(chain, tmp_path):
     assert report["policy"]["score"] == 1.0  # the mean of 0, 1 and 2
 
 
+@pytest.mark.full
 def test_what_a_tool_says_is_read_and_not_learned(chain, tmp_path):
     from stages.data.rows import read_demonstrations
     from stages.models.tokens import load_text

@@ -81,6 +81,7 @@ def test_what_is_kept_is_the_proxys_favourite_within_the_limit(outcomes):
     assert [point.gold for point in outcomes.best_within(points, 10)["dpo"]] == [1.0]
 
 
+@pytest.mark.full
 def test_tables_and_pictures_hold_every_method(outcomes):
     points = path(outcomes, "ppo", 0, (0, 0, 0.0), (10, 4, 1.25)) + path(outcomes, "ppo", 1, (0, 0, 0.0), (10, 4, 1.75))
     best_of = {s: [{"n": n, "kl": 0.5, "score": 2.0, "gold": 0.75, "length": 9.0} for n in (1, 2)] for s in (0, 1)}

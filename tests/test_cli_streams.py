@@ -72,6 +72,7 @@ def test_a_function_may_close_stdout_and_stderr():
     assert ended.returncode == 0 and json.loads(ended.stdout)["loss"] == 1.5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["2>/dev/full", *full("2>&-", "0<&-")])
 def test_messages_that_cannot_be_written_stop_nothing(how):
     ended = program("print('noise'); print('noise', file=sys.stderr); sys.stderr.flush()", "--json", streams=how)
@@ -90,6 +91,7 @@ def test_nowhere_to_write_is_no_defect(how):
     assert program("print('noise')", streams=how).returncode == 2
 
 
+@pytest.mark.full
 def test_files_never_take_the_number_of_a_closed_stream(tmp_path):
     """What libraries write to stderr would else end up in them."""
     path = tmp_path / "weights"

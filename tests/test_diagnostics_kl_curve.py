@@ -51,6 +51,7 @@ def test_the_states_of_a_run_are_one_line_with_its_checkpoint():
     }
 
 
+@pytest.mark.full
 def test_a_picture_needs_no_gold():
     (axes,) = plot_kl_curve([{"model": "m", "kl": 1.0, "score": 2.0, "score_error": 0.5}], [], "a < b").axes
     assert [one.get_label() for one in axes.containers] == ["score, checkpoints"] and axes.get_title() == "a < b"

@@ -52,9 +52,11 @@ def edited(folder, place, name, **keys):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"r": HUGE}, {"r": 0}, {"r": -4}, {"r": "4"}, {"r": 4.5}, {"r": None}, {"r": True}, {"r": DEEP},
-        {"lora_alpha": 0}, {"lora_alpha": -1}, {"lora_alpha": 1e308}, {"lora_alpha": "32"}, {"lora_alpha": None},
-        {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")}, {"lora_alpha": 10**400}, {"more": DEEP},
+        {"r": HUGE}, {"r": 0}, {"r": "4"}, {"lora_alpha": 0}, {"lora_alpha": float("nan")}, {"more": DEEP},
+        *full(
+            {"r": -4}, {"r": 4.5}, {"r": None}, {"r": True}, {"r": DEEP}, {"lora_alpha": -1}, {"lora_alpha": 1e308},
+            {"lora_alpha": "32"}, {"lora_alpha": None}, {"lora_alpha": float("inf")}, {"lora_alpha": 10**400},
+        ),
     ],
 )  # fmt: skip
 def test_an_adapter_config_of_absurd_numbers_is_refused(chain, tmp_path, keys):
@@ -154,7 +156,7 @@ def test_adapters_as_they_are_stored_have_the_shapes_of_their_base(model_folder,
             check_adapter_header(tmp_path / str(number), model_folder(architecture), 5, lora_type)
 
 
-@pytest.mark.parametrize("shape", [(10**6,), (0,), (4, 8), ()])
+@pytest.mark.parametrize("shape", [(4, 8), *full(((10**6,),), ((0,),), ((),))])
 def test_a_head_of_another_shape_is_refused(chain, tmp_path, shape):
     import torch
 
@@ -203,6 +205,7 @@ def test_a_run_of_absurd_choices_is_damaged(begun, key, value):
     assert rlhf(*line, "--overwrite").code == 0
 
 
+@pytest.mark.full
 def test_nested_json_in_a_run_is_somebody_elses(begun):
     out, line = begun
     change(out / "run.json", lambda content: content["config"].update(model=DEEP))
@@ -240,6 +243,7 @@ def test_a_state_of_another_runs_facts_is_refused(begun, facts):
     assert "the saved state does not fit this run" in refused(*line)
 
 
+@pytest.mark.full
 def test_a_state_of_another_runs_weights_is_refused(begun):
     import torch
 

@@ -40,6 +40,7 @@ def test_a_later_end_says_where_the_learning_rate_rises(chain, tmp_path, stage, 
     assert said.count(words) == 1 and f"lr_schedule {schedule} now ends at step 8" in said
 
 
+@pytest.mark.full
 def test_more_epochs_say_so_too(chain, tmp_path):
     found, out = chain(), tmp_path / "out"
     line = ("sft", "--model", found.base, "--dataset", found.demonstrations, "--output", out, "--batch-size", 4)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import full
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Floors from the ground up. A file imports from lower floors or from its own folder; its own floor is not enough.
@@ -256,7 +258,7 @@ def loaded(*arguments: str) -> tuple[set[str], subprocess.CompletedProcess]:
     return {name.split(".")[0] for name in names}, ended
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ppo", "--help"], ["ppo", "--help-all"], []])
+@pytest.mark.parametrize("arguments", [["ppo", "--help"], *full(["--help"], ["--version"], ["ppo", "--help-all"], [])])
 def test_help_and_version_load_nothing_heavy(arguments):
     packages, ended = loaded(*arguments)
     assert ended.returncode == 0 and "typer" in packages

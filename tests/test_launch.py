@@ -132,7 +132,7 @@ PLACES += ("eval_dataset", "demonstrations", "ptx_dataset", "config")
 @pytest.mark.parametrize(
     ("stage", "name"),
     [
-        (stage, name)
+        (stage, name) if stage in ("sft", "evaluate") else full((stage, name))[0]
         for stage, cls in STAGES.items()
         for name in PLACES
         if name == "config" or name in cls.__dataclass_fields__

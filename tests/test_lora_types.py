@@ -25,13 +25,19 @@ STATES = ("--save-every", 1, "--keep-state", "--learning-rate", "1e-2")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, model_folder):
-    """A folder with rows, and a DoRA chain: sft, reward and ppo, each from the one before."""
+    """A folder with rows, and what SFT trains from them with DoRA."""
     folder = tmp_path_factory.mktemp("dora")
     write_rows(folder)
-    base, sft, reward = model_folder("llama"), folder / "sft", folder / "reward"
-    line = ("sft", "--model", base, "--dataset", folder / "demonstrations.jsonl", "--lora-type", "dora")
-    ended = done(*line, "--output", sft, *SMALL, *STATES)
+    line = ("sft", "--model", model_folder("llama"), "--dataset", folder / "demonstrations.jsonl")
+    ended = done(*line, "--lora-type", "dora", "--output", folder / "sft", *SMALL, *STATES)
     assert ended.stderr.count("DoRA adapters run through transformers") == 1 == ended.stderr.count("slower")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dora_chain(place):
+    """The same folder, with a reward model and a PPO policy from that checkpoint."""
+    folder, sft, reward = place, place / "sft", place / "reward"
     line = ("reward", "--model", sft, "--dataset", folder / "comparisons.jsonl", "--eval-limit", 16)
     done(*line, "--output", reward, *SMALL)
     ppo = ("ppo", "--model", sft, "--reward", reward, "--dataset", folder / "prompts.jsonl", *SMALL, *SHORT)
@@ -41,7 +47,8 @@ def place(tmp_path_factory, model_folder):
 
 
 @pytest.mark.full
-def test_every_stage_goes_on_with_the_checkpoints_type(place):
+def test_every_stage_goes_on_with_the_checkpoints_type(dora_chain):
+    place = dora_chain
     for name in ("sft", "reward", "ppo", "ppo/critic"):
         stored = json.loads((place / name / "adapter_config.json").read_text())
         assert (stored["use_dora"], stored["use_rslora"], stored["r"]) == (True, False, 4)
@@ -63,16 +70,17 @@ def test_magnitudes_are_trained_and_stored(place, model_folder):
         assert 1e-4 < moved.max() < 0.1  # three steps of at most 1e-2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_peft_gives_the_same_numbers(place, model_folder, stage, open_tiny):
+def test_peft_gives_the_same_numbers(dora_chain, model_folder, stage, open_tiny):
     from peft import PeftModel
 
     from stages.models.roles import Roles, adapter_of
 
     base = open_tiny("llama")
     roles = Roles(base)
-    roles.add("policy", adapter_of(base, base.ref, trainable=False, folder=place / stage))
-    theirs = PeftModel.from_pretrained(whole_model(model_folder("llama")), place / stage).eval()
+    roles.add("policy", adapter_of(base, base.ref, trainable=False, folder=dora_chain / stage))
+    theirs = PeftModel.from_pretrained(whole_model(model_folder("llama")), dora_chain / stage).eval()
     with torch.no_grad(), roles.use("policy"):
         ours = base.logits(base.hidden([IDS]))
         assert (theirs(IDS[None]).logits[0] - ours).abs().max() <= 1e-5 * ours.abs().max()
@@ -90,7 +98,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(place, model_folder, tmp_pat
 
 
 @pytest.mark.full
-def test_evaluate_and_export_take_dora(place, tmp_path):
+def test_evaluate_and_export_take_dora(dora_chain, tmp_path):
+    place = dora_chain
     line = ("evaluate", "--dataset", place / "prompts.jsonl", "--reward", place / "reward", "--limit-rows", 8, *SHORT)
     assert result(*line, "--model", place / "ppo", "--against", place / "sft")["policy"]["score"] is not None
     result(*line, "--model", place / "ppo", "--also", place / "sft/state", "--against", place / "sft")
@@ -115,7 +124,7 @@ def test_another_type_than_the_checkpoints_is_refused(place, tmp_path):
 
 
 def test_our_own_decoder_does_not_take_dora(place, tmp_path):
-    line = ("sample", "--model", place / "ppo", "--dataset", place / "prompts.jsonl", "--output", tmp_path / "s.jsonl")
+    line = ("sample", "--model", place / "sft", "--dataset", place / "prompts.jsonl", "--output", tmp_path / "s.jsonl")
     assert "the native decoder does not support DoRA" in refused(*line, "--rollout-engine", "native", *SHORT)
     ended = done(*line, *SHORT)
     assert ended.stderr.count("DoRA adapters run through transformers, which is slower") == 1
@@ -132,7 +141,9 @@ def plain(place, model_folder):
     return place / "plain"
 
 
-def test_a_dora_reward_model_scores_a_plain_policy(place, plain, tmp_path):
+@pytest.mark.full
+def test_a_dora_reward_model_scores_a_plain_policy(dora_chain, plain, tmp_path):
+    place = dora_chain
     line = ("ppo", "--model", plain, "--reward", place / "reward", "--dataset", place / "prompts.jsonl", *SHORT)
     said = refused(*line, "--output", tmp_path / "x", "--rollout-engine", "native")
     assert "the native decoder does not support DoRA adapters" in said and not (tmp_path / "x").exists()
@@ -145,7 +156,9 @@ def test_a_dora_reward_model_scores_a_plain_policy(place, plain, tmp_path):
     assert "DoRA" not in ended.stderr
 
 
-def test_a_plain_and_a_dora_policy_are_measured_side_by_side(place, plain):
+@pytest.mark.full
+def test_a_plain_and_a_dora_policy_are_measured_side_by_side(dora_chain, plain):
+    place = dora_chain
     line = ("evaluate", "--model", plain, "--dataset", place / "prompts.jsonl", "--limit-rows", 4, *SHORT)
     beside = ("--also", place / "sft", "--reward", place / "reward")
     found = result(*line, *beside)

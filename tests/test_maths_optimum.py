@@ -13,6 +13,7 @@ from stages.maths.kl import k1, k3, sequence_kl
 from stages.maths.losses import kl_loss, policy_loss, token_weights, value_loss
 from stages.maths.rewards import shape_rewards
 from stages.maths.tensors import sequence_sum, token_logprobs, whiten
+from tests.marks import full
 
 
 def gradient(loss, parameter):
@@ -210,8 +211,7 @@ def test_the_reference_is_far_from_the_optimum():
     assert (probability_of_responses(REFERENCE) - OPTIMUM).abs().sum() / 2 > 0.3
 
 
-@pytest.mark.parametrize("gae_lambda", [0.95, 1.0])
-@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize(("whitened", "gae_lambda"), [(False, 1.0), (True, 0.95), *full((False, 0.95), (True, 1.0))])
 def test_ppo_reaches_the_optimum(gae_lambda, whitened):
     """Check 36: total variation of .01 at most; a critic learns along, advantages whitened or as they are."""
 
@@ -227,7 +227,7 @@ def test_ppo_with_k3_in_the_reward_misses_the_optimum():
     assert walk(ppo_advantages, estimate=k3) > 0.03
 
 
-@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("how", ["token", *full("sequence", "constant")])
 def test_rloo_reaches_the_optimum(how):
     """Check 38: four responses per prompt, within .02; however the tokens are weighted."""
     assert walk(rloo_advantages, how=how) < 0.02

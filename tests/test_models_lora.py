@@ -259,7 +259,7 @@ def test_a_copy_is_independent(open_tiny):
 
 
 @pytest.mark.parametrize("lora_type", TYPES)
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 3.0), (9, 8.0), (6, 32.0)])
+@pytest.mark.parametrize(("rank", "alpha"), [(9, 3.0), *full((4, 3.0), (9, 8.0), (6, 32.0))])
 def test_a_grown_adapter_is_the_same_function(open_tiny, rank, alpha, lora_type):
     base = open_tiny("llama")
     small = random_adapter(base, 1, rank=4, alpha=8.0, lora_type=lora_type)

@@ -8,6 +8,7 @@ import torch
 from stages.models.roles import Roles
 from stages.models.rotary import LengthBands
 from stages.rollout.generate import Sampling, respond
+from tests.marks import full
 from tests.parts import gradient, random_adapter, sequences_of, whole_model
 from tests.test_models_base import open_folder, save_model
 
@@ -37,7 +38,7 @@ def config_of(name: str):
     return t.LlamaConfig(**shape, max_position_embeddings=LIMIT, rope_parameters=rope)
 
 
-NAMES = ["phi3", "llama longrope", "llama dynamic"]
+NAMES = ["llama longrope", "llama dynamic", *full("phi3")]
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -15,7 +15,7 @@ from stages.data.comparisons import Comparison, Pair
 from stages.data.rows import Demonstration, Prompt
 from stages.errors import DatasetError
 from stages.models.tokens import Text
-from tests.marks import full
+from tests.marks import full, full_but
 from tests.parts import open_tiny_text
 from tests.tiny import build_tokenizer
 
@@ -127,7 +127,7 @@ def last_run(mask: list[bool]) -> list[bool]:
 
 
 @pytest.mark.parametrize("marks", [False, *full(True)], ids=["bare", "marked"])
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", full_but(("chatml", "thinking", "brackets", "last is other"), TEMPLATES))
 def test_the_assistants_tokens_are_those_that_marks_tell(tokenizer, name, marks):
     """120 conversations each: every assistant turn with its end token, and nothing else."""
     template, draw = TEMPLATES[name], random.Random(name)

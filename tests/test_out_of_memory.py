@@ -224,7 +224,7 @@ def test_a_run_in_too_little_memory_gives_the_same_result(chain, tmp_path, monke
     assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", ["ppo", *full("sft")])
 def test_where_one_row_is_too_much_the_message_has_the_plan_and_the_knobs(chain, tmp_path, monkeypatch, stage):
     fits(monkeypatch, 0)
     said = refused(*command(chain(), stage, tmp_path / "out"))

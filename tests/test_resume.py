@@ -27,7 +27,7 @@ from tests.commands import (
 )
 from tests.marks import full
 
-STAGES = ("sft", "reward", "ppo", "dpo")
+STAGES = ("ppo", *full("sft", "reward", "dpo"))
 RUN = (
     "--batch-size", 8, "--max-steps", 5, "--lora-rank", 4, "--samples", 2, "--eval-fraction", 0.2, "--eval-limit", 6,
     "--eval-every", 2, "--save-every", 2, "--micro-batch-size", 3, "--learning-rate", "1e-2", "--warmup-ratio", 0.2,
@@ -56,7 +56,6 @@ def log_and_signal(run, step, metrics):
 
 Run.log = log_and_signal
 sys.argv = ["rlhf", *sys.argv[3:]]
-from tests.marks import full
 from rlhf_cli.main import app
 app()
 """
@@ -306,9 +305,11 @@ def test_a_finished_command_again_is_done(chain, whole, stage, overwrite):
 @pytest.mark.parametrize(
     ("stage", "knob", "shown"),
     [
-        ("sft", ("--learning-rate", "2e-2"), "learning_rate: 0.01 -> 0.02"),
-        ("sft", ("--seed", 1), "seed: 0 -> 1"),
-        ("reward", ("--label-smoothing", 0.1), "label_smoothing: 0.0 -> 0.1"),
+        *full(
+            ("sft", ("--learning-rate", "2e-2"), "learning_rate: 0.01 -> 0.02"),
+            ("sft", ("--seed", 1), "seed: 0 -> 1"),
+            ("reward", ("--label-smoothing", 0.1), "label_smoothing: 0.0 -> 0.1"),
+        ),
         ("ppo", ("--gamma", 0.9), "gamma: 1.0 -> 0.9"),
         ("ppo", ("--limit-rows", 39), "limit_rows: 40 -> 39"),
     ],

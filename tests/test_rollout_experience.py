@@ -19,6 +19,7 @@ from stages.rollout.experience import (
     sample_rollout,
 )
 from stages.rollout.generate import Sampling, generate
+from tests.marks import full
 from tests.parts import in_passes_of, open_tiny_text, prompt_rows, random_adapter, roles_on, sequences_of
 
 PROMPTS = prompt_rows(sequences_of([9, 3, 14, 6]))
@@ -90,7 +91,7 @@ def test_a_response_may_end_with_the_very_last_token_it_has_room_for(roles, text
 # --- what roles say
 
 
-@pytest.mark.parametrize("size", [1, 2, "auto"])
+@pytest.mark.parametrize("size", [1, *full(2, "auto")])
 def test_numbers_come_back_in_the_batchs_order_however_it_was_cut(roles, text, size):
     rollout = roll(roles, text)
     logprobs, entropy = role_logprobs(in_passes_of(roles, size), "policy", rollout, 0.7, want_entropy=True)

@@ -17,6 +17,7 @@ from stages.rollout import reward_sources as sources
 from stages.rollout.reward_sources import RewardSources, call_function
 from stages.rollout.reward_specs import RewardSpec, load_function
 from stages.training.signals import Signals
+from tests.marks import full
 from tests.parts import in_passes_of, publish_checkpoint, random_adapter, random_head, sequences_of
 
 ROWS = [
@@ -205,7 +206,7 @@ def test_a_reward_model_reads_the_end_that_it_was_trained_on(base, roles, tmp_pa
     assert never[1].item() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 2, "auto"])
+@pytest.mark.parametrize("size", [1, *full(2, "auto")])
 def test_scores_do_not_depend_on_the_cut(base, roles, tmp_path, size):
     spec, model = reward_spec(base, tmp_path / "a", 5, 1.0)
     prompts = [PromptRow(ids, "", 2, {}, "") for ids in sequences_of([5, 2, 9])]

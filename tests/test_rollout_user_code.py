@@ -35,6 +35,7 @@ from stages.rollout.reward_specs import RewardSpec, load_function
 from stages.rollout.settings import read_umask
 from stages.training.children import descendants, end_children
 from stages.training.signals import Signals
+from tests.marks import full
 
 TEXTS = ["4", " three"]
 FOREVER = 1000
@@ -142,7 +143,7 @@ WAITS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("listening", [True, False])
+@pytest.mark.parametrize("listening", [True, *full(False)])
 @pytest.mark.parametrize("waits", WAITS)
 def test_a_signal_ends_it_wherever_it_waits(waits, listening, begun):
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
@@ -396,7 +397,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [True, *full(False)])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_function_changes_is_put_back(change, fails):
     before = settings()
@@ -530,7 +531,7 @@ def in_a_fork(work):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [True, *full(False)])
 @pytest.mark.parametrize("number", [0, 1, 2])
 @pytest.mark.parametrize("how", SPOILT)
 def test_standard_descriptors_lead_where_they_did(how, number, fails, tmp_path):

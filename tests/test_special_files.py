@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import pytest
 from stages.places import describe_special
 from stages.reading import read_json, sha256_of
 from tests.commands import SHORT, refused
+from tests.marks import full_but
 
 KINDS = {
     "pipe": "is a named pipe",
@@ -106,10 +108,11 @@ WRITTEN = {
     ),
     "export": ("--output", "", lambda c, p: ["export", "--model", c.sft]),
 }  # fmt: skip
+FEW = {("dataset", kind) for kind in PLAIN} | {("samples", kind) for kind in PLAIN}
+FEW |= {(name, "pipe") for name in (*READ, *WRITTEN)}
 
 
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize(("name", "kind"), full_but(FEW, itertools.product(READ, PLAIN)))
 def test_nothing_special_is_read(chain, tmp_path, name, kind):
     flag, suffix, line = READ[name]
     place = make(kind, tmp_path / f"x{suffix}")
@@ -117,8 +120,7 @@ def test_nothing_special_is_read(chain, tmp_path, name, kind):
     assert WORDS[kind] in said and str(place) in said and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize(("name", "kind"), full_but(FEW, itertools.product(WRITTEN, PLAIN)))
 def test_nothing_special_is_written_over(chain, tmp_path, name, kind):
     if kind == "nowhere" and name != "export":
         pytest.skip("a link to a file that is not there yet is written through")

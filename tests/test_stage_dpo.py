@@ -225,7 +225,7 @@ def test_the_reference_is_asked_about_the_rows_that_the_run_comes_by(total):
 # --- rows that are cut or dropped
 
 
-@pytest.mark.parametrize("stage", ["reward", "dpo"])
+@pytest.mark.parametrize("stage", ["dpo", *full("reward")])
 def test_comparisons_that_are_too_long_are_cut_and_told(chain, tmp_path, stage):
     held = write_jsonl(tmp_path / "held.jsonl", lines_of(chain().comparisons)[:4])
     line = (stage, "--model", chain().sft, "--dataset", chain().comparisons, "--output", tmp_path / "x", "--dry-run")
@@ -236,7 +236,7 @@ def test_comparisons_that_are_too_long_are_cut_and_told(chain, tmp_path, stage):
     assert "were cut" not in done(*line, "--limit-rows", 16).stderr
 
 
-@pytest.mark.parametrize("stage", ["reward", "dpo", "sft"])
+@pytest.mark.parametrize("stage", ["sft", *full("reward", "dpo")])
 def test_a_bad_held_out_row_ends_the_command_unless_bad_rows_are_skipped(chain, tmp_path, stage):
     """A conversation where the tokenizer has no chat template."""
     data = chain().demonstrations if stage == "sft" else chain().comparisons

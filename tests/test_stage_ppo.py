@@ -259,7 +259,10 @@ def test_total_is_score_minus_kl(chain, vowels, tmp_path):
         pytest.param(("--adam-beta2", 0.5), marks=pytest.mark.full),
         pytest.param(("--lr-schedule", "constant"), marks=pytest.mark.full),
         pytest.param(("--value-clip-range", 0.001), marks=pytest.mark.full),
-        ("--whiten-rewards", "--minibatches", 4, "--ppo-epochs", 3, "--responses-per-prompt", 2),
+        pytest.param(
+            ("--whiten-rewards", "--minibatches", 4, "--ppo-epochs", 3, "--responses-per-prompt", 2),
+            marks=pytest.mark.full,
+        ),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
@@ -279,7 +282,8 @@ def plain(chain, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("size", ["auto", *full(1, 3)])
+@pytest.mark.full
+@pytest.mark.parametrize("size", ["auto", 1, 3])
 def test_the_micro_batch_size_does_not_matter(chain, plain, tmp_path, size):
     """Check 24: rows of uneven length, cut in other ways, with two minibatches a pass."""
     for name, cut in (("four", 4), ("other", size)):

@@ -98,6 +98,7 @@ def test_the_first_loss_of_a_random_head_is_that_of_its_margins(learned):
     assert abs(first["loss"] - math.log(2)) < 0.5
 
 
+@pytest.mark.full
 def test_demonstrations_score_zero_on_average(learned, score):
     """Check 45: the chosen responses that were trained on, as transformers scores them."""
     assert learned[1]["report"]["demonstrations_mean"] == pytest.approx(0, abs=1e-4)
@@ -186,7 +187,8 @@ def test_the_critic_of_ppo_begins_as_the_reward_model(chain, learned, tmp_path):
 # --- the same result
 
 
-@pytest.mark.parametrize("size", ["auto", *full(4)])
+@pytest.mark.full
+@pytest.mark.parametrize("size", ["auto", 4])
 def test_the_micro_batch_size_does_not_matter(chain, tmp_path, size):
     """Check 24: comparisons of uneven length and number, cut in other ways."""
     ranked = [{"prompt": "red", "responses": ["one", "two two", "cat sat"], "ranks": [3, 1, 2]}] * 2
@@ -290,8 +292,8 @@ def softplus(x: float) -> float:
 @pytest.mark.parametrize(
     ("row", "flags", "loss"),
     [
-        ({}, (), lambda c, r: softplus(r - c)),
-        ({"margin": 1.5}, ("--loss-margin",), lambda c, r: softplus(r - c + 1.5)),
+        *full(({}, (), lambda c, r: softplus(r - c))),
+        *full(({"margin": 1.5}, ("--loss-margin",), lambda c, r: softplus(r - c + 1.5))),
         *full(({"margin": 1.5}, (), lambda c, r: softplus(r - c))),
         *full(({"probability": 0.8}, (), lambda c, r: 0.8 * softplus(r - c) + 0.2 * softplus(c - r))),
         # Below a half the metrics call the row's `rejected` the chosen one; the loss is that of the row as it stands.
@@ -301,7 +303,7 @@ def softplus(x: float) -> float:
             ("--loss-margin",),
             lambda r, c: 0.3 * softplus(r - c + 1.5) + 0.7 * softplus(c - r - 1.5),
         ),
-        ({}, ("--label-smoothing", 0.1), lambda c, r: 0.9 * softplus(r - c) + 0.1 * softplus(c - r)),
+        *full(({}, ("--label-smoothing", 0.1), lambda c, r: 0.9 * softplus(r - c) + 0.1 * softplus(c - r))),
         ({}, ("--centre-coef", 0.5), lambda c, r: softplus(r - c) + 0.5 * (c + r) ** 2),
     ],
     ids=["plain", "margin", "margin not asked", "soft label", "turned", "turned margin", "smoothing", "centring"],

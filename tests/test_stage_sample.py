@@ -32,6 +32,7 @@ def test_a_line_per_response_with_the_rows_own_columns(chain, tmp_path):
     assert len({row["response"] for row in rows[:3]}) > 1
 
 
+@pytest.mark.full
 def test_a_response_does_not_depend_on_the_others(chain, tmp_path):
     """Design section 7: noise belongs to (prompt, position), so batches and seeds of others change nothing."""
     found = chain()

@@ -31,8 +31,8 @@ ONE_STEP = ("--max-steps", 1, "--batch-size", 4, "--lora-rank", 2, "--samples", 
 ROWS = [{"prompt": f"{word} then", "completion": f" {AFTER[word]}"} for word in WORDS]
 
 
-def sft(chain, dataset: Path, output: Path, *more: object, chat: bool = False) -> dict:
-    return result("sft", "--model", chain(chat=chat).base, "--dataset", dataset, "--output", output, *more)
+def sft(chain, dataset: Path, output: Path, *more: object, model: Path | None = None) -> dict:
+    return result("sft", "--model", model or chain().base, "--dataset", dataset, "--output", output, *more)
 
 
 def nll(folder: Path, ids: list[int], learned: list[int]) -> float:
@@ -125,7 +125,8 @@ def run_with(chain, folder: Path, *more: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("size", ["auto", *full(4, 5)])
+@pytest.mark.full
+@pytest.mark.parametrize("size", ["auto", 4, 5])
 def test_the_micro_batch_size_does_not_matter(chain, by_ones, tmp_path, size):
     """Check 24 through the command: rows of uneven length, cut in other ways, give the same adapter."""
     assert_same_weights(run_with(chain, tmp_path / "x", "--micro-batch-size", size), by_ones, within=1e-5)
@@ -144,6 +145,7 @@ def test_the_same_seed_gives_the_same_files_and_another_one_others(chain, by_one
     assert without_times(other / "metrics.jsonl") != without_times(same / "metrics.jsonl")
 
 
+@pytest.mark.full
 def test_gradient_checkpointing_gives_the_same(chain, by_ones, tmp_path):
     assert_same_weights(run_with(chain, tmp_path / "x", "--gradient-checkpointing", "true"), by_ones, within=1e-5)
 
@@ -159,6 +161,7 @@ def test_training_goes_on_from_a_checkpoint(chain, learned, tmp_path):
     assert json.loads((tmp_path / "x" / "adapter_config.json").read_text())["r"] == 8  # the checkpoint's rank
 
 
+@pytest.mark.full
 def test_a_larger_rank_begins_as_the_same_model(chain, learned, tmp_path):
     flags = ("--max-steps", 1, "--batch-size", 8, "--eval-fraction", 0.2, "--lora-rank", 12)
     found = result(
@@ -216,7 +219,8 @@ def as_splits(rows: list[dict], place: Path) -> str:
     return f"{place}:good"
 
 
-@pytest.mark.parametrize("write", [as_parquet, *full(as_json, as_csv, as_saved, as_splits)])
+@pytest.mark.full
+@pytest.mark.parametrize("write", [as_parquet, as_json, as_csv, as_saved, as_splits])
 def test_every_kind_of_file_trains_the_same_adapter(chain, tmp_path, write):
     sft(chain, as_jsonl(ROWS, tmp_path / "lines"), tmp_path / "one", *ONE_STEP)
     found = sft(chain, write(ROWS, tmp_path / "rows"), tmp_path / "other", *ONE_STEP)
@@ -242,15 +246,17 @@ LIKE = {  # rows that say the same as {"prompt": "red", "completion": " green"},
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", LIKE)
-def test_every_kind_of_row_trains_the_same_adapter(chain, tmp_path, kind):
+def test_every_kind_of_row_trains_the_same_adapter(chain, model_folder, tmp_path, kind):
     row, flags, chat = LIKE[kind]
     plain = {"messages": TALK} if chat else {"prompt": "red", "completion": " green"}
     more = ("--mask", "all") if kind == "text" else ()
-    sft(chain, write_jsonl(tmp_path / "a.jsonl", [plain] * 4), tmp_path / "a", *ONE_STEP, *more, chat=chat)
-    sft(chain, write_jsonl(tmp_path / "b.jsonl", [row] * 4), tmp_path / "b", *ONE_STEP, *flags, *more, chat=chat)
+    base = model_folder("llama", chat=chat)
+    sft(chain, write_jsonl(tmp_path / "a.jsonl", [plain] * 4), tmp_path / "a", *ONE_STEP, *more, model=base)
+    sft(chain, write_jsonl(tmp_path / "b.jsonl", [row] * 4), tmp_path / "b", *ONE_STEP, *flags, *more, model=base)
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.full
 def test_alpaca_rows_without_a_template_stand_under_headings(chain, tmp_path):
     text = "### Instruction:\nred\n\n### Input:\none\n\n### Response:\n"
     plain, alpaca = {"prompt": text, "completion": "green"}, {"instruction": "red", "input": "one", "output": "green"}
@@ -296,10 +302,10 @@ def test_held_out_rows_may_come_from_a_file(chain, tmp_path):
 # --- masks: the loss of the untrained model on two rows, against one computed here
 
 
-def before_training(chain, rows: list[dict], place: Path, *flags: object, chat: bool) -> float:
+def before_training(base: Path, rows: list[dict], place: Path, *flags: object) -> float:
     data = write_jsonl(place / "rows.jsonl", rows)
     more = ("--max-steps", 1, "--batch-size", 2, "--eval-dataset", data, "--samples", 0, *flags)
-    return sft(chain, data, place / "x", *more, chat=chat)["metrics"]["eval_loss_before"]
+    return sft(None, data, place / "x", *more, model=base)["metrics"]["eval_loss_before"]
 
 
 @pytest.mark.parametrize("mask", ["completion", *full("assistant", "all")])
@@ -312,11 +318,11 @@ def test_the_mask_of_plain_rows(chain, tmp_path, mask):
         ids = words(row["prompt"] + row["completion"]).input_ids + [2]
         total += nll(base, ids, list(range(start, len(ids))))
         count += len(ids) - start
-    assert before_training(chain, rows, tmp_path, "--mask", mask, chat=False) == pytest.approx(total / count, abs=1e-5)
+    assert before_training(base, rows, tmp_path, "--mask", mask) == pytest.approx(total / count, abs=1e-5)
 
 
 @pytest.mark.parametrize("mask", ["assistant", *full("completion", "all")])
-def test_the_mask_of_conversations(chain, model_folder, tmp_path, mask):
+def test_the_mask_of_conversations(model_folder, tmp_path, mask):
     """Check 29: the last assistant turn with its end-of-turn token; with `assistant` every turn; with `all` all."""
     turns = [("user", "red"), ("assistant", "green"), ("user", "one"), ("assistant", "two three")]
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
@@ -331,7 +337,7 @@ def test_the_mask_of_conversations(chain, model_folder, tmp_path, mask):
         ids += part
     learned = list(range(1, len(ids))) if mask == "all" else learned
     expected = nll(base, ids, learned) / len(learned)
-    assert before_training(chain, [row] * 2, tmp_path, "--mask", mask, chat=True) == pytest.approx(expected, abs=1e-5)
+    assert before_training(base, [row] * 2, tmp_path, "--mask", mask) == pytest.approx(expected, abs=1e-5)
 
 
 def test_rows_that_are_too_long_lose_their_end_without_a_false_eos(chain, tmp_path):

@@ -146,9 +146,10 @@ def command(found: Chain, stage: str, output: Path) -> list:
 
 
 CASES = [
-    ("sft", "tokenizer.json"), ("reward", HEAD),
+    ("reward", HEAD),
     *full(
-        ("sft", ADAPTER), ("reward", ADAPTER), ("dpo", ADAPTER), ("ppo", ADAPTER), ("ppo", f"critic/{ADAPTER}"),
+        ("sft", "tokenizer.json"), ("sft", ADAPTER), ("reward", ADAPTER), ("dpo", ADAPTER), ("ppo", ADAPTER),
+        ("ppo", f"critic/{ADAPTER}"),
         ("ppo", f"critic/{HEAD}"), ("ppo shared", f"critic/{HEAD}"), ("ppo", "tokenizer.json"),
     ),
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import assert_same_weights, done, refused, write_data
+from tests.marks import full
 
 ROOT = Path(__file__).resolve().parents[1]
 PPO = ("--dataset", "prompts.jsonl", "--batch-size", 4, "--max-steps", 2, "--lora-rank", 2, "--samples", 0)
@@ -102,9 +103,9 @@ def test_a_function_that_spoils_rows_and_settings_changes_nothing(place):
     ("line", "said"),
     [
         ("raise asyncio.CancelledError", "it raised CancelledError (odd.py:3) for the response"),
-        ("raise KeyboardInterrupt", "it raised KeyboardInterrupt (odd.py:3) for the response"),
+        *full(("raise KeyboardInterrupt", "it raised KeyboardInterrupt (odd.py:3) for the response")),
         ("raise Silent", "it raised Silent: (its text cannot be printed: TypeError) (odd.py:3) for the response"),
-        ("return [Silent()] * len(responses)", "it returned "),
+        *full(("return [Silent()] * len(responses)", "it returned ")),
     ],
 )
 def test_what_a_function_raises_is_one_message_and_the_state_stays(line, said, place):

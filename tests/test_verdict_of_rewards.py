@@ -66,6 +66,7 @@ def report_of(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.full
 def test_a_good_one_may_go(chain, trained, tmp_path):
     folder, ended = trained("good")
     report = report_of(folder)
@@ -146,6 +147,7 @@ def test_a_reward_model_without_a_verdict_is_noted(chain, tmp_path):
     assert f"verdict on {folder}: none; its report.json has no verdict" in went.stderr and "warning" not in went.stderr
 
 
+@pytest.mark.full
 def test_going_on_from_a_reward_model_samples_nothing(chain, trained, tmp_path):
     """Its adapter is no policy."""
     folder, _ = trained("few")

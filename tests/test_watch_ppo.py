@@ -23,7 +23,6 @@ from tests.commands import (
     rlhf,
     without_times,
 )
-from tests.marks import full
 from tests.tiny import write_jsonl
 
 PLAIN = (
@@ -221,9 +220,10 @@ def test_a_reward_whose_scale_drifts_away(run):
     assert "the mean score moved from" in warned(ended, "reward-range")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "more",
-    [(), *full((("--dtype", "bfloat16"),), (GROUPS,))],
+    [(), ("--dtype", "bfloat16"), GROUPS],
 )
 def test_a_run_that_is_well_says_nothing(run, tmp_path, more):
     ended, lines = run("vowels", *more, "--temperature", 1, "--max-steps", 12, "--learning-rate", "1e-3")

@@ -126,6 +126,7 @@ def test_the_served_mean_of_demonstrations_is_zero(trained):
     assert told["report"]["demonstrations_std"] == pytest.approx(float(scores.std(unbiased=False)), abs=1e-5)
 
 
+@pytest.mark.full
 def test_a_report_on_comparisons_reads_where_ppo_reads(trained, tmp_path):
     folder, _ = trained
     rows = comparisons(chat=True)[::9]
@@ -136,6 +137,7 @@ def test_a_report_on_comparisons_reads_where_ppo_reads(trained, tmp_path):
         assert told[f"score_{kind}_mean"] == pytest.approx(float(served_scores(folder, shown).mean()), abs=1e-5)
 
 
+@pytest.mark.full
 def test_an_exported_reward_model_reads_conversations_there_too(trained, tmp_path):
     """By transformers alone: the exported chat template ends at the end token, which a classifier reads."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -174,6 +176,7 @@ def test_an_exported_template_ends_with_the_end_token_whatever_it_was(tmp_path, 
     assert text.render(ASKED, generate=True) == asked
 
 
+@pytest.mark.full
 def test_demonstrations_that_cannot_be_used_are_not_passed_over_in_silence(trained, tmp_path):
     folder, _ = trained
     bad = [{"messages": [*ASKED, SAID]}, {"messages": [*ASKED, {**SAID, "content": "one two three " * 60}]}]

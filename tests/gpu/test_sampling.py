@@ -7,6 +7,7 @@ import torch
 
 from stages.models.roles import Roles
 from stages.rollout.generate import Sampling, generate
+from tests.gpu.conftest import CUDA
 from tests.marks import full
 from tests.parts import random_adapter, sequences_of
 
@@ -39,6 +40,7 @@ def test_the_same_keys_give_the_same_responses_whatever_the_batch(opened, archit
         assert torch.equal(mine, whole[i])
 
 
+@pytest.mark.parametrize("device_name", [*full("cpu"), CUDA])
 def test_in_half_precision_most_responses_are_the_same(opened):
     """A draw falls on another token where rounding moves the edge between two of them over its number: rarely."""
     base = opened("llama", scale=0.1, dtype=torch.bfloat16)
