@@ -98,11 +98,14 @@ $(REPORT): $(RECIPE)/evaluate.yaml $(PPO) $(call rows,EVALUATE,evaluate)
 
 # --- checks ------------------------------------------------------------------------------------------------------
 
+# Compiled tests are kept even where Python is told to keep none: compiling them takes longer than importing torch.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
 test: .venv/installed ## the fast tests, in about a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	$(PYTEST)
 
 test-all: .venv/installed ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 lint: .venv/installed ## check style and format
 	$(BIN)/ruff check .

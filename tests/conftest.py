@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads cost more than they give
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.fsync = lambda handle: None  # what tests write need not outlive a power cut
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what has been imported by now: it stays to the end."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

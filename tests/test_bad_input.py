@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_cli import main
 from tests.commands import SHORT, Chain, contents, rlhf
-from tests.marks import full
+from tests.marks import full, full_but
 from tests.tiny import build_model, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -618,7 +618,18 @@ def files_in(place: Path) -> dict[str, str]:
     return contents(place) | {str(path): "folder" for path in place.rglob("*") if path.is_dir()}
 
 
-@pytest.mark.parametrize("row", ROWS)
+# What the fast tests of the configuration (test_config, test_cli_main) and of data (test_data_*) check as well.
+REPEATED = {
+    "another stage's knob in a recipe", "a knob twice", "missing recipe", "broken recipe", "a recipe that is a list",
+    "wrong type of a flag", "wrong type in a recipe", "below a bound", "out of bounds in a recipe", "no such choice",
+    "map without a column", "a dataset of blank lines", "an empty list", "a header without rows",
+    "a folder without a dataset", "an unknown kind of file", "a row that is no object", "a row with too few cells",
+    "not UTF-8", "not parquet", "an empty completion", "an unknown role", "nobody answers", "chosen is rejected",
+    "ranks that do not count up", "ratings that never differ", "no such column", "no row that can be used",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", full_but(ROWS.keys() - REPEATED, ROWS))
 def test_a_mistake_is_one_message_and_nothing_is_written(chain, tmp_path, monkeypatch, row):
     if row == "CUDA on a machine without":
         import torch

@@ -67,6 +67,7 @@ def test_stdout_has_the_result_alone(noise):
     assert table == "held out\nmeasure  value\nloss       1.5\n\nwrote o\n"
 
 
+@pytest.mark.full
 def test_a_function_may_close_stdout_and_stderr():
     ended = program("os.close(1)\nsys.stdout.close()", "--json")
     assert ended.returncode == 0 and json.loads(ended.stdout)["loss"] == 1.5
@@ -115,6 +116,7 @@ def test_answers_that_cannot_be_printed(arguments):
     assert rlhf("2>&-").returncode == 0
 
 
+@pytest.mark.full
 def test_an_answer_that_nobody_reads_is_no_failure():
     command = [sys.executable, "-m", "rlhf_cli", "sft", "--help"]
     reader, writer = os.pipe()

@@ -220,6 +220,7 @@ def test_a_dry_run_checks_the_rows_and_measures_nothing(chain, tmp_path):
     assert "2 fit beside the response" in refused(*line, "--max-prompt-tokens", 2)
 
 
+@pytest.mark.full
 def test_a_report_may_be_written_again_and_nothing_else_changes(chain, tmp_path):
     found = chain()
     before = contents(found.folder)

@@ -153,6 +153,7 @@ def test_the_report_beside_the_checkpoint_is_evaluates_on_the_held_out_rows(chai
         assert report[name] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value)
 
 
+@pytest.mark.full
 def test_the_interval_counts_the_pairs_of_a_prompt_together(chain, learned, tmp_path):
     """Ranked lists, and their pairs as rows in another order: one interval, and not that of as many prompts."""
     texts = [" thank you", " two thank you", " cat sat", " on", " red"]

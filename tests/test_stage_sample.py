@@ -97,6 +97,7 @@ def test_samples_may_be_written_again(chain, tmp_path):
     assert sample(chain(), tmp_path / "x.jsonl", "--limit-rows", 2) == first
 
 
+@pytest.mark.full
 def test_samples_are_demonstrations_for_another_round(chain, tmp_path):
     """What sample writes is what sft reads, with --map."""
     sample(chain(), tmp_path / "x.jsonl", "--limit-rows", 30)

@@ -60,6 +60,7 @@ def test_results_are_where_they_were_asked_for_whatever_directory_a_function_cho
     assert knobs[0] == knobs[1] | {"output": "out", "reward": ["wanders.py"]}
 
 
+@pytest.mark.full
 def test_reports_and_pictures_too(place):
     (place / "wanders.py").write_text(
         WANDERS["in its calls"].replace("plain(", "list(map(len, ").replace("s)\n", "s))\n")
@@ -83,6 +84,7 @@ def test_a_home_in_a_recipe_is_found_again(place, monkeypatch):
     done("sample", "--model", "out", "--dataset", "prompts.jsonl", "--output", "s.jsonl", "--max-response-tokens", 2)
 
 
+@pytest.mark.full
 def test_a_function_that_spoils_rows_and_settings_changes_nothing(place):
     (place / "spoils.py").write_text(
         "import torch, os, random\n"

@@ -118,6 +118,7 @@ def test_data_where_the_answer_alone_tells_is_a_caution(chain, tmp_path):
     assert f"warning: verdict on {tmp_path / 'reward'}: caution; accuracy 1.000" in went.stderr
 
 
+@pytest.mark.full
 def test_annotators_agreement_is_told(chain, tmp_path):
     """Two of three annotators always agree: one of the three pairs does, in each of 30 prompts."""
     ratings = [
