@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import locale
 import multiprocessing
 import os
@@ -21,18 +20,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils import _device
-from torch.utils import _python_dispatch as modes
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.errors import RewardError, StopRequested
 from stages.models.tokens import PromptRow
 from stages.rollout import user_code
 from stages.rollout.reward_sources import call_function
 from stages.rollout.reward_specs import RewardSpec, load_function
-from stages.rollout.settings import read_umask
 from stages.training.children import descendants, end_children
 from stages.training.signals import Signals
 from tests.marks import full
@@ -307,24 +300,15 @@ def settings():
         "filters": list(warnings.filters),
         "locale": locale.setlocale(locale.LC_ALL),
         "recursion": sys.getrecursionlimit(),
-        "streams": (sys.stdin, sys.stdout, sys.stderr),
         "handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
-        "collecting": gc.isenabled(),
-        "mask": read_umask(),
         "gradients": torch.is_grad_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
         "dtype": torch.get_default_dtype(),
         "device": torch.empty(0).device,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
         "precision": torch.get_float32_matmul_precision(),
-        "anomalies": torch.is_anomaly_enabled(),
         "benchmark": torch.backends.cudnn.benchmark,
         "wakeup": signal.set_wakeup_fd(-1),
-        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
-        "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
-        "mode flags": (modes._is_in_torch_dispatch_mode, _device.CURRENT_DEVICE),
         "lasting device": torch.get_default_device(),
     }
 
@@ -336,22 +320,6 @@ def hold(context):
     """Enter a context and never leave it."""
     held.append(context)
     context.__enter__()
-
-
-class FunctionMode(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        raise RuntimeError("a mode that is still on")
-
-
-class DispatchMode(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        raise RuntimeError("a mode that is still on")
-
-
-def enter_all_kinds_of_modes():
-    torch.set_default_device("meta")
-    for mode in (torch.device("cpu"), DispatchMode(), FunctionMode(), FunctionMode(), DispatchMode()):
-        hold(mode)
 
 
 def fail_on(flag):
@@ -366,34 +334,19 @@ CHANGES = {
     "warnings": lambda: warnings.simplefilter("error"),
     "locale": lambda: locale.setlocale(locale.LC_ALL, "C.UTF-8" if "UTF" not in locale.setlocale(0) else "C"),
     "recursion": lambda: sys.setrecursionlimit(5000),
-    "stdout": lambda: setattr(sys, "stdout", None),
-    "stderr": lambda: setattr(sys, "stderr", open(os.devnull, "w")),  # noqa: SIM115
     "SIGTERM": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     "SIGINT": lambda: signal.signal(signal.SIGINT, lambda *_: None),
     "SIGALRM": lambda: signal.signal(signal.SIGALRM, lambda *_: None),
     "SIGCHLD": lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
-    "gc": gc.disable,
-    "umask": lambda: os.umask(0o777),
     "set_grad_enabled": lambda: torch.set_grad_enabled(False),
     "no_grad": lambda: hold(torch.no_grad()),
-    "inference_mode": lambda: hold(torch.inference_mode()),
-    "autocast": lambda: hold(torch.autocast("cpu", torch.bfloat16)),
     "default dtype": lambda: torch.set_default_dtype(torch.float64),
     "default device": lambda: torch.set_default_device("meta"),
     "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
     "deterministic": lambda: torch.use_deterministic_algorithms(True),
     "precision": lambda: torch.set_float32_matmul_precision("medium"),
-    "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
     "benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark),
     "wakeup": lambda: signal.set_wakeup_fd(-1),
-    "device mode": lambda: hold(torch.device("meta")),
-    "function mode": lambda: hold(FunctionMode()),
-    "dispatch mode": lambda: hold(DispatchMode()),
-    "fake tensors": lambda: hold(FakeTensorMode()),
-    "all modes": enter_all_kinds_of_modes,
-    "excepthook": lambda: setattr(sys, "excepthook", lambda *_: None),
-    "threading.excepthook": lambda: setattr(threading, "excepthook", lambda *_: None),
-    "unraisablehook": lambda: setattr(sys, "unraisablehook", lambda *_: None),
 }
 
 
@@ -510,95 +463,6 @@ def test_a_directory_that_is_gone_is_no_reason_to_stop(tmp_path, monkeypatch):
         return [1.0, 2.0]
 
     assert call(score) == [1.0, 2.0] and os.getcwd() == str(tmp_path)
-
-
-SPOILT = {
-    "closed": os.close,
-    "replaced": lambda number: os.dup2(os.open(os.devnull, os.O_RDWR), number),
-    "closed with all others": lambda number: os.closerange(number, 200),
-}
-
-
-def in_a_fork(work):
-    """Run `work` in a fork, where it may close what it likes; it exits with 0 if that returns True."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = 0 if work() is True else 1
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-@pytest.mark.parametrize("fails", [True, *full(False)])
-@pytest.mark.parametrize("number", [0, 1, 2])
-@pytest.mark.parametrize("how", SPOILT)
-def test_standard_descriptors_lead_where_they_did(how, number, fails, tmp_path):
-    def score(prompts, responses):
-        SPOILT[how](number)
-        return fail_on(how) if fails else [1.0, 2.0]
-
-    def work():
-        for n in (0, 1, 2):
-            os.dup2(os.open(tmp_path / str(n), os.O_RDWR | os.O_CREAT), n)
-        before = [os.fstat(n).st_ino for n in (0, 1, 2)]
-        with contextlib.suppress(RewardError):
-            call(score)
-        return [os.fstat(n).st_ino for n in (0, 1, 2)] == before
-
-    in_a_fork(work)
-
-
-def test_importing_a_file_may_close_a_standard_descriptor(tmp_path):
-    (tmp_path / "f.py").write_text("import os\nos.close(0)\ndef score(prompts, responses): return [1.0, 2.0]\n")
-    before = os.fstat(0).st_ino
-    assert call(load_function(str(tmp_path / "f.py"), "--reward")) == [1.0, 2.0]
-    assert os.fstat(0).st_ino == before
-
-
-def test_descriptors_do_not_pile_up():
-    before = set(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        call(lambda prompts, responses: os.close(0) or [1.0, 2.0])
-    assert set(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.parametrize("then", ["it returns", "it opens files", "it hangs"])
-def test_a_function_that_closes_files_of_ours_is_one_message(then, tmp_path):
-    opened = []
-
-    def score(prompts, responses):
-        os.closerange(3, 200)
-        opened.extend(os.open(os.devnull, os.O_RDWR) for _ in range(20 if then == "it opens files" else 0))
-        if then == "it hangs":
-            time.sleep(FOREVER)
-        return [1.0, 2.0]
-
-    def work():
-        os.dup2(os.open(tmp_path / "stderr", os.O_RDWR | os.O_CREAT), 2)
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        said = refused(score, timeout=0.3)
-        with open(tmp_path / "stderr") as file:
-            written = file.read()
-        for number in opened:
-            assert os.fstat(number)  # its files are not closed as ours
-        if then == "it hangs":
-            return said.startswith("it took longer than 0.3 seconds") and "thread" not in written
-        return said == "it closed files that it has not opened" and written == ""
-
-    in_a_fork(work)
-
-
-def test_importing_a_file_that_closes_files_of_ours_is_one_message(tmp_path):
-    (tmp_path / "f.py").write_text("import os\nos.closerange(3, 200)\ndef score(prompts, responses): return [1.0]\n")
-
-    def work():
-        with pytest.raises(RewardError, match="it closed files that it has not opened") as caught:
-            load_function(str(tmp_path / "f.py"), "--reward")
-        return caught.value.where == f"--reward {tmp_path / 'f.py'}"
-
-    in_a_fork(work)
 
 
 def test_random_numbers_go_on_from_call_to_call():

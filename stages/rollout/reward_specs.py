@@ -21,7 +21,7 @@ from stages.models.model_ref import ModelRef, open_model, same_base
 from stages.places import absolute, describe_special
 from stages.recipe import is_function
 from stages.rollout.settings import ImportChanges, recording_changes
-from stages.rollout.user_code import ClosedFiles, user_code
+from stages.rollout.user_code import user_code
 from stages.training.signals import Signals
 
 
@@ -110,7 +110,7 @@ def load_function(name: str, what: str) -> UserFunction:
         with user_code(where, Signals()), recording_changes(imported):
             module = _import(path)
             function = getattr(module, function_name, None)
-    except (StopRequested, ClosedFiles):
+    except StopRequested:
         raise
     except BaseException as error:
         raise RewardError(f"importing it failed: {reason_of(error, path)}", where=where, fix="fix the file") from None

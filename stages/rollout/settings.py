@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import locale
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,29 +48,22 @@ def recording_changes(imported: ImportChanges) -> Iterator[None]:
         yield
     finally:
         for setting, old in [*before, *_initial_torch(had_torch)]:
-            with contextlib.suppress(Exception):  # a torch mode that the block has not left may raise here
-                if (new := setting.read()) != old:
-                    imported.changes.append((setting, new))
+            if (new := setting.read()) != old:
+                imported.changes.append((setting, new))
 
 
 @contextmanager
 def restoring_settings() -> Iterator[None]:
     """Put the settings of the process and of torch back after the block."""
-    before = _read(PROCESS + CARRIED)
+    before = _read([HANDLERS, *CARRIED])
     had_torch = "torch" in sys.modules
     try:
-        with _restoring_inference_mode() if had_torch else contextlib.nullcontext():
-            yield
+        yield
     finally:
-        if "torch" in sys.modules:
-            with contextlib.suppress(Exception):  # another version of torch may lack these private names
-                _leave_torch_modes()
         for setting, value in [*before, *_initial_torch(had_torch)]:
-            for _ in range(2):  # the block's own handler of a signal that arrives right now may raise here, once
-                with contextlib.suppress(Exception):
-                    if setting.read() != value:
-                        setting.write(value)
-                    break
+            with contextlib.suppress(Exception):  # such as a working directory that the block has removed
+                if setting.read() != value:
+                    setting.write(value)
 
 
 @contextmanager
@@ -82,9 +73,7 @@ def restoring_alarm() -> Iterator[None]:
     try:
         yield
     finally:
-        for _ in range(2):
-            with contextlib.suppress(BaseException):  # it may ring right now
-                signal.setitimer(signal.ITIMER_REAL, *before)
+        signal.setitimer(signal.ITIMER_REAL, *before)
 
 
 def _read(settings: list[Setting]) -> Values:
@@ -95,10 +84,6 @@ def _initial_torch(had_torch: bool) -> Values:
     """Torch's settings as they were right after its import, if the block was the first to import it."""
     first_import = "torch" in sys.modules and not had_torch
     return [(s, s.initial) for s in _torch_settings() if s.initial is not None] if first_import else []
-
-
-def _attribute(owner: object, name: str) -> Setting:
-    return Setting(partial(getattr, owner, name), partial(setattr, owner, name))
 
 
 def _working_directory() -> str | None:
@@ -122,13 +107,6 @@ def _set_environment(value: dict[str, str]) -> None:
     os.environ.update(value)
 
 
-def read_umask() -> int:
-    """Permissions that new files of this process do not get; the system returns them only when they are changed."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
 def _handlers() -> dict[int, Any]:
     return {number: signal.getsignal(number) for number in signal.valid_signals()}
 
@@ -139,6 +117,7 @@ def _set_handlers(value: dict[int, Any]) -> None:
             signal.signal(number, handler)
 
 
+HANDLERS = Setting(_handlers, _set_handlers)  # the process's own at the start of every call
 # Changes that importing a file makes to these last for the calls of its functions:
 CARRIED = [
     Setting(_working_directory, os.chdir),
@@ -148,14 +127,6 @@ CARRIED = [
     Setting(partial(locale.setlocale, locale.LC_ALL), partial(locale.setlocale, locale.LC_ALL)),
     Setting(sys.getrecursionlimit, sys.setrecursionlimit),
 ]
-# These are the process's own at the start of every call:
-PROCESS = [
-    Setting(_handlers, _set_handlers),
-    Setting(read_umask, os.umask),
-    Setting(gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
-    *(_attribute(sys, name) for name in ("stdin", "stdout", "stderr", "excepthook", "unraisablehook")),
-    _attribute(threading, "excepthook"),
-]
 
 
 def _torch_settings() -> list[Setting]:
@@ -163,53 +134,24 @@ def _torch_settings() -> list[Setting]:
 
     cudnn, attention = torch.backends.cudnn, torch.backends.cuda
 
-    def set_device(name: str) -> None:
-        torch.set_default_device(None if name == "cpu" else name)
-        if torch.empty(0).device.type == "cuda" and name == "cpu":  # set_default_tensor_type overrides the above
-            torch.set_default_tensor_type(torch.FloatTensor)
-
     def deterministic() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    def set_device(name: str) -> None:
+        torch.set_default_device(None if name == "cpu" else name)
 
     settings = [
         Setting(lambda: str(torch.empty(0).device), set_device, "cpu"),
         Setting(torch.get_default_dtype, torch.set_default_dtype, torch.float32),
         Setting(torch.is_grad_enabled, torch.set_grad_enabled, True),
-        Setting(torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly, False),
         Setting(deterministic, lambda on: torch.use_deterministic_algorithms(on[0], warn_only=on[1]), (False, False)),
         Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
         Setting(torch.get_num_threads, torch.set_num_threads),
-        *(_attribute(cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
     ]
+    for name in ("enabled", "benchmark", "deterministic"):
+        settings.append(Setting(partial(getattr, cudnn, name), partial(setattr, cudnn, name)))
     for kind in ("flash", "mem_efficient", "math"):
         settings.append(Setting(getattr(attention, f"{kind}_sdp_enabled"), getattr(attention, f"enable_{kind}_sdp")))
-    for device in ("cpu", "cuda"):
-        enabled, dtype = partial(torch.is_autocast_enabled, device), partial(torch.get_autocast_dtype, device)
-        settings.append(Setting(enabled, partial(torch.set_autocast_enabled, device), False))
-        settings.append(Setting(dtype, partial(torch.set_autocast_dtype, device)))
     if torch.cuda.is_initialized():
         settings.append(Setting(torch.cuda.current_device, torch.cuda.set_device))
     return settings
-
-
-def _restoring_inference_mode() -> contextlib.AbstractContextManager:
-    """Restores torch's inference mode at its end, which has no function that sets it."""
-    import torch
-
-    return torch.inference_mode(torch.is_inference_mode_enabled())
-
-
-def _leave_torch_modes() -> None:
-    """Leave every function and dispatch mode; each would see, or change, all that we compute. We enter none ourselves.
-
-    A default device is a function mode too, which torch also notes in two places of its own.
-    """
-    import torch
-    from torch import overrides
-    from torch.utils import _device, _python_dispatch
-
-    while torch._C._len_torch_dispatch_stack():  # this exit also resets torch's flags of the modes that are on
-        _python_dispatch.TorchDispatchMode.__exit__(_python_dispatch._get_current_dispatch_mode(), None, None, None)
-    while torch._C._len_torch_function_stack():
-        overrides._pop_mode()
-    torch._GLOBAL_DEVICE_CONTEXT.device_context = _device.CURRENT_DEVICE = None

@@ -14,30 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stages.errors import RewardError, StopRequested
-from stages.rollout.descriptors import Descriptor, restoring_descriptors
 from stages.rollout.settings import ImportChanges, restoring_alarm, restoring_settings
 from stages.training.children import adopt_orphans, end_children
 from stages.training.signals import STOP_SIGNALS, Signals, handling
 
 RING = signal.SIGURG  # the watching thread interrupts with it: ignored by default, and hardly ever used
 RING_AGAIN = 2.0  # seconds between two interrupts: the block's cleaning up may wait for what hangs
-LOOK_UP = 1.0  # seconds between two checks that the pipe is still open
 SECONDS_TO_INTERRUPT = 10.0  # seconds of interrupts before the process is ended
 
 
 class TookTooLong(BaseException):
     """A time limit was reached; not an Exception, so that no user code swallows it."""
-
-
-class ClosedFiles(RewardError):
-    """The code closed, or replaced, files that it did not open."""
-
-    def __init__(self, who: str):
-        super().__init__(
-            "it closed files that it has not opened",
-            where=who,
-            fix="close only what the function itself has opened",
-        )
 
 
 @contextmanager
@@ -50,18 +37,11 @@ def user_code(
     Both are raised again until the block ends, and after SECONDS_TO_INTERRUPT the process ends: a call into C that
     never returns can be left in no other way. (One that holds Python's lock all the time cannot be left at all.)
 
-    Afterwards the settings of the process, of torch and the standard descriptors are as before; ClosedFiles is raised
-    if the block closed other files of ours. The block starts with the changes of `imported`, if given. A process that
-    the block forks and that leaves the block ends here.
+    Afterwards the settings of the process and of torch are as before. The block starts with the changes of `imported`,
+    if given. A process that the block forks and that leaves the block ends here.
     """
     process = os.getpid()
-    with (
-        restoring_descriptors(),
-        restoring_settings(),
-        watching(who, signals, timeout),
-        signals.acting_at_once(),
-        restoring_alarm(),
-    ):
+    with restoring_settings(), watching(who, signals, timeout), signals.acting_at_once(), restoring_alarm():
         if imported is not None:
             imported.apply()
         try:
@@ -86,27 +66,20 @@ def watching(who: str, signals: Signals, timeout: float) -> Iterator[None]:
     adopt_orphans()
     watch = _Watch(who, signals, timeout)
     with handling({RING: watch.interrupt}):
-        pipe = reader, writer = [Descriptor(number) for number in os.pipe()]
-        os.set_blocking(writer.number, False)
-        outer = signal.set_wakeup_fd(writer.number, warn_on_full_buffer=False)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         thread = threading.Thread(target=watch.run, args=(reader,), daemon=True)
         thread.start()
         try:
             yield
         finally:
             watch.over = True
-            try:
-                signal.set_wakeup_fd(outer)
-            except (OSError, ValueError):  # the block closed it
-                signal.set_wakeup_fd(-1)
-            intact = all(end.intact() for end in pipe)
-            if intact:
-                os.write(writer.number, b"\0")
+            signal.set_wakeup_fd(outer)
+            os.write(writer, b"\0")
             thread.join()
-            for end in pipe:
-                end.close()
-        if not intact:
-            raise ClosedFiles(who)
+            os.close(reader)
+            os.close(writer)
 
 
 class _Watch:
@@ -125,10 +98,11 @@ class _Watch:
             return
         raise TookTooLong if self.stop_signal == RING else StopRequested(self.stop_signal)
 
-    def run(self, reader: Descriptor) -> None:
+    def run(self, reader: int) -> None:
         """In the thread: read the numbers of signals as they come, and interrupt when it is time."""
         while not self.over:
-            numbers = self._read(reader, min(LOOK_UP, max(0.0, self.next_ring - time.monotonic())))
+            left = None if self.next_ring == math.inf else max(0.0, self.next_ring - time.monotonic())
+            numbers = os.read(reader, 512) if select.select([reader], [], [], left)[0] else b""
             signals = [number for number in numbers if number in STOP_SIGNALS]
             if signals and self.stop_signal in (None, RING):
                 self._stop(signals[0])
@@ -143,16 +117,6 @@ class _Watch:
 
     def _stop(self, number: int) -> None:
         self.stop_signal, self.stop_time = number, time.monotonic()
-
-    def _read(self, reader: Descriptor, seconds: float) -> bytes:
-        """The numbers of signals that come within so many seconds; none if the block has closed `reader`."""
-        numbers = b""
-        with contextlib.suppress(OSError, ValueError):
-            if reader.intact() and select.select([reader.number], [], [], seconds)[0] and reader.intact():
-                numbers = os.read(reader.number, 512)
-        if not numbers:
-            time.sleep(min(seconds, 0.05))  # a closed pipe is read at once
-        return numbers
 
     def _give_up(self) -> None:
         """End the process, after saving the state if there is any: its main thread does not return."""
