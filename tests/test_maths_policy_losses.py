@@ -15,39 +15,33 @@ ONE = torch.tensor([[True, False]])
 
 
 def one_token(ratio, advantage, clip_range=0.2, **options):
-    """Loss, slope, clipped and capped count of one token, a poisoned pad beside it."""
+    """Loss, slope and clipped count of one token, a poisoned pad beside it."""
     logprobs = double([math.log(ratio) - 2.0, 5.0]).requires_grad_()
     result = policy_loss(logprobs, double([-2.0, -5.0]), double([advantage, POISON]), ONE, clip_range, **options)
     (slope,) = torch.autograd.grad(result.loss, logprobs)
     assert slope[0, 1] == 0
-    return result.loss.item(), slope[0, 0].item(), result.clipped_count.item(), result.capped_count.item()
+    return result.loss.item(), slope[0, 0].item(), result.clipped_count.item()
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "slope", "clipped", "capped"),
+    ("ratio", "advantage", "loss", "slope", "clipped"),
     [
-        (10.0, -1.0, 3.0, 0.0, 0, 1),
-        (10.0, -2.0, 6.0, 0.0, 0, 1),
-        (2.0, -1.0, 2.0, 2.0, 0, 0),  # below the cap it is PPO
-        (0.5, -1.0, 0.8, 0.0, 1, 0),
-        (10.0, 1.0, -1.2, 0.0, 1, 0),  # a positive advantage is not capped
-        (0.5, 1.0, -0.5, -0.5, 0, 0),
-        (10.0, 0.0, 0.0, 0.0, 0, 0),
+        (10.0, -1.0, 3.0, 0.0, 0),
+        (10.0, -2.0, 6.0, 0.0, 0),
+        (2.0, -1.0, 2.0, 2.0, 0),  # below the cap it is PPO
+        (0.5, -1.0, 0.8, 0.0, 1),
+        (10.0, 1.0, -1.2, 0.0, 1),  # a positive advantage is not capped
+        (0.5, 1.0, -0.5, -0.5, 0),
+        (10.0, 0.0, 0.0, 0.0, 0),
     ],
 )
-def test_dual_clip_caps_the_loss_of_a_negative_advantage(ratio, advantage, loss, slope, clipped, capped):
+def test_dual_clip_caps_the_loss_of_a_negative_advantage(ratio, advantage, loss, slope, clipped):
     """Check 31: A = -1, ratio 10 and c = 3 cost 3, and teach nothing."""
-    assert one_token(ratio, advantage, dual_clip=3.0) == pytest.approx((loss, slope, clipped, capped), abs=1e-14)
+    assert one_token(ratio, advantage, dual_clip=3.0) == pytest.approx((loss, slope, clipped), abs=1e-14)
 
 
 def test_without_dual_clip_the_loss_grows_with_the_ratio():
-    assert one_token(10.0, -1.0) == pytest.approx((10.0, 10.0, 0, 0))
-
-
-@pytest.mark.parametrize("dual_clip", [1.0, 0.5])
-def test_a_dual_clip_that_would_cap_every_loss_is_refused(dual_clip):
-    with pytest.raises(ValueError, match=str(dual_clip)):
-        one_token(1.0, -1.0, dual_clip=dual_clip)
+    assert one_token(10.0, -1.0) == pytest.approx((10.0, 10.0, 0))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +58,7 @@ def test_a_dual_clip_that_would_cap_every_loss_is_refused(dual_clip):
 )
 def test_the_upper_clip_may_be_another_than_the_lower(clip_high, ratio, advantage, loss, slope, clipped):
     found = one_token(ratio, advantage, clip_high=clip_high)
-    assert found == pytest.approx((loss, slope, clipped, 0), abs=1e-14)
+    assert found == pytest.approx((loss, slope, clipped), abs=1e-14)
 
 
 # --- how much each token counts
@@ -88,11 +82,6 @@ def test_weights_of_tokens_and_of_sequences_add_up_to_1_over_a_step():
     assert token_weights(mask, "token", **STEP).sum().item() == pytest.approx(1.0, rel=1e-12)
     assert token_weights(mask, "sequence", **STEP).sum().item() == pytest.approx(1.0, rel=1e-12)
     assert token_weights(mask, "constant", **STEP).sum().item() == pytest.approx(23 / 64, rel=1e-12)
-
-
-def test_another_way_to_weigh_tokens_is_refused():
-    with pytest.raises(ValueError, match="'batch'"):
-        token_weights(ONE, "batch", **STEP)
 
 
 def weighted_losses(x, y, z, mask, how):
@@ -166,8 +155,6 @@ def test_weights_are_constants_and_take_the_place_of_a_denominator():
     assert torch.autograd.grad(value, losses)[0].tolist() == [[0.5, 1.0], [0.25, 0.0]]
     assert not aggregate(losses.detach(), mask, weights=weights).requires_grad
     assert (aggregate(losses, mask).item(), aggregate(losses, mask, 24).item()) == (4.0, 0.5)
-    with pytest.raises(ValueError, match="denominator"):
-        aggregate(losses, mask, 3, weights)
 
 
 def test_an_entropy_bonus_is_minus_the_aggregated_entropy():
@@ -225,8 +212,3 @@ def test_the_kl_as_a_loss_pulls_towards_the_reference_and_stays_finite():
     loss = kl_loss(logprobs, torch.tensor([[-1.0]]), mask, "k3")
     loss.backward()
     assert loss.isfinite() and logprobs.grad.isfinite().all()
-
-
-def test_another_estimator_is_refused():
-    with pytest.raises(ValueError, match="'k4'"):
-        kl_loss(double([0.0]), double([0.0]), ONE[:, :1], "k4")

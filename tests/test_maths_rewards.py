@@ -47,11 +47,6 @@ def test_penalty_0_charges_nothing(how):
     assert charge_missing_eos(score, torch.tensor([False, False]), 0.0, how).tolist() == [2.0, -3.0]
 
 
-def test_another_way_to_charge_is_refused():
-    with pytest.raises(ValueError, match="'halve'"):
-        charge_missing_eos(double(1.0), torch.tensor([False]), 1.0, "halve")
-
-
 def test_the_score_lands_on_the_last_token():
     """Check 19: score at e on top of that token's KL; each row sums to score - kl_coef * sequence KL."""
     poison = 1e6

@@ -29,6 +29,9 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
 def sequence_kl(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Sum of k1 over each response's masked tokens, (B,) nats."""
     return sequence_sum(k1(logprobs, reference_logprobs), mask)

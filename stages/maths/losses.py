@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stages.maths.kl import k1, k2, k3
+from stages.maths.kl import ESTIMATORS, k1
 from stages.maths.tensors import at_least_fp32, masked_sum
 
 
@@ -25,7 +25,6 @@ class PolicyLoss:
     loss: Tensor  # scalar
     ratio: Tensor  # (B, T) new over old probability, 0 off-mask
     clipped_count: Tensor  # scalar, masked tokens whose loss the clip raised
-    capped_count: Tensor  # scalar, masked tokens whose loss the dual clip lowered
     approx_kl_sum: Tensor  # scalar, masked sum of (logprobs - old_logprobs)^2 / 2
 
 
@@ -46,16 +45,13 @@ def token_weights(
     `max_length` is a constant of the run. `how` is "token", 1 / tokens: all tokens have equal weight (PPO, DAPO);
     "sequence", 1 / (sequences L) for a response of L tokens: all responses have equal weight (GRPO); or "constant",
     1 / (sequences max_length): all tokens have equal weight, whatever the lengths of other responses (Dr. GRPO).
-    Raises ValueError for another `how`.
     """
     if how == "token":
         weight = 1 / torch.as_tensor(tokens, device=mask.device)
     elif how == "sequence":
         weight = 1 / (sequences * mask.sum(dim=1, keepdim=True).clamp(min=1))
-    elif how == "constant":
-        weight = 1 / torch.as_tensor(sequences * max_length, device=mask.device)
     else:
-        raise ValueError(f"token losses cannot be weighted by {how!r}")
+        weight = 1 / torch.as_tensor(sequences * max_length, device=mask.device)
     return torch.where(mask, weight, 0)
 
 
@@ -65,13 +61,10 @@ def aggregate(
     """Masked sum of `losses` (B, T), divided by `denominator` or with `weights`; a scalar. Weights have no gradient.
 
     For any loss per token without a function here, such as minus the entropy.
-    Raises ValueError if both are given, since weights include the divisor.
     """
     if weights is None:
         count = mask.sum().clamp(min=1) if denominator is None else denominator
         return masked_sum(losses, mask) / count
-    if denominator is not None:
-        raise ValueError("weights take the place of a denominator")
     return masked_sum(losses * weights.detach().masked_fill(~mask, 0), mask)
 
 
@@ -90,27 +83,23 @@ def policy_loss(
     """PPO's clipped surrogate max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_high)); all tensors (B, T).
 
     `clip_high` None is `clip_range`. With `dual_clip` c the loss of a negative advantage A is -cA at most, so that one
-    extreme ratio cannot dominate the batch; ValueError unless c > 1.
+    extreme ratio cannot dominate the batch.
     The log-ratio is clamped to +-20, so that exp is finite in fp32.
     Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; separate upper range: Yu et al.
     2025, "DAPO"; dual clip: Ye et al. 2020, "Mastering Complex Control in MOBA Games".
     """
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"a dual clip of {dual_clip} would cap the loss of an unchanged policy")
     # Under padding the change is 0, so neither clip acts there and nothing is counted.
     change = (logprobs - old_logprobs).masked_fill(~mask, 0)
     ratio = change.clamp(-20, 20).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + (clip_range if clip_high is None else clip_high))
     losses = torch.maximum(unclipped, clipped)
-    highest = torch.full_like(losses, torch.inf)
     if dual_clip is not None:
-        highest = torch.where(advantages < 0, -dual_clip * advantages, highest)
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
     return PolicyLoss(
-        loss=aggregate(torch.minimum(losses, highest), mask, denominator, weights),
+        loss=aggregate(losses, mask, denominator, weights),
         ratio=ratio.detach().masked_fill(~mask, 0),
         clipped_count=(clipped > unclipped).sum(),
-        capped_count=(losses > highest).sum(),
         approx_kl_sum=0.5 * masked_sum(change.detach().square(), mask),
     )
 
@@ -129,18 +118,15 @@ def kl_loss(
     Its mean gradient over tokens sampled from the policy depends on `how`: "k2" has that of KL(policy || reference),
     as intended; "k3" that of KL(reference || policy), as in GRPO; "k1" has a mean gradient of 0, only noise. A token's
     effect on the KL of later tokens has no gradient here; it has in the reward. For k3 the log-ratio is clamped to
-    +-20, so that exp is finite in fp32. Raises ValueError for another `how`.
+    +-20, so that exp is finite in fp32.
 
     Source: Schulman 2020, "Approximating KL Divergence"; Tang and Munos 2025, "On a few pitfalls in KL divergence
     gradient estimation for RL".
     """
-    estimators = {"k1": k1, "k2": k2, "k3": k3}
-    if how not in estimators:
-        raise ValueError(f"the KL cannot be estimated by {how!r}")
     log_ratio = k1(logprobs, reference_logprobs).masked_fill(~mask, 0)
     if how == "k3":
         log_ratio = log_ratio.clamp(-20, 20)
-    return aggregate(estimators[how](log_ratio, torch.zeros_like(log_ratio)), mask, denominator, weights)
+    return aggregate(ESTIMATORS[how](log_ratio, torch.zeros_like(log_ratio)), mask, denominator, weights)
 
 
 def value_loss(

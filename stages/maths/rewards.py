@@ -16,7 +16,6 @@ def charge_missing_eos(score: Tensor, ended: Tensor, penalty: float, how: str) -
 
     `how` is "subtract" (score - penalty), "replace" (-penalty, whatever the score) or "floor" (the lower of the two,
     because plain replacement would reward never ending if the score is below -penalty).
-    Raises ValueError for another `how`.
 
     Source: "replace" with penalty 1 is Ziegler 2019 and Huang 2024; "subtract" is TRL's `missing_eos_penalty`.
     """
@@ -26,10 +25,8 @@ def charge_missing_eos(score: Tensor, ended: Tensor, penalty: float, how: str) -
         charged = (score - penalty).clamp(max=-penalty)
     elif how == "subtract":
         charged = score - penalty
-    elif how == "replace":
-        charged = torch.full_like(score, -penalty)
     else:
-        raise ValueError(f"missing EOS cannot be charged by {how!r}")
+        charged = torch.full_like(score, -penalty)
     return torch.where(ended, score, charged)
 
 

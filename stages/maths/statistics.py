@@ -247,9 +247,9 @@ def accuracy_by_length_difference(
     ]
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the masked tokens of (B, T); nan if the returns do not vary."""
-    values, returns = _numbers(values[mask]), _numbers(returns[mask])
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over tokens (N,); nan if the returns do not vary."""
+    values, returns = _numbers(values), _numbers(returns)
     if _is_constant(returns):
         return math.nan
     return 1 - ((returns - values).var() / returns.var()).item()

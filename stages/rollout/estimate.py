@@ -7,12 +7,11 @@ from torch import Tensor
 
 from stages.config import PpoConfig
 from stages.maths.advantages import broadcast, gae, group_centred, group_relative, reinforce_pp, rloo
-from stages.maths.kl import k1, k2, k3
+from stages.maths.kl import ESTIMATORS
 from stages.maths.rewards import shape_rewards
 from stages.maths.tensors import Reduce, scale_to_unit_variance, sequence_sum, whiten
 from stages.rollout.experience import Experience
 
-ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 WHITENED = ("gae", "reinforce++", "reinforce++-baseline")
 
 

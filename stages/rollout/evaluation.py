@@ -31,10 +31,6 @@ class EvaluationSetup:
     judges: dict[str, RewardSources]  # by "score" and "gold", if given
     seed: int
 
-    @property
-    def measures_kl(self) -> bool:
-        return "reference" in self.roles.adapters
-
 
 @dataclass(frozen=True)
 class ScoredRollout:
@@ -73,8 +69,10 @@ def measure(setup: EvaluationSetup, draws: list[int]) -> ScoredRollout:
         name: judge.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
         for name, judge in setup.judges.items()
     }
-    kl = rollout_kl(setup.roles, rollout, setup.sampling.temperature) if setup.measures_kl else None
-    return ScoredRollout(rollout, scores, None if kl is None else kl.double().cpu())
+    kl = None
+    if "reference" in setup.roles.adapters:
+        kl = rollout_kl(setup.roles, rollout, setup.sampling.temperature).double().cpu()
+    return ScoredRollout(rollout, scores, kl)
 
 
 def summarise_responses(measured: ScoredRollout) -> dict[str, float]:

@@ -84,4 +84,4 @@ def measure_explained_variance(ranks: Ranks, experience: Experience, returns: Te
     """Share of the returns' variance that the critic's values explain, over the tokens of all ranks."""
     columns = (x[experience.mask].tolist() for x in (experience.values, returns))
     values, goals = (torch.tensor(ranks.gather(numbers), dtype=torch.float64) for numbers in columns)
-    return explained_variance(values, goals, torch.ones_like(values, dtype=torch.bool))
+    return explained_variance(values, goals)
