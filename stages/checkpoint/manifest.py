@@ -140,8 +140,8 @@ def _with_relative(folder: Path, ref: _Ref) -> _Ref:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
-    """A checkpoint's manifest; with `verify` every listed file must exist and have its sha256.
+def read_manifest(folder: str | Path) -> Manifest:
+    """A checkpoint's manifest; every file that it lists must exist and have its sha256.
 
     Raises CheckpointError for a file that is missing, damaged or outside the folder, and for a folder that is not a
     checkpoint, an unfinished run, or of a newer version.
@@ -158,7 +158,7 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     for name, digest in manifest.files.items():
         path = _inside(folder, name)
         try:
-            damaged = verify and sha256_of(path) != digest
+            damaged = sha256_of(path) != digest
         except FileNotFoundError:
             raise _broken(folder, f"`{name}` is missing") from None
         except OSError as error:

@@ -82,8 +82,6 @@ class Run:
         """
         if not self.writer:
             return
-        if self.finished:
-            raise OutputError("finished already", where=str(self.folder), fix="use the checkpoint in this folder")
         atomic.make_folder(self.folder)
         self._take_lock()
         try:

@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors of any shape, dtype and device to one file, whole or not at all.
 
-    Equal tensors and metadata give equal bytes. Raises OutputError.
+    Equal tensors without metadata give equal bytes. Raises OutputError.
     """
     import safetensors.torch
 
@@ -26,17 +26,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
         storage = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if storage in seen else tensor  # the format refuses two views of one storage
         seen.add(storage)
-    data = safetensors.torch.save(plain)
-    atomic.write_bytes(path, _with_metadata(data, metadata) if metadata else data)
-
-
-def _with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:
-    """Put metadata into a header in sorted order; the library's own order changes from run to run."""
-    length = int.from_bytes(data[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(data[8 : 8 + length])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]))
+    atomic.write_bytes(path, safetensors.torch.save(plain, metadata))
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
