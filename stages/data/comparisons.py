@@ -36,11 +36,6 @@ class Pair:
             for name, value in (swapped | {"margin": 0.0 - self.margin}).items():  # 0 becomes 0, not -0
                 object.__setattr__(self, name, value)
 
-    @property
-    def tie(self) -> bool:
-        """Whether neither response is the likelier winner."""
-        return self.probability == 0.5
-
 
 @dataclass(frozen=True)
 class Comparison:
