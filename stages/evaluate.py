@@ -19,7 +19,7 @@ from stages.inputs import Inputs
 from stages.maths.statistics import clustered_interval, mean_with_error
 from stages.models.candidates import Candidate, candidate_of, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter
-from stages.models.tokens import PromptRow, Text, TokenRow
+from stages.models.tokens import PromptRow, Text
 from stages.places import absolute
 from stages.results import Reporter, Result, Table
 from stages.rollout.evaluation import (
@@ -62,8 +62,9 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
         tables = comparison_evaluation_tables(reports)
     if "demonstrations" in rows:
         roles.add("policy", adapter_of(base, source, trainable=False))
-        report["perplexity"] = measure_perplexity(roles, rows["demonstrations"])
-        warn_above_uniform(report["perplexity"]["loss"], base.vocabulary, "the loss", cause, reporter)
+        found, count = held_out_loss(roles, "policy", rows["demonstrations"]), len(rows["demonstrations"])
+        report["perplexity"] = {"loss": found["eval_loss"], "perplexity": found["eval_perplexity"], "rows": count}
+        warn_above_uniform(found["eval_loss"], base.vocabulary, "the loss", cause, reporter)
         tables = (metrics_table("perplexity", report["perplexity"]),)
     if "prompts" in rows:
         for line in check_engine(base, config.rollout_engine):
@@ -119,12 +120,6 @@ def check_best_of(counts: list[int], prompts: int) -> None:
             where="--best-of",
             fix="lower it, or use fewer prompts with --limit-rows",
         )
-
-
-def measure_perplexity(roles: Roles, rows: list[TokenRow]) -> dict[str, float]:
-    """Loss per target token and perplexity on demonstrations."""
-    losses = held_out_loss(roles, "policy", rows)
-    return {"loss": losses["eval_loss"], "perplexity": losses["eval_perplexity"], "rows": len(rows)}
 
 
 # --- policies on prompts

@@ -21,11 +21,6 @@ from stages.training.implicit import flatten, summed_logprobs
 SIDE_BY_SIDE = ("model", "label", "kind", "agreement")  # keys of a report that only matter beside other reports
 
 
-def kind_of(candidate: Candidate) -> str:
-    """The key of a candidate's report, by how it scores."""
-    return "reward_model" if candidate.stage == "reward" else "implicit_reward"
-
-
 def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenComparison]) -> Tensor:
     """Scores (R,) of every response: a reward model's, or beta x log(policy / reference) of a DPO or PPO policy.
 
@@ -57,7 +52,8 @@ def evaluate_on_comparisons(
         scores = candidate_scores(roles, candidate, rows)
         delta = scores[pairs.better] - scores[pairs.worse]
         first = delta if first is None else first
-        identity = {"model": candidate.name, "label": label, "kind": kind_of(candidate)}
+        kind = "reward_model" if candidate.stage == "reward" else "implicit_reward"  # its key in the whole report
+        identity = {"model": candidate.name, "label": label, "kind": kind}
         reports.append(identity | build_comparison_report(scores, rows) | {"agreement": agreement(first, delta)})
         reporter.log(done, {name: reports[-1][name] for name in ("accuracy", "log_loss")})
     reporter.end()

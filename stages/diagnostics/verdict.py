@@ -62,7 +62,9 @@ def reach_verdict(report: dict[str, Any]) -> Verdict:
         return Verdict("no-go", (f"{accuracy} is no better than chance (0.5)",), cautions + notes)
     if cautions:
         return Verdict("caution", cautions, (above_chance, *notes))
-    return Verdict("go", (above_chance, *_lead(report)), notes)
+    rule = _best_rule(report)
+    lead = () if rule is None else (f"it is above the accuracy of the {_describe_rule(*rule)}",)
+    return Verdict("go", (above_chance, *lead), notes)
 
 
 def _cautions(report: dict[str, Any]) -> Iterator[str]:
@@ -106,12 +108,6 @@ def _sample_cautions(report: dict[str, Any], samples: dict[str, float]) -> Itera
 def _best_rule(report: dict[str, Any]) -> tuple[str, dict[str, float]] | None:
     """The most accurate of the rules that do not read the prompt."""
     return max(report.get("baselines", {}).items(), key=lambda item: item[1]["accuracy"], default=None)
-
-
-def _lead(report: dict[str, Any]) -> Iterator[str]:
-    rule = _best_rule(report)
-    if rule is not None:
-        yield f"it is above the accuracy of the {_describe_rule(*rule)}"
 
 
 def _describe_rule(name: str, rule: dict[str, float]) -> str:
