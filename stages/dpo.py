@@ -34,6 +34,7 @@ from stages.training.comparing import (
 from stages.training.implicit import cached_logprobs, flatten, logprob_sums, summed_logprobs
 from stages.training.language import count_targets
 from stages.training.plan import Work
+from stages.training.publishing import publish_checkpoint
 from stages.training.session import Session
 
 
@@ -59,7 +60,7 @@ def run(config: DpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     report = report_on_held_out(session, reference)
     write_json(session.run.folder / REPORT, report)
     metrics = session.summarise_metrics() | numbers_of(report)
-    session.publish("policy", metrics, extra_files=(REPORT,))
+    publish_checkpoint(session, "policy", metrics, extra_files=(REPORT,))
     data = {"metrics": metrics, "report": report, "steps": session.total}
     return session.result(data, finished_tables(session.run))
 

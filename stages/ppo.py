@@ -51,6 +51,7 @@ from stages.training.language import count_targets, learn_rows
 from stages.training.loop import before_and_after, stop_together
 from stages.training.opening import prompt_limit
 from stages.training.plan import Work, rollout_rows, source_shapes
+from stages.training.publishing import publish_checkpoint
 from stages.training.session import Session
 
 TRY_TOKENS = 8
@@ -84,7 +85,8 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     alarms = alarms_in(lines)
     last = {name: lines[-1].get(name) for name in ("reward_score", "reward_kl", "entropy")}
     metrics = {**before_and_after(lines), **last, "alarms": sorted(alarms)}
-    session.publish("policy", metrics, rewards=[spec.checkpoint for spec in inputs.rewards if spec.checkpoint])
+    rewards = [spec.checkpoint for spec in inputs.rewards if spec.checkpoint]
+    publish_checkpoint(session, "policy", metrics, rewards=rewards)
     data = {"metrics": metrics, "updates": session.total, "alarms": alarms}
     return session.result(data, finished_tables(session.run))
 

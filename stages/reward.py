@@ -19,7 +19,7 @@ from stages.inputs import Inputs
 from stages.maths.losses import pair_loss
 from stages.models.heads import ScalarHead
 from stages.models.outputs import sequence_scores
-from stages.models.roles import Roles, adapter_of, frozen_copy, head_of
+from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.tokens import TokenRow
 from stages.results import Reporter, Result
 from stages.rollout.policy_scores import score_policy_responses
@@ -38,6 +38,7 @@ from stages.training.comparing import (
     score_rows,
 )
 from stages.training.plan import Work
+from stages.training.publishing import publish_checkpoint
 from stages.training.seeds import derive
 from stages.training.session import Session
 
@@ -68,7 +69,7 @@ def run(config: RewardConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     report["verdict"] = verdict.stored()
     write_json(session.run.folder / REPORT, report)
     metrics = session.summarise_metrics() | numbers_of(report) | {"verdict": verdict.decision}
-    session.publish(ROLE, metrics, extra_files=(REPORT,))
+    publish_checkpoint(session, ROLE, metrics, extra_files=(REPORT,))
     data = {"metrics": metrics, "report": report, "steps": session.total}
     return session.result(data, finished_tables(session.run))
 
@@ -182,7 +183,7 @@ def check_policy_scores(session: Session) -> dict[str, object]:
     roles, model = session.roles, session.model
     if model.manifest is not None and model.manifest.stage == "reward":
         return {}
-    roles.add("policy", frozen_copy(adapter_of(roles.base, model, trainable=False)))
+    roles.add("policy", adapter_of(roles.base, model, trainable=False))
     prompts = [Prompt(row.where, row.prompt) for row in session.inputs.held_out]
     samples = score_policy_responses(roles, session.text, prompts, session.config.sft_samples, session.config.seed)
     roles.remove("policy")

@@ -12,6 +12,7 @@ from stages.results import Reporter, Result
 from stages.rollout.samples import show_samples
 from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
 from stages.training.plan import Work
+from stages.training.publishing import publish_checkpoint
 from stages.training.session import Session
 
 AFTER_TRAINING = "training diverged (lower --learning-rate), unless the loss was as high before training"
@@ -34,7 +35,7 @@ def run(config: SftConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     if not session.ranks.first:
         return session.result({})
     metrics = session.summarise_metrics() | {"held_out_rows": len(held_out)}
-    session.publish("policy", metrics)
+    publish_checkpoint(session, "policy", metrics)
     return session.result({"metrics": metrics, "steps": session.total}, finished_tables(session.run))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from stages.models import outputs as forward
 from stages.models.heads import ScalarHead
-from stages.models.outputs import pad, predictors, read_targets, sequence_scores, target_logprobs
+from stages.models.outputs import TargetLogprobs, pad, predictors, read_targets, sequence_scores
 from stages.models.roles import Roles
 from stages.rollout.experience import read_values
 from tests.marks import full
@@ -224,7 +224,7 @@ def test_gradients_of_logprobs_and_entropies_are_autograds(open_tiny, architectu
     weights = torch.randn(2, 6, generator=generator)
 
     def ours(states):
-        return target_logprobs(base, states, tokens, temperature, True)
+        return TargetLogprobs.apply(states, base, tokens, temperature, True)
 
     def plain(states):
         every = (base.logits(states) / (temperature if temperature == 1 else temperature + 1e-7)).log_softmax(-1)

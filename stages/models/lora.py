@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stages.errors import CheckpointError, ConfigError, ModelError
+from stages.errors import CheckpointError, ModelError
 from stages.models.adapter_files import LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX, adapter_shapes
 from stages.models.checks import check_stored
 from stages.models.quantised import is_four_bit, quiet_bitsandbytes
@@ -74,16 +74,7 @@ class Adapter:
         return Adapter(self.config, twins)
 
     def grown(self, rank: int, alpha: float, seed: int) -> Adapter:
-        """An adapter that computes the same at a larger rank: new rows of A are random, new columns of B are zero.
-
-        Raises ConfigError if `rank` is smaller, since that would change what the checkpoint computes.
-        """
-        if rank < self.config.r:
-            raise ConfigError(
-                f"lora_rank {rank} is smaller than the checkpoint's {self.config.r}",
-                where="lora_rank",
-                fix=f"leave lora_rank out, or give at least {self.config.r}; or start from the base",
-            )
+        """An adapter that computes the same at a larger rank: new rows of A are random, new columns of B are zero."""
         twin = self.copy(trainable=True)
         twin.config = dataclasses.replace(self.config, r=rank, lora_alpha=alpha)
         for index, path in enumerate(self.paths):

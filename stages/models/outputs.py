@@ -37,22 +37,17 @@ def read_targets(
     before = predictors(targets)
     hidden = base.hidden(sequences, before)
     tokens = torch.cat(sequences)[before + 1].to(base.device)
-    logprobs, entropy = target_logprobs(base, hidden, tokens, temperature, want_entropy)
+    logprobs, entropy = TargetLogprobs.apply(hidden, base, tokens, temperature, want_entropy)
     return TargetOutputs(logprobs, entropy, hidden)
 
 
-def target_logprobs(
-    base: Base, hidden: Tensor, tokens: Tensor, temperature: float, want_entropy: bool
-) -> tuple[Tensor, Tensor]:
+class TargetLogprobs(torch.autograd.Function):
     """Log-probabilities of tokens (M,) from states (M, H), and entropies (M,), zeros unless asked for.
 
     Each row's two numbers depend on its state alone, so the forward pass computes their gradients too, chunk by chunk,
     while the logits exist: nothing of the size of the vocabulary is stored or computed twice.
     """
-    return _TargetLogprobs.apply(hidden, base, tokens, temperature, want_entropy)
 
-
-class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden: Tensor, base: Base, tokens: Tensor, temperature: float, want_entropy: bool

@@ -144,7 +144,7 @@ def start_adapter(base: Base, ref: ModelRef, config: Any, seed: int) -> Adapter:
     """The adapter at the start of training: the checkpoint's, grown if the knobs have a larger rank, or a fresh one.
 
     `config` has the knobs lora_rank, lora_alpha, lora_targets and lora_type. Raises ConfigError if they have other
-    layers than the checkpoint's adapter, or a smaller rank.
+    layers than the checkpoint's adapter. (`stages.inputs` has checked that its rank is not larger than the knob's.)
     """
     stored = adapter_of(base, ref, trainable=True)
     rank, alpha, targets = config.lora_rank, config.lora_alpha, config.lora_targets
@@ -203,8 +203,3 @@ def candidate_adapter(base: Base, candidate: Candidate) -> Adapter | None:
         parameter.data.copy_(weights.view_as(parameter))
         parameter.requires_grad_(False)
     return adapter
-
-
-def frozen_copy(adapter: Adapter | None) -> Adapter | None:
-    """A frozen copy; None stays None (the base alone)."""
-    return adapter.copy(trainable=False) if adapter is not None else None

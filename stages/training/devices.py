@@ -81,7 +81,7 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free, whole = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
     return min(free, int(share * whole) - reserved) + reserved - torch.cuda.memory_allocated(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def publish_checkpoint(
     role: str,
     metrics: dict[str, Any],
     *,
-    rewards: list[ModelRef],
+    rewards: Sequence[ModelRef] = (),
     extra_files: tuple[str, ...] = (),
 ) -> None:
     """Write the checkpoint of `role`, and of the critic if there is one; load it, compare it, write its manifest.

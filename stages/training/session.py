@@ -17,7 +17,7 @@ from stages.errors import ModelError, counted
 from stages.models.base import DORA_NOTE, Base
 from stages.models.model_ref import ModelRef, lora_type_of
 from stages.models.passes import Out, Passes, Row
-from stages.models.roles import Roles, adapter_of, frozen_copy, start_adapter
+from stages.models.roles import Roles, adapter_of, start_adapter
 from stages.models.tokens import Text
 from stages.results import Reporter, Result, Table, next_commands
 from stages.training import opening
@@ -29,7 +29,6 @@ from stages.training.loop import before_and_after, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, choose_passes, plan_result, source_shapes
 from stages.training.progress import Progress, add_gradients, apply_gradients, open_progress
-from stages.training.publishing import publish_checkpoint
 from stages.training.reload import check_adaptable
 from stages.training.seeds import derive
 from stages.training.signals import Signals
@@ -153,7 +152,7 @@ class Session:
 
     def add_reference(self) -> None:
         """Add the frozen reference: the checkpoint's adapter, or the base alone."""
-        self.roles.add("reference", frozen_copy(adapter_of(self.base, self.model, trainable=False)))
+        self.roles.add("reference", adapter_of(self.base, self.model, trainable=False))
 
     def optimise(self, **trained: list[nn.Parameter]) -> None:
         """Give every named group of parameters an optimiser."""
@@ -232,17 +231,6 @@ class Session:
         """The last training loss, and evaluation numbers before and after training."""
         lines = read_metrics(self.run)
         return {"train_loss": lines[-1].get("loss"), **before_and_after(lines)}
-
-    def publish(
-        self,
-        role: str,
-        metrics: dict[str, Any],
-        *,
-        rewards: Sequence[ModelRef] = (),
-        extra_files: tuple[str, ...] = (),
-    ) -> None:
-        """Write the checkpoint of `role`; see `publish_checkpoint`."""
-        publish_checkpoint(self, role, metrics, rewards=list(rewards), extra_files=extra_files)
 
     def result(self, data: dict[str, Any], tables: tuple[Table, ...] = ()) -> Result:
         """The stage's result, with the commands that usually follow."""

@@ -45,16 +45,10 @@ class Signals:
         self._since = 0.0  # monotonic seconds of the first signal
         self._listening = False
         self._in_user_code = False
-        self._reset()
+        self._forget()
 
-    def _reset(
-        self,
-        may_stop: Callable[[], bool] = _always,
-        say: Callable[[str], None] = _silent,
-        save: Callable[[], bool] | None = None,
-        echo: bool = False,
-    ) -> None:
-        self.received, self._may_stop, self._say, self._save, self._echo = None, may_stop, say, save, echo
+    def _forget(self) -> None:
+        self.received, self._may_stop, self._say, self._save, self._echo = None, _always, _silent, None, False
 
     @contextmanager
     def listening(
@@ -71,13 +65,13 @@ class Signals:
         possible, when user code never returns; another thread calls it. With `echo` a second signal within ECHO_SECONDS
         of the first is ignored.
         """
-        self._reset(may_stop, say, save, echo)
+        self.received, self._may_stop, self._say, self._save, self._echo = None, may_stop, say, save, echo
         self._listening = True
         try:
             with handling(dict.fromkeys(STOP_SIGNALS, self._receive)):
                 yield
         finally:
-            self._reset()  # drops a signal after the last check: the work is done, and what follows may finish
+            self._forget()  # drops a signal after the last check: the work is done, and what follows may finish
             self._listening = False
 
     @contextmanager
