@@ -185,14 +185,7 @@ def older_kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, scale=None, wind
     return kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, scale, window_size)
 
 
-def flash_kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, *, softmax_scale, causal, window_size):
-    """flash-attn's flash_attn_varlen_func, which is told that it is causal."""
-    assert causal and window_size in ((-1, -1), (2, 0))
-    back = (window_size[0], 0)
-    return kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, softmax_scale, back, enable_gqa=True)
-
-
-@pytest.mark.parametrize("version", [kernel, older_kernel, flash_kernel])
+@pytest.mark.parametrize("version", [kernel, older_kernel])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize(
@@ -202,7 +195,6 @@ def flash_kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, *, softmax_scale
 def test_the_kernel_is_given_what_belongs_together(monkeypatch, version, kv_heads, window, groups):
     """Heads, keys and bounds as they would be on CUDA."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", version)
-    monkeypatch.setattr(attention, "_flash_attn", lambda: version if version is flash_kernel else None)
     q, k, v = qkv(13, kv_heads=kv_heads)
     segments = segments_of(*groups)
     found = attention._attend_varlen(q, k, v, segments, attention.Rule(0.4, window))

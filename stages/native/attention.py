@@ -10,11 +10,10 @@ scaled-dot-product attention.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -186,45 +185,20 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) ->
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """The same on CUDA through a variable-length kernel: flash-attn's if that is installed, else torch's own."""
+    """The same on CUDA through torch's variable-length kernel."""
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
     if segments.keys is not None:  # causal kernels align the last key with the last query
         k, v = k[segments.keys], v[segments.keys]
-    bounds = segments.offsets, segments.key_offsets, *segments.longest
-    flash = _flash_attn()
-    if flash is not None:
-        back = (-1, -1) if rule.window is None else (rule.window - 1, 0)
-        return flash(q, k, v, *bounds, softmax_scale=rule.scale, causal=True, window_size=back)[None]
-    return _torch_varlen(q, k, v, bounds, rule)[None]
-
-
-@lru_cache(maxsize=1)
-def _flash_attn() -> Callable[..., Tensor] | None:
-    """flash-attn's kernel; None if it is not installed, or does not load beside this torch."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except Exception:  # an extension that was built for another torch fails in ways of its own
-        return None
-    return flash_attn_varlen_func
-
-
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: tuple, rule: Rule) -> Tensor:
-    """torch's kernel on (N, heads, D); its signature changed between torch 2.11 and 2.13."""
     from torch.nn.attention.varlen import varlen_attn
 
-    accepts = inspect.signature(varlen_attn).parameters
-    options: dict[str, object] = {"scale": rule.scale} if "scale" in accepts else {}
-    if "window_size" in accepts:
-        options["window_size"] = (-1 if rule.window is None else rule.window - 1, 0)
-    else:
-        options["is_causal"] = True
+    options = {"scale": rule.scale, "window_size": (-1 if rule.window is None else rule.window - 1, 0)}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in accepts:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # from torch 2.13 on
             options["enable_gqa"] = True
         else:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return varlen_attn(q, k, v, *bounds, **options)
+    return varlen_attn(q, k, v, segments.offsets, segments.key_offsets, *segments.longest, **options)[None]
 
 
 def register() -> None:

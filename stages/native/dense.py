@@ -33,11 +33,6 @@ def _whole_mask(window: int | None, group: int) -> Tensor:
     return torch.where(visible, 0.0, float("-inf")).repeat_interleave(group, dim=0)
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, groups: tuple, scale: float, window: int | None) -> Tensor:
-    """Attention within prefix groups laid end to end: q (N, heads, D), k, v (N, kv heads, D), fp32 -> (N, heads, D)."""
-    return _Dense.apply(q, k, v, groups, scale, window)
-
-
 def _parts(groups: tuple) -> Iterator[tuple[slice, slice]]:
     """The tokens of each prefix and each suffix, and the prefix before them (empty before a prefix)."""
     start = 0
@@ -68,7 +63,9 @@ def _with_prefix(x: Tensor, before: slice, part: slice) -> Tensor:
     return whole.transpose(0, 1)
 
 
-class _Dense(torch.autograd.Function):
+class DenseAttention(torch.autograd.Function):
+    """Attention within prefix groups laid end to end: q (N, heads, D), k, v (N, kv heads, D), fp32 -> (N, heads, D)."""
+
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, groups: tuple, scale: float, window: int | None) -> Tensor:
         out, weights, heads = torch.empty_like(q), [], k.shape[1]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.native import attention, dense
+from stages.native import attention
+from stages.native.dense import DenseAttention
 from stages.native.fused import Linear, gated_mlp, normed, project, rms_norm, rotate
 from stages.native.limits import COVERED, LONGEST_DENSE
 from stages.native.prefixes import Packing
@@ -140,7 +141,7 @@ def _run_block(
 def attend_native(q: Tensor, k: Tensor, v: Tensor, segments: attention.Segments, rule: attention.Rule) -> Tensor:
     """Attention within a packed row, q (N, heads, D), k and v (N, kv heads, D) -> (N, heads D)."""
     if not q.is_cuda and q.dtype == torch.float32 and segments.longest[1] <= LONGEST_DENSE:
-        return dense.attend_dense(q, k, v, segments.groups, rule.scale, rule.window).flatten(1)
+        return DenseAttention.apply(q, k, v, segments.groups, rule.scale, rule.window).flatten(1)
     return attention.attend_packed(*(x.transpose(0, 1)[None] for x in (q, k, v)), segments, rule).flatten(2)[0]
 
 
