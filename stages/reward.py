@@ -34,9 +34,9 @@ from stages.training.comparing import (
     pair_means,
     pair_sums,
     pairs_of,
-    score_and_report,
     score_rows,
 )
+from stages.training.implicit import flatten
 from stages.training.plan import Work
 from stages.training.publishing import publish_checkpoint
 from stages.training.seeds import derive
@@ -87,7 +87,8 @@ def evaluate(session: Session, held_out: list[TokenComparison], step: int) -> di
     if not held_out:
         return {}
     with session.ranks.together():
-        return held_out_measures(score_and_report(session.roles, ROLE, held_out))
+        scores = score_rows(session.roles, ROLE, flatten(held_out))
+        return held_out_measures(build_comparison_report(scores, held_out))
 
 
 def backward_reward(
@@ -99,7 +100,7 @@ def backward_reward(
     """
 
     def forward(rows: list[TokenComparison]) -> tuple[Tensor, dict[str, float]]:
-        scores = sequence_scores(roles, ROLE, [row.ids for c in rows for row in c.responses])
+        scores = sequence_scores(roles, ROLE, [row.ids for row in flatten(rows)])
         loss = reward_losses(scores, rows, config).sum() / denominator
         return loss, pair_sums(loss, scores, pairs_of(rows))
 
@@ -170,7 +171,7 @@ def build_report(
     """Measures of the trained model on held-out comparisons, demonstrations (`centred`, their scores) and samples."""
     report: dict[str, object] = {}
     if held_out:
-        scores = score_rows(session.roles, ROLE, [row for c in held_out for row in c.responses])
+        scores = score_rows(session.roles, ROLE, flatten(held_out))
         report |= build_comparison_report(scores, held_out) | {"baselines": baselines(scores, held_out, rows)}
     report |= {"demonstrations_mean": float(centred.mean()), "demonstrations_std": float(centred.std(unbiased=False))}
     agreed, both = session.inputs.data.agreement

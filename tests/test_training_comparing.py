@@ -19,7 +19,6 @@ from stages.rollout.experience import lay_out, role_values
 from stages.rollout.reward_sources import RewardSources
 from stages.rollout.reward_specs import open_rewards
 from stages.tables import comparison_tables
-from stages.training import comparing
 from stages.training.comparing import (
     TokenComparison,
     build_comparison_report,
@@ -28,7 +27,6 @@ from stages.training.comparing import (
     encode_comparison,
     pair_sums,
     pairs_of,
-    score_and_report,
     score_rows,
 )
 from tests.parts import (
@@ -71,7 +69,7 @@ def test_scores_come_in_the_order_of_the_rows(open_tiny, size):
     assert (found - expected).abs().max() <= 1e-5
 
 
-def test_the_report_by_hand(monkeypatch):
+def test_the_report_by_hand():
     """Three prompts, five pairs; scores and response lengths are made up so that every number can be worked out."""
     comparisons = [
         TokenComparison([row(9, 3), row(9, 5)], (Pair(0, 1),)),
@@ -79,8 +77,7 @@ def test_the_report_by_hand(monkeypatch):
         TokenComparison([row(9, 2), row(9, 6), row(9, 7)], (Pair(0, 1), Pair(0, 2), Pair(2, 1))),
     ]
     scores = torch.tensor([2.0, 1.0, 0.5, 0.0, 3.0, 1.0, 1.0])
-    monkeypatch.setattr(comparing, "score_rows", lambda *_: scores)
-    found = score_and_report(None, "reward", comparisons)
+    found = build_comparison_report(scores, comparisons)
     leads = [1.0, -0.5, 2.0, 2.0, 0.0]
     assert found["pairs"] == 5 and found["accuracy"] == 0.7  # three wins and a tie
     assert found["accuracy_low"] < 0.7 < found["accuracy_high"]
@@ -218,10 +215,10 @@ def test_the_ceiling_of_uncertain_labels():
     assert ceiling([1.0, 0.8, 0.3, 0.5]) == pytest.approx((1 + 0.8 + 0.7 + 0.5) / 4)
 
 
-def test_the_report_is_shown_without_empty_bins(monkeypatch):
+def test_the_report_is_shown_without_empty_bins():
     comparisons = [TokenComparison([row(99, 90), row(99, 5)], (Pair(0, 1),))]
-    monkeypatch.setattr(comparing, "score_rows", lambda *_: torch.tensor([1.0, -1.0]))
-    summary, calibration, by_length = comparison_tables(score_and_report(None, "reward", comparisons), "reward model")
+    report = build_comparison_report(torch.tensor([1.0, -1.0]), comparisons)
+    summary, calibration, by_length = comparison_tables(report, "reward model")
     assert ("held-out pairs", "1") in summary.rows
     assert dict(summary.rows)["accuracy [95 % interval]"].startswith("1.000 [0.207, 1.000]")
     assert calibration.rows == (("0.80-0.90", "1", "0.881", "1.000"),)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.data.comparisons import Comparison, Pair
 from stages.data.prompts import whole_prompt
-from stages.data.rows import Comparison, Pair
 from stages.maths.statistics import (
     accuracy_by_length_difference,
     accuracy_interval,
@@ -168,15 +168,6 @@ def score_rows(roles: Roles, role: str, rows: list[TokenRow]) -> Tensor:
     return torch.stack(roles.collect(role, rows, forward))
 
 
-def score_and_report(roles: Roles, role: str, comparisons: list[TokenComparison]) -> dict[str, object]:
-    """The report on a reward model from comparisons that it was not trained on.
-
-    Source of its measures: Stiennon et al. 2020 and Singhal et al. 2023 (accuracy, calibration, length bias).
-    """
-    scores = score_rows(roles, role, [row for c in comparisons for row in c.responses])
-    return build_comparison_report(scores, comparisons)
-
-
 def held_out_measures(report: dict[str, object]) -> dict[str, float]:
     """The measures of a report that are logged at every evaluation; empty for an empty report."""
     names = ("accuracy", "log_loss", "margin_mean", "score_length_corr")
@@ -191,6 +182,8 @@ def numbers_of(report: dict[str, object]) -> dict[str, object]:
 
 def build_comparison_report(scores: Tensor, comparisons: list[TokenComparison]) -> dict[str, object]:
     """The report on comparisons from scores (R,), one per response, comparison by comparison.
+
+    Source of its measures: Stiennon et al. 2020 and Singhal et al. 2023 (accuracy, calibration, length bias).
 
     With soft labels the likelier response is the chosen one, and `accuracy` is how often it scores higher. A label of
     0.5 is a tie: it counts half in `accuracy`, half each way in margins and scores, and not in `by_length_difference`.

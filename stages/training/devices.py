@@ -170,12 +170,7 @@ class Ranks:
 
     def largest(self, number: int) -> int:
         """The largest whole number over ranks; waits as long as a reward function may take."""
-        if self.size == 1:
-            return number
-        largest = torch.tensor(number, dtype=torch.int64)
-        with _explaining_failure():
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.text_group)
-        return int(largest)
+        return number if self.size == 1 else max(self._exchange(number))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -193,10 +188,10 @@ class Ranks:
             failure = error
         finally:
             self.exchanging = outer
-        if not self.largest(int(failure is not None)):
+        failures = [None] if self.size == 1 else self._exchange(None if failure is None else _failure_to_json(failure))
+        culprit = next((rank for rank, stored in enumerate(failures) if stored is not None), None)
+        if culprit is None:
             return
-        failures = self._exchange(None if failure is None else _failure_to_json(failure))
-        culprit = next(rank for rank, stored in enumerate(failures) if stored is not None)
         if failure is None or (culprit != self.rank and isinstance(failure, (UserError, StopRequested))):
             failure = _failure_from_json(failures[culprit], culprit)
         failure.told_by_first = isinstance(failure, UserError) and not self.first
