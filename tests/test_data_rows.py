@@ -6,10 +6,9 @@ import json
 
 import pytest
 
+from stages.data.comparisons import Comparison, Pair
 from stages.data.rows import (
-    Comparison,
     Demonstration,
-    Pair,
     Prompt,
     detect_kind,
     read_comparisons,

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.data.comparisons import Comparison, Pair
 from stages.data.prompts import whole_prompt
 from stages.data.rows import (
-    Comparison,
     Demonstration,
-    Pair,
     Prompt,
     read_comparisons,
     read_demonstrations,

@@ -7,16 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from stages.data import comparisons
-from stages.data.comparisons import Comparison, Pair
 from stages.data.raw_rows import Content, Message, RawRow, bad_row, check_prompt, listed, quoted
 from stages.data.readers import READERS
 from stages.data.sources import RawDataset, read_raw_dataset
 from stages.errors import DatasetError, counted
-
-__all__ = [
-    "Comparison", "Content", "Demonstration", "Message", "Pair", "Prompt", "Dataset",
-    "detect_kind", "read_comparisons", "read_demonstrations", "read_prompts",
-]  # fmt: skip
 
 PROBLEMS_KEPT = 5
 SUFFIXES = tuple(READERS)  # of files that hold rows

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from stages.data.comparisons import Comparison
 from stages.data.prompts import first_question, whole_prompt
-from stages.data.rows import Comparison, Demonstration, Prompt
+from stages.data.rows import Demonstration, Prompt
 from stages.errors import counted, verb_for
 
 Row = TypeVar("Row", Demonstration, Prompt, Comparison)

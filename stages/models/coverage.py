@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from stages.data.rows import Comparison, Content, Demonstration, Prompt
+from stages.data.comparisons import Comparison
+from stages.data.raw_rows import Content
+from stages.data.rows import Demonstration, Prompt
 
 ROWS_READ = 256  # spread evenly over the dataset
 LETTERS_READ = 4000  # of each text

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.data.raw_rows import first_line
-from stages.data.rows import Comparison, Content, Demonstration, Prompt
+from stages.data.comparisons import Comparison
+from stages.data.raw_rows import Content, first_line
+from stages.data.rows import Demonstration, Prompt
 from stages.errors import DatasetError, ModelError
 from stages.models.templates import PROBE_MESSAGES, choose_template, opening_tokens, template_warnings
 from stages.models.turns import content_end, find_turn, marked_spans
