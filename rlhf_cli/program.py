@@ -123,7 +123,6 @@ def _restore(outer: TextIO, stdout: int) -> None:
 
 
 def _flush_all(stream: TextIO) -> None:
-    """Flush a stream and the streams of C."""
     import ctypes  # only now, to start faster
 
     _flush(stream)
@@ -152,8 +151,7 @@ def _close_private() -> None:
             os.close(handle)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_private)
+os.register_at_fork(after_in_child=_close_private)
 
 
 def unprintable(error: OSError, what: str) -> int:

@@ -25,7 +25,6 @@ class _Dispositions:
 
     before: dict[int, object] = {}
     mask: set[int] | None = None  # of the thread that forks, while it does
-    registered = False
 
 
 def _always() -> bool:
@@ -127,7 +126,6 @@ def handling(handlers: dict[int, object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _register_forks()
     outer = dict(_Dispositions.before)
     before = {}
     try:
@@ -150,12 +148,6 @@ def _or_default(handler: object) -> object:
 # --- forked children: a worker that only recorded SIGTERM would never end
 
 
-def _register_forks() -> None:
-    if not _Dispositions.registered and hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_before_fork, after_in_parent=_unblock, after_in_child=_restore_in_child)
-        _Dispositions.registered = True
-
-
 def _before_fork() -> None:
     """Block signals until the child has its own handlers, so that none is lost to ours there."""
     if _Dispositions.before:
@@ -175,3 +167,6 @@ def _restore_in_child() -> None:
         signal.signal(number, _or_default(handler))
     _Dispositions.before = {}
     _unblock()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_unblock, after_in_child=_restore_in_child)
