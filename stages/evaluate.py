@@ -14,7 +14,7 @@ from stages.data.rows import Prompt
 from stages.diagnostics.comparison_evaluation import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
 from stages.diagnostics.kl_curve import describe_over_optimisation, plot_kl_curve, turning_point
 from stages.diagnostics.plot import write_plot
-from stages.errors import ConfigError, DatasetError, NotFiniteError, counted
+from stages.errors import DatasetError, NotFiniteError, counted
 from stages.inputs import Inputs
 from stages.maths.statistics import clustered_interval, mean_with_error
 from stages.models.candidates import Candidate, candidate_of, labels_of
@@ -30,14 +30,12 @@ from stages.rollout.evaluation import (
     sampling_of,
     summarise_responses,
 )
-from stages.rollout.generate import Sampling, check_engine
+from stages.rollout.generate import Sampling, check_count, check_engine
 from stages.rollout.reward_sources import RewardSources, check_templates
 from stages.tables import evaluation_tables, facts_table, metrics_table
 from stages.training.comparing import MIN_PROMPT_CLUSTERS, encode_comparison
 from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
 from stages.training.opening import check_coverage, context_limit, encode_all, open_base, open_text, prompt_limit
-
-MOST_BEST_OF_RESPONSES = 10**7
 
 
 def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
@@ -106,20 +104,10 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Repor
             raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
         rows["prompts"] = encode(prompts, partial(text.prompt, max_tokens=limit), what="prompts")
         check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"], reporter)
-        check_best_of(config.best_of, len(rows["prompts"]))
+        most, count = max(config.best_of, default=1), len(rows["prompts"])
+        how = f"the best of {most:,} responses to {count:,} prompts takes"
+        check_count(most * count, how, "--best-of", "lower it, or use --limit-rows for fewer prompts")
     return rows
-
-
-def check_best_of(counts: list[int], prompts: int) -> None:
-    """Raise ConfigError for more responses than memory holds until they are measured."""
-    wanted = max(counts, default=1) * prompts
-    if wanted > MOST_BEST_OF_RESPONSES:
-        raise ConfigError(
-            f"the best of {max(counts):,} responses to {prompts:,} prompts takes {wanted:,} responses; "
-            f"the maximum is {MOST_BEST_OF_RESPONSES:,}",
-            where="--best-of",
-            fix="lower it, or use fewer prompts with --limit-rows",
-        )
 
 
 # --- policies on prompts

@@ -6,7 +6,6 @@ from functools import partial
 
 from stages.checkpoint.atomic import write_text
 from stages.config import SampleConfig
-from stages.errors import ConfigError
 from stages.inputs import Inputs
 from stages.inputs.outputs import RESPONSE_KEYS
 from stages.models.base import Base
@@ -16,13 +15,12 @@ from stages.models.tokens import PromptRow, Text
 from stages.places import absolute
 from stages.reading import to_json
 from stages.results import Reporter, Result, Table
-from stages.rollout.generate import Sampling, check_engine, generate
+from stages.rollout.generate import Sampling, check_count, check_engine, generate
 from stages.rollout.samples import flatten_text
 from stages.tables import facts_table
 from stages.training.opening import check_coverage, encode_all, open_base, open_text, prompt_limit
 
 SHOWN_RESPONSES = 3
-MOST_SAMPLED_RESPONSES = 10**7  # held in memory until the file is written
 
 
 def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
@@ -32,7 +30,9 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     encode = partial(text.prompt, max_tokens=prompt_limit(config, source, config.max_response_tokens))
     prompts = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="prompts")
     check_coverage(text, inputs.data.rows, reporter, what="prompts")
-    counts = {"prompts": len(prompts), "responses": count_responses(len(prompts), config)}
+    counts = {"prompts": len(prompts), "responses": len(prompts) * config.responses_per_prompt}
+    how = f"{config.responses_per_prompt:,} responses to each of {len(prompts):,} prompts are"
+    check_count(counts["responses"], how, "--responses-per-prompt", "lower it, or use --limit-rows for fewer prompts")
     if dry_run:
         return Result("sample", "dry run", None, {"plan": counts}, (facts_table("sample: the plan", counts),))
     base = open_base(source, config, text)
@@ -71,16 +71,3 @@ def sample_rows(
         }
         for (i, k), response in zip(numbers, responses, strict=True)
     ]
-
-
-def count_responses(prompts: int, config: SampleConfig) -> int:
-    """How many responses will be sampled. Raises ConfigError for more than memory holds until the file is written."""
-    wanted = prompts * config.responses_per_prompt
-    if wanted > MOST_SAMPLED_RESPONSES:
-        raise ConfigError(
-            f"{config.responses_per_prompt:,} responses to each of {prompts:,} prompts are {wanted:,}; "
-            f"the maximum is {MOST_SAMPLED_RESPONSES:,}",
-            where="--responses-per-prompt",
-            fix="lower it, or sample fewer prompts with --limit-rows",
-        )
-    return wanted

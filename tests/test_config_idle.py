@@ -257,7 +257,7 @@ def test_the_plan_of_many_responses_takes_no_memory(chain, tmp_path):
 def test_the_plan_of_many_samples_takes_no_memory(chain, tmp_path):
     line = ("sample", "--model", chain().sft, "--dataset", chain().prompts, "--output", tmp_path / "x.jsonl")
     more = ("--max-response-tokens", 4, "--dry-run")
-    assert "64,000,000; the maximum is 10,000,000" in refused(*line, *more, "--responses-per-prompt", 10**6)
+    assert "64,000,000 responses; the maximum is 10,000,000" in refused(*line, *more, "--responses-per-prompt", 10**6)
     assert result(*line, *more, "--responses-per-prompt", 10**5)["plan"]["responses"] == 64 * 10**5
 
 

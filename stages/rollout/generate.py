@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stages.errors import ModelError, NotFiniteError
+from stages.errors import ConfigError, ModelError, NotFiniteError
 from stages.maths.tensors import at_least_fp32, entropy_of
 from stages.models.base import DORA_NOTE, Base
 from stages.models.quantised import is_four_bit
@@ -19,6 +19,7 @@ from stages.native.limits import out_of_memory
 from stages.rollout.cached import BandedDecoder, RereadingDecoder, TransformersDecoder, cache_works
 from stages.training.seeds import noise
 
+MOST_RESPONSES = 10**7  # of one command, which holds them until they are measured or written
 ROWS_AT_ONCE = {"cpu": 64, "cuda": 256}
 
 
@@ -127,6 +128,12 @@ def native_layers(base: Base, engine: str) -> list[Layer] | None:
     """The base's layers under the active role for the native decoder; None if transformers samples."""
     check_engine(base, engine)
     return None if engine == "transformers" or base.native is None else layers_of(base.native)
+
+
+def check_count(responses: int, how: str, where: str, fix: str) -> None:
+    """Raise ConfigError for more responses than memory holds; `how` says from what they come."""
+    if responses > MOST_RESPONSES:
+        raise ConfigError(f"{how} {responses:,} responses; the maximum is {MOST_RESPONSES:,}", where=where, fix=fix)
 
 
 def check_engine(base: Base, engine: str) -> tuple[str, ...]:
