@@ -47,6 +47,17 @@ def read_json(path: str | Path) -> typing.Any:
     return value
 
 
+def read_object(path: str | Path) -> dict[str, typing.Any]:
+    """A JSON object of any tool, from a plain file. Raises OSError, and ValueError with the reason."""
+    try:
+        content = json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
+
+
 def sha256_of(path: str | Path) -> str:
     """sha256 of a plain file's content, in hex. Raises OSError as `read_bytes` does."""
     _check_plain(path)

@@ -14,7 +14,8 @@ from pathlib import Path
 from stages.config import AUTO, REMOVED, STAGES
 from stages.errors import ConfigError
 from stages.knobs import REQUIRED, Knob, as_dict, default_of, knobs
-from stages.places import absolute, describe_special
+from stages.places import absolute
+from stages.reading import read_bytes
 
 NONE = "none"
 LARGEST = 10**12  # whole number for a knob without a bound; floats represent it exactly
@@ -60,15 +61,11 @@ def read_recipe(path: str | Path, cls: type) -> Recipe:
 
 
 def _read_recipe_text(path: str | Path) -> str:
-    existing = "give --config an existing .yaml file"
-    special = describe_special(path)
-    if special:
-        raise ConfigError(f"the recipe is {special}", where=str(path), fix=existing)
     try:
-        return absolute(path, "--config").read_text(encoding="utf-8-sig")
+        return read_bytes(absolute(path, "--config")).decode("utf-8-sig")
     except OSError as error:
         what = f"cannot read the recipe: {error.strerror or error}"
-        raise ConfigError(what, where=str(path), fix=existing) from None
+        raise ConfigError(what, where=str(path), fix="give --config an existing .yaml file") from None
     except UnicodeDecodeError:
         raise ConfigError("the recipe is not UTF-8 text", where=str(path), fix="save it as UTF-8") from None
 

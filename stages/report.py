@@ -12,7 +12,7 @@ from pathlib import Path
 from stages.checkpoint.manifest import MANIFEST
 from stages.errors import CheckpointError
 from stages.places import absolute
-from stages.reading import read_text
+from stages.reading import read_object
 from stages.results import Reporter, Result, Table, reward_flags
 from stages.tables import (
     ABSENT,
@@ -85,18 +85,15 @@ def read_run(path: str) -> dict[str, object]:
 def read_optional_json(path: Path) -> dict[str, object]:
     """A JSON object from a file, {} if there is no such file; raises CheckpointError for anything else."""
     try:
-        content = json.loads(read_text(path))
+        return read_object(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     except json.JSONDecodeError as error:
         raise _damaged(f"{path}:{error.lineno}", error.msg) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(str(path), str(error)) from None
-    if not isinstance(content, dict):
-        raise _damaged(str(path), "it is not a JSON object")
-    return content
 
 
 def _damaged(where: str, why: str) -> CheckpointError:

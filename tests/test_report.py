@@ -218,7 +218,7 @@ def test_a_folder_with_nothing_to_tell(tmp_path):
         ('{"stage":\n', ":2", "damaged: Expecting value"),
         ("[1, 2]", "", "damaged: it is not a JSON object"),
         ("null", "", "damaged: it is not a JSON object"),
-        ("[" * 100_000, "", "damaged: maximum recursion depth"),
+        ("[" * 100_000, "", "damaged: it is nested too deeply"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, text, line, why):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stages.checkpoint.tensors import read_header
 from stages.errors import CheckpointError, ModelError, UserError
-from stages.reading import read_text, sha256_of
+from stages.reading import read_object, sha256_of
 
 _SAMPLE = 4096  # bytes read at each end of a tensor
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -139,15 +139,12 @@ def file_digest(path: str | Path) -> str:
 
 
 def _read_json(path: Path) -> dict:
-    what = "damaged: not a JSON object"
     try:
-        value = json.loads(read_text(path))
-        if isinstance(value, dict):
-            return value
+        return read_object(path)
     except OSError as error:
         what = f"cannot read: {error.strerror or error}"
-    except (ValueError, RecursionError):
-        pass
+    except ValueError:
+        what = "damaged: not a JSON object"
     raise ModelError(what, where=str(path), fix="download or save the model again")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import reprlib
@@ -16,7 +15,7 @@ from stages.data.raw_rows import first_line
 from stages.errors import CheckpointError, ModelError
 from stages.models.adapter_files import ADAPTER_CONFIG, check_adapter_header
 from stages.places import absolute, describe_special
-from stages.reading import read_json, read_text
+from stages.reading import read_json, read_object
 from stages.recipe import damaged_knob
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -217,14 +216,11 @@ def _open_base(
 def _read_object(path: Path, where: str) -> dict:
     """The JSON object in a model's file. Raises FileNotFoundError, and ModelError if it cannot be read."""
     try:
-        content = json.loads(read_text(path))
+        return read_object(path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path.name} cannot be read: {error}", where=where, fix="restore the file") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path.name} cannot be read: it is no JSON object", where=where, fix="restore the file")
-    return content
 
 
 def _read_config(base: Path, what: str) -> dict:
