@@ -149,7 +149,6 @@ def sync(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _opened(path: str | Path, flags: int) -> Iterator[int]:
-    """The file descriptor of a path, closed when the block ends."""
     handle = os.open(path, flags, 0o666)
     try:
         yield handle

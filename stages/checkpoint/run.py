@@ -241,7 +241,6 @@ class Run:
         return (read_record(self.folder, RUN) or {}).get("id")
 
     def _states(self) -> list[Path]:
-        """Folders of resume states, the newest first."""
         return states_in(self.folder / STATE)[::-1]
 
     def _own_states(self) -> list[Path]:

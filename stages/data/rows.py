@@ -107,7 +107,6 @@ def _require_assistant(messages: Sequence[Message], where: str) -> None:
 
 
 def _prompt_of_conversation(key: str, row: RawRow) -> Prompt:
-    """Everything before the closing assistant turns of a conversation."""
     messages = row.messages(key)
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]

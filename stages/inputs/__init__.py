@@ -45,7 +45,6 @@ def already_done(stage: str, config: Any, inputs: Inputs) -> Result:
 
 
 def _check_4bit_packages() -> None:
-    """Raise ConfigError if a package that a base in 4 bits needs is not installed."""
     missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         what = f"a base in 4 bits needs {' and '.join(missing)}, which is not installed"

@@ -93,7 +93,6 @@ def _other(name: str | None, what: str, source: ModelRef, trusted: bool) -> Mode
 
 
 def _check_outputs(config: EvaluateConfig) -> None:
-    """Raise OutputError or ConfigError unless `rlhf evaluate` can write its files."""
     if config.output:
         check_output_file(config.output, "--output", (".json",), REPORT_KEYS, config.dataset)
     if config.plot:

@@ -204,7 +204,6 @@ class Base:
             raise self._refusal("does not keep padded sequences apart", ANOTHER)
 
     def _packs_right(self, sequences: list[Tensor]) -> bool:
-        """True if packed sequences have the states that each has alone."""
         plain = torch.cat([self._alone(s) for s in sequences])
         try:
             return is_close(self._by_band(self._hidden_packed, sequences), plain, self.dtype)
@@ -337,7 +336,6 @@ def _use_attention(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' loading bar and notes off the terminal."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

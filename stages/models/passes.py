@@ -89,7 +89,6 @@ class Passes:
         self.divisor *= 2
 
     def _cut(self, numbers: Sequence[int], sizes: list[int]) -> list[list[int]]:
-        """Row numbers cut into passes of the current size."""
         options = {"on_cuda": self.on_cuda, "divisor": self.divisor, "tokens": self.tokens}
         cut = micro_batches([sizes[i] for i in numbers], self.micro_batch_size, **options)
         return [[numbers[i] for i in indices] for indices in cut]

@@ -128,7 +128,6 @@ def _split(render: Render, messages: Messages, turn: int, content: str, mark: st
 
 
 def _unused(text: str) -> str:
-    """A mark that the text does not contain."""
     mark = PROBE_CONTENT
     while mark in text:
         mark += "Zq"

@@ -70,7 +70,6 @@ def shared_beginnings(sequences: list[Tensor]) -> list[tuple[list[int], int]]:
 
 
 def _common(a: Tensor, b: Tensor) -> int:
-    """Number of tokens at the beginning that two sequences have in common."""
     shorter = min(len(a), len(b))
     differ = (a[:shorter] != b[:shorter]).nonzero()
     return int(differ[0]) if len(differ) else shorter

@@ -178,7 +178,6 @@ def stop_together(session: Session) -> None:
 
 
 def _timed(update: Callable[[int], Metrics], step: int) -> Metrics:
-    """The metrics of an update, with its duration and speed."""
     began = time.perf_counter()
     metrics = update(step)
     seconds = time.perf_counter() - began

@@ -92,7 +92,6 @@ def _manifest(
 
 @torch.no_grad()
 def _stop_if_states_overflow(roles: Roles, role: str, step: int) -> None:
-    """Raise TrainingStopped if a trained role computes states of a short text that are not finite."""
     with roles.use(role):
         states = roles.base.hidden(probe_sequences(roles.base))
     if not torch.isfinite(states).all():
