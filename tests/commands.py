@@ -176,8 +176,12 @@ def run_chain(folder: Path, base: Path, *, chat: bool = False) -> Chain:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder, by its name relative to it; a file that stands alone under its own name."""
+    """sha256 of every file in a folder, by its name relative to it; a file that stands alone under its own name.
+
+    Without what Python keeps of the files that it imported.
+    """
     files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in files if path.parent.name != "__pycache__"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -615,7 +615,9 @@ def heavy(name: str):
 
 
 def files_in(place: Path) -> dict[str, str]:
-    return contents(place) | {str(path): "folder" for path in place.rglob("*") if path.is_dir()}
+    return contents(place) | {
+        str(path): "folder" for path in place.rglob("*") if path.is_dir() and path.name != "__pycache__"
+    }
 
 
 # What the fast tests of the configuration (test_config, test_cli_main) and of data (test_data_*) check as well.

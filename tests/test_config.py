@@ -87,7 +87,7 @@ def test_list_and_dict_defaults_are_not_shared_between_configs():
 
 
 def test_a_flag_beats_the_recipe_and_the_recipe_beats_the_default(tmp_path):
-    assert resolved(tmp_path).batch_size == 64
+    assert resolved(tmp_path).batch_size == 16
     assert resolved(tmp_path, "batch_size: 8").batch_size == 8
     assert resolved(tmp_path, "batch_size: 8", batch_size="16").batch_size == 16
 

@@ -33,7 +33,7 @@ IDLE = [
     (SampleConfig, {"temperature": "0", "responses_per_prompt": "2"}, "responses_per_prompt"),
     (PpoConfig, {"ptx_coef": "0.5"}, "ptx_coef"),
     (PpoConfig, {"kl_horizon": "5000"}, "kl_horizon"),
-    (PpoConfig, {"length_penalty": "0.1", "length_limit": "128"}, "length_limit"),
+    (PpoConfig, {"length_penalty": "0.1", "length_limit": "256"}, "length_limit"),
     (PpoConfig, {"value_coef": "0", "critic_learning_rate": "1e-3"}, "critic_learning_rate"),
     (PpoConfig, {"value_coef": "0", "critic_warmup": "2"}, "critic_warmup"),
     (PpoConfig, {"value_coef": "0", "value_clip_range": "0.1"}, "value_clip_range"),
@@ -72,7 +72,7 @@ USEFUL = [
     (PpoConfig, RLOO | {"gamma": "1"}),  # 1 is what undiscounted means
     (PpoConfig, {"kl_coef": "0", "kl_placement": "reward"}),  # of a sweep over kl_coef
     (PpoConfig, {"ptx_dataset": "p", "ptx_coef": "0.5", "kl_target": "2", "kl_horizon": "5000"}),
-    (PpoConfig, {"length_penalty": "0.1", "length_limit": "127"}),
+    (PpoConfig, {"length_penalty": "0.1", "length_limit": "255"}),
     (PpoConfig, {"gae_lambda": "0.9", "gamma": "0.99", "critic_lambda": "0", "critic_warmup": "2"}),
     (PpoConfig, RLOO | {"critic_warmup": "0", "whiten_advantages": False}),
     (PpoConfig, {"advantage": "reinforce++", "gamma": "0.99", "whiten_advantages": True}),
