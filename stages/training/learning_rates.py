@@ -5,7 +5,7 @@ from __future__ import annotations
 REFERENCE_WIDTH = 2000
 # Stage: rate at that width, and how fast it rises as a base gets narrower. Measured on widths of 64 to 576, with the
 # rates that others publish for wider ones in mind: benchmarks/results/learning-rate-cpu.md.
-LAWS = {"sft": (5e-4, 0.7), "reward": (6e-4, 0.42), "dpo": (5e-5, 0.7), "ppo": (3e-5, 0.8)}
+LAWS = {"sft": (6e-4, 0.65), "reward": (6e-4, 0.42), "dpo": (5e-5, 0.7), "ppo": (3e-5, 0.8)}
 CRITIC_FACTOR = 3.0  # the critic's rate is so many times the policy's
 
 
