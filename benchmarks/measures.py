@@ -117,6 +117,7 @@ def open_model(base: Base, shapes: Shapes, tokens: int) -> Model:
         model="random-weights",
         dataset="random-tokens",
         output="nowhere",
+        learning_rate=1e-5,
         reward=["random-reward"],
         device=str(device),
         dtype=str(base.dtype).removeprefix("torch."),

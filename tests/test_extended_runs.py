@@ -45,7 +45,7 @@ def test_more_epochs_say_so_too(chain, tmp_path):
     found, out = chain(), tmp_path / "out"
     line = ("sft", "--model", found.base, "--dataset", found.demonstrations, "--output", out, "--batch-size", 4)
     line += (*RATES, "--keep-state", "--limit-rows", 16, "--eval-fraction", 0, "--samples", 0, "--lora-rank", 2)
-    done(*line)
+    done(*line, "--epochs", 1)
     assert "rises from 0.00025 at step 4 to 0.0005 at step 5" in done(*line, "--epochs", 2).stderr
 
 

@@ -188,7 +188,7 @@ def test_reward_and_ppo_go_on_from_it_in_4_bits_and_in_full(trained, tmp_path, h
     line = ("reward", "--model", trained / "sft", "--dataset", trained / "comparisons.jsonl", "--output", reward)
     done(*line, *small, "--eval-limit", 16, "--limit-rows", 64, "--sft-samples", 0)
     line = ("ppo", "--model", trained / "sft", "--reward", reward, "--dataset", trained / "prompts.jsonl")
-    done(*line, "--output", ppo, *small, "--max-response-tokens", 4, "--limit-rows", 32)
+    done(*line, "--output", ppo, *small, "--max-response-tokens", 4, "--limit-rows", 32, "--learning-rate", 1e-5)
     (step,) = lines_of(ppo / "metrics.jsonl")[1:]
     assert step["grad_norm"] > 0 and abs(step["ratio_max"] - 1) < 1.0
     asked = ("--dataset", trained / "prompts.jsonl", "--limit-rows", 4, "--max-response-tokens", 4, *how)

@@ -27,7 +27,7 @@ from tests.marks import full
 from tests.tiny import write_jsonl
 
 SMALL = ("--max-steps", 2, "--batch-size", 8, "--max-response-tokens", 5, "--eval-limit", 6, "--lora-rank", 4)
-FAST = ("--learning-rate", "3e-3", "--target-approx-kl", "null")
+FAST = ("--learning-rate", "3e-3", "--critic-learning-rate", "3e-3", "--target-approx-kl", "null")
 VOWELS = """
 def score(prompts, responses):
     return [sum(letter in "aeiou" for letter in response) for response in responses]
