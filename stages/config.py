@@ -101,7 +101,7 @@ class TrainingKnobs(ModelKnobs, BaseKnobs, DataKnobs):
     samples: int = knob(4, "held-out prompts whose responses go to samples.jsonl at each evaluation", TRAINING, low=0)
 
     epochs: float | None = knob(
-        None, "passes over the dataset", TRAINING, above=0, high=1e6, auto="1; for fewer than 100 steps, 2 or 3"
+        None, "passes over the dataset", TRAINING, above=0, high=1e6, auto="1; for fewer than 200 steps, 2 or 3"
     )
     max_steps: int | None = knob(None, "stop after N steps, regardless of epochs", TRAINING, low=1, auto="from epochs")
     batch_size: int = knob(16, "rows per step, over all ranks", TRAINING, low=1, high=10**6)
@@ -166,6 +166,7 @@ class RewardConfig(TrainingKnobs):
     main: ClassVar = (*TrainingKnobs.main, "max_tokens")
 
     max_tokens: int = knob(2048, LONGEST_ROW, DATA, low=4)
+    batch_size: int = knob(32, "rows per step, over all ranks", TRAINING, low=1, high=10**6)
     loss_margin: bool = knob(False, "subtract a row's `margin` inside the loss (Llama 2)", REWARD)
     centre_coef: float = knob(0.0, "weight of (r_chosen + r_rejected)^2, which keeps scores near 0", REWARD, low=0)
     label_smoothing: float = knob(0.0, "probability that a label is wrong", REWARD, low=0, high=0.49)
@@ -187,6 +188,7 @@ class DpoConfig(TrainingKnobs):
     main: ClassVar = (*TrainingKnobs.main, "max_tokens", "loss", "beta")
 
     max_tokens: int = knob(2048, LONGEST_ROW, DATA, low=4)
+    batch_size: int = knob(32, "rows per step, over all ranks", TRAINING, low=1, high=10**6)
     loss: str = knob("sigmoid", "loss on comparisons", PREFERENCE, choices=("sigmoid", "ipo", "kto"))
     beta: float = knob(0.1, "weight of the KL to the reference", PREFERENCE, above=0)
     label_smoothing: float = knob(0.0, "probability that a label is wrong (cDPO)", PREFERENCE, low=0, high=0.49)

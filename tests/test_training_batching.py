@@ -22,8 +22,8 @@ from stages.training.batching import batch_at, epoch_at, prompts_at, steps_in, u
         (100, 10, 0.7, None, 7),
         (100, 10, 0.001, None, 1),
         (3, 64, 1.0, None, 1),
-        (1600, 16, None, None, 100),  # auto: 100 steps are enough
-        (1584, 16, None, None, 198),  # 99 are not
+        (3200, 16, None, None, 200),  # auto: 200 steps are enough
+        (3184, 16, None, None, 398),  # 199 are not
         (160, 16, None, None, 30),  # but three epochs are the most
         (160, 16, None, 7, 7),
         (100, 10, 1.0, 3, 3),

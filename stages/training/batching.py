@@ -6,7 +6,7 @@ import math
 
 from stages.training.seeds import permutation
 
-FEWEST_STEPS, MOST_EPOCHS = 100, 3  # with epochs `auto`, a dataset of fewer steps is passed over again
+FEWEST_STEPS, MOST_EPOCHS = 200, 3  # with epochs `auto`, a dataset of fewer steps is passed over again
 
 
 def steps_in(n: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:
