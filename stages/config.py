@@ -297,7 +297,9 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
     entropy_coef: float = knob(0.0, "weight of an entropy bonus", PPO, low=0)
     value_clip_range: float = knob(0.2, "clip range of the value's change", PPO, above=0)
     value_coef: float = knob(0.1, "weight of the value loss", PPO, low=0)
-    critic_lambda: float | None = knob(None, "lambda of the critic's targets", PPO, low=0, high=1, auto="gae_lambda")
+    critic_lambda: float | None = knob(  # earlier runs store null, which is gae_lambda
+        1.0, "lambda of the critic's targets; 1: whole returns (VC-PPO)", PPO, low=0, high=1
+    )
     critic_warmup: int | None = knob(
         None, "number of initial updates that train only the critic", PPO, low=0,
         auto="until explained variance settles, for a tenth of the updates at most",
@@ -343,7 +345,7 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
         if self.advantage in GROUPED and self.responses_per_prompt < 2:
             what = f"{self.advantage} compares the responses to one prompt, but responses_per_prompt is 1"
             yield "advantage", what, "give --responses-per-prompt 4"
-        if self.advantage in CRITIC_FREE and (self.critic != "adapter" or self.critic_warmup or self.critic_lambda):
+        if self.advantage in CRITIC_FREE and (self.critic != "adapter" or self.critic_warmup):
             yield "advantage", f"{self.advantage} has no critic", "leave the critic's knobs out, or use gae"
         if self.kl_is_biased and not self.force:
             what = f"{self.kl_kind} in the {self.kl_place} does not have the gradient of the KL"

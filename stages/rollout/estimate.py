@@ -38,7 +38,7 @@ def _advantages(config: PpoConfig, rewards: Tensor, experience: Experience, grou
     mask, values = experience.mask, experience.values
     if config.advantage == "gae":
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
-        if config.critic_lambda is not None:
+        if config.critic_lambda not in (None, config.gae_lambda):
             _, returns = gae(rewards, values, mask, config.gamma, config.critic_lambda)
         return advantages, returns
     no_returns = torch.zeros_like(rewards)
