@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TextIO
 
 from stages.errors import ConfigError
 from stages.launch import read_launch
-from stages.results import Reporter, Result, Silent, Table
+from stages.results import Passage, Piece, Reporter, Result, Silent, Table
 
 LIVE_PPO = ("reward_score", "reward_kl", "entropy", "response_length", "tokens_per_second")
 LIVE = ("loss", "eval_loss", "accuracy", "eval_accuracy", "lr")
@@ -219,6 +220,7 @@ def show(result: Result, as_json: bool, stream: TextIO | None = None) -> None:
 
         print(json.dumps(payload(result), indent=2), file=stream)
     else:
+        show_passages(result.passages, stream)
         show_tables(result.tables, stream)
         for line in closing(result):
             print(plain(line), file=stream)
@@ -254,6 +256,37 @@ def closing(result: Result) -> list[str]:
     elif result.status != "done":
         lines.append(result.status)
     return lines + [f"next: {command}" for command in result.next]
+
+
+def show_passages(passages: tuple[Passage, ...], stream: TextIO) -> None:
+    """Print texts: marked pieces in colour, or without colours in double brackets."""
+    if not passages:
+        return
+    from rich.console import Console as Terminal
+    from rich.text import Text
+
+    terminal = is_terminal(stream)
+    console = Terminal(file=stream, highlight=False, markup=False, emoji=False, force_terminal=terminal)
+    coloured = terminal and not console.no_color and console.color_system is not None
+    for passage in passages:
+        text = Text("", style="")
+        for marked, run in groupby(passage.pieces, key=lambda piece: piece.marked):
+            text.append("[[" if marked and not coloured else "")
+            for piece in run:
+                text.append(plain(piece.text), style=piece_style(piece) if coloured else "")
+            text.append("]]" if marked and not coloured else "")
+        title = plain(passage.title).replace("[[...]]", "green" if coloured else "[[...]]")
+        if coloured:
+            console.print(Text(title, style="bold"), text, "", sep="\n", soft_wrap=True)
+        else:
+            stream.write(f"{title}\n{text.plain}\n\n")
+
+
+def piece_style(piece: Piece) -> str:
+    """The style of a piece on a terminal with colours."""
+    if piece.note:
+        return "dim italic"
+    return " ".join(filter(None, ["bold green" if piece.marked else "", "magenta" if piece.special else ""]))
 
 
 def show_tables(tables: tuple[Table, ...], stream: TextIO) -> None:

@@ -33,6 +33,7 @@ EXAMPLES = {
     "evaluate": "rlhf evaluate --model runs/x/ppo --against runs/x/sft --reward runs/x/reward --dataset prompts.jsonl",
     "sample": "rlhf sample --model runs/x/ppo --dataset prompts.jsonl --output responses.jsonl",
     "export": "rlhf export --model runs/x/ppo --output exported",
+    "preview": "rlhf preview --model runs/x/sft --dataset comparisons.jsonl --stage dpo",
 }
 RUN_OPTIONS = {
     "config": ("--config", "YAML recipe with knobs of this stage; flags win over it", str | None, "FILE"),

@@ -43,17 +43,14 @@ Z_SCORES = "convert ratings to z-scores per annotator before comparing"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelKnobs:
-    """Knobs of every command that loads a model."""
+class TokenizerKnobs:
+    """Knobs of every command that opens a model's tokenizer."""
 
     main: ClassVar[tuple[str, ...]] = ()  # knobs that --help shows beside the required ones; all if empty
 
     model: str = knob(REQUIRED, "base model (local folder or hub id) or a checkpoint of this tool", MODEL)
     trust_remote_code: bool = knob(False, "run Python code that ships with the base model", MODEL)
     chat_template: str | None = knob(None, "'chatml', 'plain' or a .jinja file", MODEL, auto="the tokenizer's template")
-    device: str = knob(AUTO, "auto, cpu, cuda or cuda:N", DEVICE)
-    dtype: str = knob(AUTO, "precision of the base; auto: bfloat16 on CUDA, float32 on CPU", DEVICE, choices=DTYPES)
-    seed: int = knob(0, "seed of all randomness", TRAINING, low=0, high=2**31 - 1)
 
     def conflicts(self) -> Iterator[Conflict]:
         """Knobs that contradict others."""
@@ -62,6 +59,15 @@ class ModelKnobs:
     def idle(self) -> Iterator[Idle]:
         """Knobs that have no effect because of others."""
         yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKnobs(TokenizerKnobs):
+    """Knobs of every command that loads a model."""
+
+    device: str = knob(AUTO, "auto, cpu, cuda or cuda:N", DEVICE)
+    dtype: str = knob(AUTO, "precision of the base; auto: bfloat16 on CUDA, float32 on CPU", DEVICE, choices=DTYPES)
+    seed: int = knob(0, "seed of all randomness", TRAINING, low=0, high=2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,13 @@ class DataKnobs:
     dataset: str = knob(REQUIRED, ".jsonl, .json, .csv, .parquet, a saved datasets folder, or hub id[:split]", DATA)
     map: dict[str, str] = knob({}, "rename columns: prompt=question,completion=answer", DATA)
     skip_bad_rows: bool = knob(False, "drop and count unusable rows instead of stopping at the first", DATA)
-    limit_rows: int | None = knob(None, "use only the first N rows", DATA, low=1, auto="all")
+    limit_rows: int | None = knob(None, "use the first N rows that are usable", DATA, low=1, auto="all")
+    text_as: str | None = knob(
+        None, "read text rows as messages (chat) or as they are (raw)", DATA, choices=("chat", "raw"), auto="raw"
+    )
+    long_rows: str | None = knob(
+        None, "rows that are too long", DATA, choices=("cut", "drop", "stop"), auto="cut; drop prompts to answer"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -465,6 +477,20 @@ class ExportConfig(ModelKnobs):
     dtype: str = knob(AUTO, "precision of the written weights; auto is that of the base", OUTPUT, choices=DTYPES)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig(TokenizerKnobs, DataKnobs):
+    __doc__ = "Show rows as a stage's model will see them, and how long they are. Loads no weights."
+
+    stage: str | None = knob(
+        None, "what reads the rows", DATA, choices=("sft", "reward", "dpo", "ppo"), auto="by the rows"
+    )
+    mask: str | None = knob(None, "sft: tokens with a loss", DATA, choices=MASKS, auto="the stage's default")
+    max_tokens: int | None = knob(None, "longest row in tokens", DATA, low=4, auto="the stage's default")
+    max_prompt_tokens: int | None = knob(None, "ppo: longest prompt in tokens", DATA, low=1, auto="context - response")
+    max_response_tokens: int | None = knob(None, "ppo: longest response", DATA, low=1, auto="the stage's default")
+    show_rows: int = knob(3, "number of rows shown", OUTPUT, low=0, high=1000)
+
+
 STAGES: dict[str, type] = {
     "sft": SftConfig,
     "reward": RewardConfig,
@@ -473,4 +499,5 @@ STAGES: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "sample": SampleConfig,
     "export": ExportConfig,
+    "preview": PreviewConfig,
 }

@@ -28,7 +28,7 @@ def counted(number: int, nouns: str) -> str:
 
 def verb_for(number: int, verb: str) -> str:
     """A verb that is said of several things, as it is said of so many of them."""
-    single = {"are": "is", "were": "was", "have": "has", "lose": "loses", "score": "scores"}
+    single = {"are": "is", "were": "was", "have": "has", "do": "does", "lose": "loses", "score": "scores"}
     return single[verb] if number == 1 else verb
 
 
@@ -63,6 +63,10 @@ class ConfigError(UserError):
 
 class DatasetError(UserError):
     """A dataset that cannot be found, read, recognised or used; names file, line and field."""
+
+
+class LongRow(DatasetError):
+    """A row that is longer than its limit and is not cut; not a bad row."""
 
 
 class CheckpointError(UserError):

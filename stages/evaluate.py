@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.checkpoint.atomic import write_json
 from stages.config import EvaluateConfig
+from stages.data.prompts import prompt_of
 from stages.data.rows import Prompt
 from stages.diagnostics.comparison_evaluation import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
 from stages.diagnostics.kl_curve import describe_over_optimisation, plot_kl_curve, turning_point
@@ -34,8 +35,11 @@ from stages.rollout.generate import Sampling, check_count, check_engine
 from stages.rollout.reward_sources import RewardSources, check_templates
 from stages.tables import evaluation_tables, facts_table, metrics_table
 from stages.training.comparing import MIN_PROMPT_CLUSTERS, encode_comparison
-from stages.training.language import held_out_loss, prompt_of, warn_above_uniform
-from stages.training.opening import check_coverage, context_limit, encode_all, open_base, open_text, prompt_limit
+from stages.training.language import held_out_loss, warn_above_uniform
+from stages.training.long_rows import context_limit, prompt_limit
+from stages.training.opening import Encoded, check_coverage, encode_all, open_base, open_text
+from stages.training.preview import build_preview
+from stages.training.row_tokens import RowEncoder
 
 
 def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
@@ -43,14 +47,21 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
     source = inputs.source
     output, plot = (absolute(n, f) if n else None for n, f in ((config.output, "--output"), (config.plot, "--plot")))
     text = open_text(source, config, reporter)
-    rows = tokenise(config, inputs, text, reporter)
+    encoded = tokenise(config, inputs, text, reporter)
+    rows = {name: part.rows for name, part in encoded.items()}
+    counts = inputs.count_left_out(*encoded.values())
     cause = check_coverage(text, inputs.data.rows, reporter, what="rows")
     if dry_run:
-        plan = {name: len(encoded) for name, encoded in rows.items()}
-        return Result("evaluate", "dry run", None, {"plan": plan}, (facts_table("evaluate: the plan", plan),))
+        plan = {name: len(part) for name, part in rows.items()}
+        encoder = RowEncoder(config, source, text, sampling_of(source, config).max_tokens)
+        stage = next({"comparisons": "reward", "demonstrations": "sft", "prompts": "ppo"}[name] for name in rows)
+        preview = build_preview(stage, encoder, inputs.data.rows, command="evaluate")
+        data = {"plan": plan, "rows": counts, "preview": preview.data}
+        tables = (*preview.tables, facts_table("evaluate: the plan", plan | counts))
+        return Result("evaluate", "dry run", None, data, tables, passages=preview.passages)
     base = open_base(source, config, text)
     roles = Roles(base)
-    report: dict[str, object] = {"model": config.model, "dataset": config.dataset}
+    report: dict[str, object] = {"model": config.model, "dataset": config.dataset, "rows": counts}
     tables: tuple[Table, ...] = ()
     if "comparisons" in rows:
         model = replace(candidate_of(config.model, source), reference=inputs.reference)
@@ -80,18 +91,18 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
     return Result("evaluate", "done", config.output, report, tables, further)
 
 
-def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Reporter) -> dict[str, list]:
+def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Reporter) -> dict[str, Encoded]:
     """The rows to measure on, tokenised, by kind: comparisons; or demonstrations, or prompts to answer, or both.
 
     Raises DatasetError for rows that do not fit.
     """
     source, data = inputs.source, inputs.data
-    encode = partial(encode_all, skip_bad=config.skip_bad_rows, reporter=reporter)
+    encode = partial(encode_all, config=config, reporter=reporter)
     if data.kind in ("comparison", "rating"):
         limit = context_limit(config.max_tokens, source, reporter)
         read = partial(encode_comparison, text=text, max_tokens=limit)
         return {"comparisons": encode(data.rows, read, what="comparisons", limit=limit)}
-    rows: dict[str, list] = {}
+    rows: dict[str, Encoded] = {}
     if data.kind == "demonstration":
         limit = context_limit(config.max_tokens, source, reporter)
         read = partial(text.demonstration, mask=config.mask, max_tokens=limit)
@@ -102,9 +113,10 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Repor
         prompts = [prompt for prompt in prompts if prompt is not None]
         if not prompts:
             raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
-        rows["prompts"] = encode(prompts, partial(text.prompt, max_tokens=limit), what="prompts")
-        check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"], reporter)
-        most, count = max(config.best_of, default=1), len(rows["prompts"])
+        read = partial(text.prompt, max_tokens=limit, cut=config.long_rows == "cut")
+        rows["prompts"] = encode(prompts, read, what="prompts", limit=limit)
+        check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"].rows, reporter)
+        most, count = max(config.best_of, default=1), len(rows["prompts"].rows)
         how = f"the best of {most:,} responses to {count:,} prompts takes"
         check_count(most * count, how, "--best-of", "lower it, or use --limit-rows for fewer prompts")
     return rows

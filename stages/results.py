@@ -17,6 +17,24 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A piece of a text, and how it is to stand out."""
+
+    text: str
+    marked: bool = False  # what the passage is about, such as learned tokens
+    special: bool = False  # a special token
+    note: bool = False  # a remark, no part of the text
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text in pieces, for a person."""
+
+    title: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
 class Result:
     """How a command ended: `data` is the JSON object of --json, tables and `next` are for people."""
 
@@ -26,6 +44,7 @@ class Result:
     data: dict[str, object]
     tables: tuple[Table, ...] = ()
     next: tuple[str, ...] = ()  # commands to run next
+    passages: tuple[Passage, ...] = ()  # shown before the tables
 
 
 class Reporter(Protocol):

@@ -142,7 +142,7 @@ def encode_demonstrations(session: Session, rows: list[TokenComparison]) -> list
     if session.inputs.demonstrations is None:
         return chosen
     given, limit = session.inputs.demonstrations.rows[:CENTRING_ROWS], session.max_tokens
-    encoded = session.encode(given, partial(session.text.judged, max_tokens=limit), "demonstrations")
+    encoded = session.encode(given, partial(session.text.judged, max_tokens=limit), "demonstrations", limit).rows
     whole = [row for row in encoded if int(row.ids[-1]) in session.text.stop_ids]
     cut = len(encoded) - len(whole)
     if cut:

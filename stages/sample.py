@@ -18,7 +18,10 @@ from stages.results import Reporter, Result, Table
 from stages.rollout.generate import Sampling, check_count, check_engine, generate
 from stages.rollout.samples import flatten_text
 from stages.tables import facts_table
-from stages.training.opening import check_coverage, encode_all, open_base, open_text, prompt_limit
+from stages.training.long_rows import prompt_limit
+from stages.training.opening import check_coverage, encode_all, open_base, open_text
+from stages.training.preview import build_preview
+from stages.training.row_tokens import RowEncoder
 
 SHOWN_RESPONSES = 3
 
@@ -27,21 +30,28 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     """Sample `responses_per_prompt` responses to every prompt and write them."""
     source, output = inputs.source, absolute(config.output, "--output")
     text = open_text(source, config, reporter)
-    encode = partial(text.prompt, max_tokens=prompt_limit(config, source, config.max_response_tokens))
-    prompts = encode_all(inputs.data.rows, encode, skip_bad=config.skip_bad_rows, reporter=reporter, what="prompts")
+    limit = prompt_limit(config, source, config.max_response_tokens)
+    encode = partial(text.prompt, max_tokens=limit, cut=config.long_rows == "cut")
+    encoded = encode_all(inputs.data.rows, encode, config=config, reporter=reporter, what="prompts", limit=limit)
+    prompts = encoded.rows
     check_coverage(text, inputs.data.rows, reporter, what="prompts")
     counts = {"prompts": len(prompts), "responses": len(prompts) * config.responses_per_prompt}
     how = f"{config.responses_per_prompt:,} responses to each of {len(prompts):,} prompts are"
     check_count(counts["responses"], how, "--responses-per-prompt", "lower it, or use --limit-rows for fewer prompts")
+    left_out = inputs.count_left_out(encoded)
     if dry_run:
-        return Result("sample", "dry run", None, {"plan": counts}, (facts_table("sample: the plan", counts),))
+        encoder = RowEncoder(config, source, text, config.max_response_tokens)
+        preview = build_preview("ppo", encoder, inputs.data.rows, command="sample")
+        data = {"plan": counts, "rows": left_out, "preview": preview.data}
+        tables = (*preview.tables, facts_table("sample: the plan", counts | left_out))
+        return Result("sample", "dry run", None, data, tables, passages=preview.passages)
     base = open_base(source, config, text)
     for line in check_engine(base, config.rollout_engine):
         reporter.note(line)
     rows = sample_rows(config, source, base, text, prompts, reporter)
     write_text(output, "".join(to_json(row) + "\n" for row in rows))
     ended = sum(row["ended"] for row in rows) / len(rows)
-    data = {**counts, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
+    data = {**counts, "rows": left_out, "ended": ended, "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
     shown = tuple((flatten_text(row["prompt"]), row["response"]) for row in rows[:SHOWN_RESPONSES])
     return Result("sample", "done", config.output, data, (Table("samples", ("prompt", "response"), shown),))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from stages.config import SftConfig
+from stages.data.prompts import prompt_of
 from stages.diagnostics.finished import finished_tables
 from stages.inputs import Inputs
 from stages.models.tokens import TokenRow
 from stages.results import Reporter, Result
 from stages.rollout.samples import show_samples
-from stages.training.language import count_targets, held_out_loss, learn_rows, prompt_of
+from stages.training.language import count_targets, held_out_loss, learn_rows
 from stages.training.plan import Work
 from stages.training.publishing import publish_checkpoint
 from stages.training.session import Session

@@ -14,6 +14,7 @@ from stages.errors import counted
 from stages.results import Table
 
 ABSENT = "-"
+BAR_WIDTH = 40  # characters of the longest bar of a histogram
 SHOWN_CHARACTERS = 600  # of an example in a table
 REPORTED_STAGES = ("sft", "reward", "ppo", "dpo")
 JsonRow = dict[str, object]
@@ -125,9 +126,23 @@ def facts_table(title: str, facts: dict[str, Any]) -> Table:
     return Table(title, ("what", "value"), tuple((k.replace("_", " "), _fact(v)) for k, v in facts.items()))
 
 
+def histogram_table(title: str, bins: list[dict[str, int]], limit: int) -> Table:
+    """Rows by tokens as bars, with a line after the bin that ends at the limit."""
+    most = max(part["rows"] for part in bins)
+    rows = []
+    for part in bins:
+        bar = "#" * math.ceil(BAR_WIDTH * part["rows"] / most) if most else ""
+        rows.append((f"{part['above'] + 1:,} to {part['up_to']:,}", f"{part['rows']:,}", bar))
+        if part["up_to"] == limit:
+            rows.append((f"--- {limit:,}", "---", "--- longer rows are cut or dropped (--long-rows) ---"))
+    return Table(title, ("tokens", "rows", ""), tuple(rows))
+
+
 def _fact(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
+    if value is None:
+        return ABSENT
     return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 

@@ -16,6 +16,7 @@ from stages.data.splits import is_held_out, split_held_out
 from stages.errors import DatasetError, ModelError, OutputError
 from stages.inputs import open_inputs
 from stages.models.candidates import parent_of
+from stages.training.opening import Encoded
 from tests.commands import contents, lines_of, refused, result
 from tests.tiny import write_jsonl
 
@@ -52,7 +53,9 @@ def test_rows_are_split_by_prompt(chain, tmp_path):
     assert len(inputs.held_out) == 50 and inputs.unmeasured > 0
     assert len(inputs.train) + len(inputs.held_out) + inputs.unmeasured == 256
     assert not {row.prompt for row in inputs.train} & {row.prompt for row in inputs.held_out}
-    assert inputs.rows_left_out == {"held_out_rows": 50 + inputs.unmeasured, "skipped_rows": 0}
+    counted = inputs.count_rows(Encoded(inputs.train), Encoded(inputs.held_out))
+    left_out = {"skipped_rows": 0, "dropped_long_rows": 0, "cut_rows": 0}
+    assert counted == {"used": len(inputs.train), "held_out_rows": 50 + inputs.unmeasured} | left_out
     told = f"{inputs.unmeasured} more rows have held-out prompts: not trained on, nor measured (--eval-limit)"
     assert inputs.notes == (told,) and inputs.warnings == ()
     other = open_inputs("sft", sft(chain(), tmp_path, eval_fraction=0.3, eval_limit=9, seed=5))

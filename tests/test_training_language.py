@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from stages.data.prompts import prompt_of
 from stages.data.rows import Demonstration
 from stages.models.roles import Roles
-from stages.training.language import count_targets, held_out_loss, prompt_of
+from stages.training.language import count_targets, held_out_loss
 from tests.parts import LENGTHS, STARTS, in_passes_of, roles_on, token_rows, whole_model
 
 

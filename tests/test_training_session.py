@@ -18,7 +18,8 @@ from stages.models.roles import Roles, adapter_of, head_of
 from stages.results import Silent
 from stages.training import session
 from stages.training.devices import Ranks
-from stages.training.opening import context_limit, encode_all, open_base, open_text
+from stages.training.long_rows import context_limit
+from stages.training.opening import encode_all, open_base, open_text
 from stages.training.plan import Work
 from stages.training.progress import open_progress
 from stages.training.publishing import publish_checkpoint
@@ -55,21 +56,22 @@ def encode(row):
 
 def test_a_row_that_cannot_be_used_is_named(capsys):
     with pytest.raises(DatasetError) as caught:
-        encode_all([Row(2), Row(1)], encode, skip_bad=False, reporter=Notes(), what="rows")
+        encode_all([Row(2), Row(1)], encode, config=sft_config(), reporter=Notes(), what="rows")
     assert (caught.value.what, caught.value.where, caught.value.fix) == ("it is odd", "d.jsonl:1", "make it even")
 
 
 def test_bad_rows_are_dropped_and_counted_when_asked():
     report = Notes()
-    assert encode_all([Row(n) for n in (2, 3, 4, 5)], encode, skip_bad=True, reporter=report, what="rows") == [20, 40]
+    how = {"config": sft_config(skip_bad_rows=True), "reporter": report, "what": "rows"}
+    assert encode_all([Row(n) for n in (2, 3, 4, 5)], encode, **how) == ([20, 40], 2, 0, 0)
     ((kind, text),) = report.said
     assert kind == "warn" and text.startswith("2 of 4 rows") and "d.jsonl:3" in text
-    assert encode_all([], encode, skip_bad=True, reporter=report, what="rows") == []
+    assert encode_all([], encode, **how) == ([], 0, 0, 0)
 
 
 def test_a_dataset_of_bad_rows_alone_is_refused():
     with pytest.raises(DatasetError, match="none of the 2 rows can be used; it is odd"):
-        encode_all([Row(3), Row(5)], encode, skip_bad=True, reporter=Notes(), what="rows")
+        encode_all([Row(3), Row(5)], encode, config=sft_config(skip_bad_rows=True), reporter=Notes(), what="rows")
 
 
 def test_rows_are_no_longer_than_the_context(model_folder):

@@ -138,3 +138,11 @@ def _marks(text: str) -> Iterator[tuple[int, int, str]]:
 def _words(text: str) -> str:
     plain = SPECIAL.sub(" ", text) if "<" in text else text
     return " ".join((plain if plain.isascii() else unicodedata.normalize("NFC", plain)).split())
+
+
+def prompt_of(row: Demonstration) -> Prompt | None:
+    """The prompt of a demonstration, for the policy to answer; None if there is none."""
+    if row.messages and not row.completion:
+        last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
+        return Prompt(row.where, row.messages[:last]) if last else None
+    return Prompt(row.where, row.prompt, messages=row.messages[:-1]) if row.prompt else None

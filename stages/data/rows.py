@@ -10,7 +10,7 @@ from stages.data import comparisons
 from stages.data.raw_rows import Content, Message, RawRow, bad_row, check_prompt, listed, quoted
 from stages.data.readers import READERS
 from stages.data.sources import RawDataset, read_raw_dataset
-from stages.errors import DatasetError, counted
+from stages.errors import DatasetError, LongRow, counted
 
 PROBLEMS_KEPT = 5
 SUFFIXES = tuple(READERS)  # of files that hold rows
@@ -36,6 +36,10 @@ class Prompt:
     messages: tuple[Message, ...] = ()  # only for an Alpaca row, whose `prompt` is the same as plain text
 
 
+Row = Demonstration | Prompt | comparisons.Comparison
+Refine = Callable[[Row], Row | None]  # a row in the form that is used; None for one that is too long
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The usable rows of a dataset, all of one kind."""
@@ -47,6 +51,8 @@ class Dataset:
     skipped: int  # rows dropped as unusable, and prompts whose ratings gave no comparison
     problems: list[str]  # the reasons for the first few
     agreement: tuple[int, int] = (0, 0)  # `annotator_agreement` of ratings
+    long: int = 0  # rows dropped because they are too long, if that was checked here
+    turned: int = 0  # text rows that were turned into messages
 
 
 @dataclass(frozen=True)
@@ -159,17 +165,27 @@ ALIASES = {
 
 
 def read_demonstrations(
-    source: str, *, map: Mapping[str, str] | None = None, skip_bad_rows: bool = False, limit_rows: int | None = None
+    source: str,
+    *,
+    map: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+    limit_rows: int | None = None,
+    refine: Refine | None = None,
 ) -> Dataset:
-    """The `Demonstration` rows of a dataset, for SFT. Raises DatasetError."""
-    return _read(_load(source, map, skip_bad_rows), DEMONSTRATIONS, skip_bad_rows, limit_rows)
+    """The `Demonstration` rows of a dataset, for SFT; `limit_rows` counts rows after `refine`. Raises DatasetError."""
+    return _read(_load(source, map, skip_bad_rows), DEMONSTRATIONS, skip_bad_rows, limit_rows, refine)
 
 
 def read_prompts(
-    source: str, *, map: Mapping[str, str] | None = None, skip_bad_rows: bool = False, limit_rows: int | None = None
+    source: str,
+    *,
+    map: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+    limit_rows: int | None = None,
+    refine: Refine | None = None,
 ) -> Dataset:
-    """The `Prompt` rows of a dataset. Raises DatasetError."""
-    return _read(_load(source, map, skip_bad_rows), PROMPTS, skip_bad_rows, limit_rows)
+    """The `Prompt` rows of a dataset, as `read_demonstrations` reads. Raises DatasetError."""
+    return _read(_load(source, map, skip_bad_rows), PROMPTS, skip_bad_rows, limit_rows, refine)
 
 
 def read_comparisons(
@@ -180,22 +196,26 @@ def read_comparisons(
     limit_rows: int | None = None,
     rating_threshold: float = 0.0,
     normalise_raters: bool = False,
+    refine: Refine | None = None,
 ) -> Dataset:
     """The `Comparison` rows of a dataset of preferences; ratings give one per prompt. Raises DatasetError."""
     raw = _load(source, map, skip_bad_rows)
     if _choose_format(raw, COMPARISONS, skip_bad_rows).kind == "comparison":
-        return _read(raw, COMPARISONS, skip_bad_rows, limit_rows)
+        return _read(raw, COMPARISONS, skip_bad_rows, limit_rows, refine)
     read_rating = functools.partial(comparisons.read_rating, needs_annotator=normalise_raters)
     rated = _read(raw, (Format("rating", ("prompt", "response", "rating"), read_rating),), skip_bad_rows, None)
     ratings = comparisons.normalise_ratings(rated.rows) if normalise_raters else rated.rows
-    usable, ties = comparisons.compare_ratings(ratings, rating_threshold)
-    if not usable:
+    compared, ties = comparisons.compare_ratings(ratings, rating_threshold)
+    if not compared:
         what = f"no two responses to the same prompt differ by more than {rating_threshold:g} in rating"
         fix = "give several rated responses per prompt, or a lower rating_threshold"
         raise DatasetError(what, where=source, fix=fix)
-    problems = (rated.problems + ties)[:PROBLEMS_KEPT]
+    usable, bad, long = _refined(compared, lambda row: row, skip_bad_rows, limit_rows, refine)
+    problems = [*rated.problems, *ties, *bad]
+    _require_usable(usable, problems, long, source, "correct the rows")
     agreement = comparisons.annotator_agreement(ratings, rating_threshold)
-    return Dataset(usable[:limit_rows], "rating", source, raw.digest, rated.skipped + len(ties), problems, agreement)
+    skipped = rated.skipped + len(ties) + len(bad)
+    return Dataset(usable, "rating", source, raw.digest, skipped, problems[:PROBLEMS_KEPT], agreement, len(long))
 
 
 def detect_kind(source: str, *, map: Mapping[str, str] | None = None) -> str:
@@ -206,25 +226,58 @@ def detect_kind(source: str, *, map: Mapping[str, str] | None = None) -> str:
     return _choose_format(_load(source, map, False), COMPARISONS + DEMONSTRATIONS + PROMPTS, False).kind
 
 
-def _read(raw: RawDataset, formats: Sequence[Format], skip_bad_rows: bool, limit_rows: int | None) -> Dataset:
+def _read(
+    raw: RawDataset,
+    formats: Sequence[Format],
+    skip_bad_rows: bool,
+    limit_rows: int | None,
+    refine: Refine | None = None,
+) -> Dataset:
     row_format = _choose_format(raw, formats, skip_bad_rows)
+    usable, bad, long = _refined(raw.rows, row_format.build, skip_bad_rows, limit_rows, refine)
+    problems = [*raw.problems, *bad]
+    fix = f"correct the rows ({row_format.kind} rows with {listed(row_format.columns)} were expected), or see --map"
+    _require_usable(usable, problems, long, raw.name, fix)
+    skipped = len(problems)
+    return Dataset(usable, row_format.kind, raw.name, raw.digest, skipped, problems[:PROBLEMS_KEPT], long=len(long))
+
+
+def _require_usable(usable: list, problems: list[str], long: list[str], source: str, fix: str) -> None:
+    """Raise DatasetError, with the first problem, if no row is usable."""
+    if not usable:
+        what = f"none of the {counted(len(problems) + len(long), 'rows')} can be used; {(problems or long)[0]}"
+        fix = fix if problems else "raise the limit on their length, or pass --long-rows cut"
+        raise DatasetError(what, where=source, fix=fix)
+
+
+def _refined(
+    rows: Iterable, build: Callable, skip_bad_rows: bool, limit_rows: int | None, refine: Refine | None
+) -> tuple[list, list[str], list[str]]:
+    """Up to `limit_rows` rows that are built and refined; what is wrong with the bad ones; the places of long ones.
+
+    Raises LongRow, and without `skip_bad_rows` the DatasetError of the first bad row.
+    """
     usable: list = []
-    problems = list(raw.problems)
-    for row in raw.rows:
+    problems: list[str] = []
+    long: list[str] = []
+    for row in rows:
         if limit_rows is not None and len(usable) == limit_rows:
             break
         try:
-            usable.append(row_format.build(row))
+            built = build(row)
+            refined = built if refine is None else refine(built)
+        except LongRow:
+            raise
         except DatasetError as error:
             if not skip_bad_rows:
                 raise
             problems.append(f"{error.where}: {error.what}")
-    if not usable:
-        columns = listed(row_format.columns)
-        what = f"none of the {counted(len(problems), 'rows')} can be used; {problems[0]}"
-        fix = f"correct the rows ({row_format.kind} rows with {columns} were expected), or see --map"
-        raise DatasetError(what, where=raw.name, fix=fix)
-    return Dataset(usable, row_format.kind, raw.name, raw.digest, len(problems), problems[:PROBLEMS_KEPT])
+            continue
+        if refined is None:
+            long.append(f"{row.where}: it is too long")
+        else:
+            usable.append(refined)
+    return usable, problems, long
 
 
 def _load(source: str, map: Mapping[str, str] | None, skip_bad_rows: bool) -> RawDataset:

@@ -13,6 +13,7 @@ from stages.diagnostics.finished import finished_tables
 from stages.errors import ConfigError
 from stages.inputs.measuring import evaluate_inputs, export_inputs, sample_inputs
 from stages.inputs.parts import Inputs
+from stages.inputs.previewing import preview_inputs
 from stages.inputs.training import dpo_inputs, ppo_inputs, reward_inputs, sft_inputs
 from stages.models.model_ref import adapter_beside
 from stages.results import Result, next_commands
@@ -30,6 +31,7 @@ def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
         "evaluate": evaluate_inputs,
         "sample": sample_inputs,
         "export": export_inputs,
+        "preview": preview_inputs,
     }
     inputs = openers[stage](config, overwrite)
     return replace(inputs, warnings=inputs.warnings + adapter_beside(inputs.source.base))

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stages.checkpoint.atomic import check_place
 from stages.config import EvaluateConfig, ExportConfig, SampleConfig
 from stages.data import rows as files
 from stages.diagnostics.plot import METADATA, PLOT_MARK, check_matplotlib
 from stages.errors import CheckpointError, ConfigError, DatasetError, OutputError, UserError
+from stages.inputs.fitting import fitting
+from stages.inputs.forms import check_text_as, describe_form
 from stages.inputs.outputs import REPORT_KEYS, RESPONSE_KEYS, check_output_file
-from stages.inputs.parts import Inputs, check_response_fits, describe_left_out, open_first, read_rows, refuse_idle
+from stages.inputs.parts import (
+    Inputs,
+    Reader,
+    check_response_fits,
+    describe_left_out,
+    open_first,
+    read_rows,
+    refuse_idle,
+)
 from stages.models.candidates import ADAPTERS, IMPLICIT, POLICIES, candidate_of, open_beside, parent_of, with_reference
 from stages.models.model_ref import ModelRef, open_model, same_base
 from stages.places import absolute, describe_special
-from stages.rollout.reward_specs import open_rewards
+from stages.rollout.reward_specs import RewardSpec, open_rewards
 
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
@@ -44,8 +56,7 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
         check_response_fits(config, source, others)
     _check_outputs(config)
     read = files.read_demonstrations if kind == "demonstration" else files.read_prompts
-    data = read_rows(read, config, config.dataset)
-    warnings = describe_left_out(data)
+    data, warnings, notes = _rows(read, config, source, [*rewards, *gold])
     if reference is None and samples:
         try:
             reference = parent_of(source, trusted)
@@ -55,7 +66,7 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
                 raise CheckpointError(f"KL cannot be measured: {error.what}", where="--reference", fix=fix) from None
             warnings += (f"KL is not measured: {error.what}; give another --reference",)
     more = {"rewards": rewards, "gold": gold, "against": against, "reference": reference, "also": also}
-    return Inputs(source, data, warnings=warnings, **more)
+    return Inputs(source, data, warnings=warnings, notes=notes, **more)
 
 
 def _comparing_inputs(config: EvaluateConfig, source: ModelRef, reference: ModelRef | None, kind: str) -> Inputs:
@@ -80,8 +91,19 @@ def _comparing_inputs(config: EvaluateConfig, source: ModelRef, reference: Model
     also = open_beside(config.also, source, ("reward", *IMPLICIT), advice, **trust)
     models = [with_reference(candidate, reference, **trust) for candidate in (model, *also)]
     _check_outputs(config)
-    data = read_rows(files.read_comparisons, config, config.dataset)
-    return Inputs(source, data, also=models[1:], reference=models[0].reference, warnings=describe_left_out(data))
+    data, warnings, notes = _rows(files.read_comparisons, config, source)
+    about = {"warnings": warnings, "notes": notes}
+    return Inputs(source, data, also=models[1:], reference=models[0].reference, **about)
+
+
+def _rows(
+    read: Reader, config: Any, source: ModelRef, rewards: list[RewardSpec] | tuple = ()
+) -> tuple[files.Dataset, tuple[str, ...], tuple[str, ...]]:
+    """The rows of the dataset, with warnings and notes on them."""
+    check_text_as(config, source)
+    data = read_rows(read, config, config.dataset, fitting(config, source))
+    warnings, notes = describe_form(config, source, data, rewards)
+    return data, describe_left_out(data) + warnings, notes
 
 
 def _other(name: str | None, what: str, source: ModelRef, trusted: bool) -> ModelRef | None:
@@ -104,8 +126,8 @@ def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
     source = open_first(config, POLICIES)
     check_response_fits(config, source)
     check_output_file(config.output, "--output", (".jsonl",), RESPONSE_KEYS, config.dataset)
-    data = read_rows(files.read_prompts, config, config.dataset)
-    return Inputs(source, data, warnings=describe_left_out(data))
+    data, warnings, notes = _rows(files.read_prompts, config, source)
+    return Inputs(source, data, warnings=warnings, notes=notes)
 
 
 def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:

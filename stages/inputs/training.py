@@ -14,12 +14,15 @@ from stages.data import rows as files
 from stages.data.rows import Dataset
 from stages.data.splits import held_out_everywhere, is_held_out, shared_prompts, split_held_out, warn_of_trained_prompts
 from stages.errors import ConfigError, DatasetError, RewardError, counted, verb_for
+from stages.inputs.fitting import fitting
+from stages.inputs.forms import check_text_as, describe_form
 from stages.inputs.parts import (
     Inputs,
     Reader,
     check_response_fits,
     describe_left_out,
     open_first,
+    read_beside,
     read_rows,
     refuse_idle,
 )
@@ -39,7 +42,7 @@ def reward_inputs(config: RewardConfig, overwrite: bool) -> Inputs:
     source = open_first(config, ADAPTERS)
     demonstrations = None
     if config.demonstrations:
-        demonstrations = files.read_demonstrations(config.demonstrations, skip_bad_rows=config.skip_bad_rows)
+        demonstrations = read_beside(config, config.demonstrations)
     inputs = _comparisons("reward", config, overwrite, source, demonstrations)
     if config.loss_margin and not any(pair.margin for row in inputs.data.rows for pair in row.pairs):
         why, fix = f"no row of {config.dataset} has a margin", "give rows with `margin`, or ratings"
@@ -76,7 +79,7 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
     digests = {f"reward {spec.name}": spec.digest for spec in rewards}
     ptx = []
     if config.ptx_dataset:
-        texts = files.read_demonstrations(config.ptx_dataset, skip_bad_rows=config.skip_bad_rows)
+        texts = read_beside(config, config.ptx_dataset)
         digests["ptx_dataset"], ptx = texts.digest, list(texts.rows)
     inputs = _training("ppo", config, overwrite, source, files.read_prompts, digests, rewards=rewards, ptx=ptx)
     if not config.eval_dataset:
@@ -98,11 +101,14 @@ def _training(
     `digests` are digests of further inputs, `more` further fields of `Inputs`.
     """
     _check_adapter_fits(config, source)
-    data = read_rows(read, config, config.dataset)
+    check_text_as(config, source)
+    fits = fitting(config, source)
+    data = read_rows(read, config, config.dataset, fits)
     inputs = {"dataset": data.digest, "model": source.digest, **digests}
-    warnings, notes, unmeasured = describe_left_out(data), (), 0
+    warnings, notes = describe_form(config, source, data, more.get("rewards", ()))
+    warnings, unmeasured = describe_left_out(data) + warnings, 0
     if config.eval_dataset:
-        evaluation = read_rows(read, config, config.eval_dataset)
+        evaluation = read_rows(read, config, config.eval_dataset, fits)
         inputs["eval_dataset"] = evaluation.digest
         train, held_out = list(data.rows), evaluation.rows[: config.eval_limit]
         warnings += describe_left_out(evaluation)
@@ -118,7 +124,8 @@ def _training(
         notes += (f"{more_rows}: not trained on, nor measured (--eval-limit)",)
     writer = read_launch().rank == 0
     run = open_run(config.output, stage, config, inputs, overwrite=overwrite, writer=writer)
-    return Inputs(source, data, train, held_out, run, warnings=warnings, notes=notes, unmeasured=unmeasured, **more)
+    about = {"warnings": warnings, "notes": notes, "unmeasured": unmeasured, "eval_is_apart": bool(config.eval_dataset)}
+    return Inputs(source, data, train, held_out, run, **about, **more)
 
 
 def _without_held_out_ptx(inputs: Inputs, config: PpoConfig) -> Inputs:

@@ -70,11 +70,16 @@ def _count(tokenizer, text: str) -> tuple[int, ...]:
 def sample_texts(rows: list[Demonstration | Comparison | Prompt]) -> Iterator[str]:
     """The texts of up to ROWS_READ rows: prompts, responses and messages, without a template's markup."""
     for row in rows[:: max(1, -(-len(rows) // ROWS_READ))]:
-        if isinstance(row, Prompt):
-            contents: tuple[Content, ...] = (row.prompt,)
-        elif isinstance(row, Comparison):
-            contents = (row.prompt, *row.responses)
-        else:
-            contents = (row.messages,) if row.messages else (row.prompt, row.completion)
-        for content in contents:
-            yield from [content] if isinstance(content, str) else [message["content"] for message in content]
+        yield from contents_of(row)
+
+
+def contents_of(row: Demonstration | Comparison | Prompt) -> Iterator[str]:
+    """The texts of a row: prompt, responses, and messages without a template's markup."""
+    if isinstance(row, Prompt):
+        contents: tuple[Content, ...] = (row.prompt,)
+    elif isinstance(row, Comparison):
+        contents = (row.prompt, *row.responses)
+    else:
+        contents = (row.messages,) if row.messages else (row.prompt, row.completion)
+    for content in contents:
+        yield from [content] if isinstance(content, str) else [message["content"] for message in content]

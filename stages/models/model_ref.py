@@ -71,16 +71,20 @@ class ModelRef:
         return min(limits, default=2**30)
 
 
-def open_model(name: str, *, stages: tuple[str, ...], what: str, trust_remote_code: bool = False) -> ModelRef:
+def open_model(
+    name: str, *, stages: tuple[str, ...], what: str, trust_remote_code: bool = False, weights: bool = True
+) -> ModelRef:
     """The model that a --model-like flag names, checked on disk; `stages` are the checkpoint kinds accepted.
 
-    Raises ModelError or CheckpointError naming the flag `what`.
+    Without `weights` the base may lack them, and digests are left empty. Raises ModelError or CheckpointError naming
+    the flag `what`.
     """
+    how = {"what": what, "trust_remote_code": trust_remote_code, "weights": weights}
     path = absolute(name, what)
     if ".." in path.parts and not path.exists():  # `a/../x` exists even if `a` does not, as for an output
         path = Path(os.path.realpath(path))
     if path.is_dir() and is_checkpoint(path):
-        return _open_checkpoint(name, path, stages, what, trust_remote_code)
+        return _open_checkpoint(name, path, stages, how)
     kind = describe_special(path) or ("a file" if path.is_file() else "")
     if kind:
         raise ModelError(f"{name} is {kind}", where=what, fix="give the model's folder")
@@ -88,16 +92,16 @@ def open_model(name: str, *, stages: tuple[str, ...], what: str, trust_remote_co
         for file, (kind, fix) in LOOKALIKES.items():
             if (path / file).exists() and not (path / "config.json").exists():
                 raise CheckpointError(f"{name} is {kind}", where=what, fix=fix)
-        return _open_base(name, path, str(path), None, what, trust_remote_code)
+        return _open_base(name, path, str(path), None, **how)
     if name.startswith((".", "/", "~")) or not HUB_ID.match(name):
         raise ModelError(
             f"{name} does not exist", where=what, fix="give a model folder, a checkpoint folder, or a hub id org/name"
         )
-    return _open_base(name, _download(name, what), name, None, what, trust_remote_code)
+    return _open_base(name, _download(name, what, weights=weights), name, None, **how)
 
 
-def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, trust_remote_code: bool) -> ModelRef:
-    manifest = read_manifest(path)
+def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], how: dict[str, Any]) -> ModelRef:
+    manifest, what, weights = read_manifest(path), how["what"], how["weights"]
     if manifest.stage not in stages:
         raise CheckpointError(
             f"{name} is a `{manifest.stage}` checkpoint",
@@ -107,9 +111,9 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], what: str, 
     adapters = [path / part for part in ("", "critic") if str(Path(part, ADAPTER_CONFIG)) in manifest.files]
     shapes = {folder: read_adapter_shape(folder) for folder in adapters}
     place = locate(path, manifest.base)
-    base = Path(place) if Path(place).is_dir() else _download(str(place), what)
-    ref = _open_base(name, base, manifest.base.name, manifest, what, trust_remote_code)
-    if ref.base_digest != manifest.base.digest:
+    base = Path(place) if Path(place).is_dir() else _download(str(place), what, weights=weights)
+    ref = _open_base(name, base, manifest.base.name, manifest, **how)
+    if weights and ref.base_digest != manifest.base.digest:
         raise CheckpointError(
             f"the base model at {base} is not the one that {name} was trained on (its weights differ)",
             where=what,
@@ -190,7 +194,7 @@ def stop_ids_of(ref: ModelRef) -> tuple[int, ...]:
 
 
 def _open_base(
-    name: str, base: Path, base_name: str, manifest: Manifest | None, what: str, trust_remote_code: bool
+    name: str, base: Path, base_name: str, manifest: Manifest | None, what: str, trust_remote_code: bool, weights: bool
 ) -> ModelRef:
     for file in sorted(os.listdir(base)):  # a library might wait for a pipe for ever
         kind = describe_special(base / file)
@@ -209,8 +213,10 @@ def _open_base(
     if base_name == str(base) or Path(base_name).exists():
         base_name = os.path.abspath(base_name)
     # A library may write a tokenizer in other words than it read, so the digest is that from before training.
-    digest = manifest.tokenizer_digest if manifest else tokenizer_digest(folder)
-    return ModelRef(name, base, base_name, base_digest(base), folder, digest, manifest, config)
+    digests = ("", "")
+    if weights:
+        digests = base_digest(base), manifest.tokenizer_digest if manifest else tokenizer_digest(folder)
+    return ModelRef(name, base, base_name, digests[0], folder, digests[1], manifest, config)
 
 
 def _read_object(path: Path, where: str) -> dict:
@@ -285,12 +291,12 @@ def adapter_beside(base: Path) -> tuple[str, ...]:
     )
 
 
-def _download(name: str, what: str) -> Path:
+def _download(name: str, what: str, *, weights: bool = True) -> Path:
     """Fetch a hub model's config, tokenizer and safetensors; nothing that could execute."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES if weights else HUB_FILES[1:]))
     except Exception as error:  # the hub client raises many kinds; each means the model cannot be had
         raise ModelError(
             f"{name} is no local folder, and the hub did not give it: {first_line(error)}",

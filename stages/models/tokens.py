@@ -5,70 +5,25 @@ Whole texts are tokenised once and masks come from character offsets, because th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from stages.data.comparisons import Comparison
-from stages.data.raw_rows import Content, first_line
+from stages.data.raw_rows import Content, Message, first_line
 from stages.data.rows import Demonstration, Prompt
-from stages.errors import DatasetError, ModelError
+from stages.errors import DatasetError, LongRow, ModelError
 from stages.models.templates import PROBE_MESSAGES, choose_template, opening_tokens, template_warnings
+from stages.models.token_rows import Encoding, PromptRow, TokenRow, Tokens, cut_comparison, cut_prompt
 from stages.models.turns import content_end, find_turn, marked_spans
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # tokenizer classes that add nothing to tokenizer.json
+LIGHT_TYPES = ("llama", "smollm3")  # model types for which transformers keeps a generic class
 MARKS_ADVICE = "put {% generation %} around what the assistant writes, or leave these marks out of the template"
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """One tokenised sequence, and which of its tokens are learned or scored."""
-
-    ids: Tensor  # (L,) int64
-    targets: Tensor  # (L,) bool; token 0 is never a target, nothing predicts it
-    cut: bool  # True if the row was too long and lost its end
-
-    @property
-    def size(self) -> int:
-        """Tokens."""
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A tokenised prompt, and what reward functions receive beside it."""
-
-    ids: Tensor  # (P,) int64
-    text: object  # the prompt as in the dataset: text, or a list of messages
-    end_id: int  # the token that ends a response to it
-    columns: dict[str, object]
-    where: str
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """A text, its tokens and the characters (begin, end) of each token."""
-
-    text: str
-    ids: list[int]
-    spans: list[tuple[int, int]]
-
-    def within(self, begin: int, end: int) -> list[int]:
-        """The tokens, without a gap, that hold characters from `begin` to before `end`."""
-        return [i for i, (start, stop) in enumerate(self.spans) if stop > begin and start < end]
-
-    def last_visible(self, tokens: Sequence[int]) -> int:
-        """The last of some tokens that is not whitespace; -1 if there is none."""
-        return next((i for i in reversed(tokens) if self._is_visible(i)), -1)
-
-    def next_visible(self, begin: int) -> int:
-        """The first token from `begin` on that is not whitespace; the number of tokens if there is none."""
-        return next((i for i in range(begin, len(self.ids)) if self._is_visible(i)), len(self.ids))
-
-    def _is_visible(self, token: int) -> bool:
-        return bool(self.text[slice(*self.spans[token])].strip())
 
 
 class Text:
@@ -131,63 +86,75 @@ class Text:
 
     # --- prompts and responses
 
-    def prompt(self, row: Prompt, max_tokens: int) -> PromptRow:
-        """Tokenise a prompt; raises DatasetError if it is longer than `max_tokens`."""
+    def prompt(self, row: Prompt, max_tokens: int, *, cut: bool = False) -> PromptRow:
+        """Tokenise a prompt; one longer than `max_tokens` loses its beginning with `cut`, else raises LongRow."""
+        import torch
+
+        tokens, messages = self.prompt_tokens(row, max_tokens, cut=cut)
+        end_id = self.turn_end_id if messages else self.eos_id
+        text = list(messages) or row.prompt
+        return PromptRow(torch.tensor(tokens.ids), text, end_id, row.columns, row.where, tokens.cut, tokens.whole)
+
+    def prompt_tokens(self, row: Prompt, max_tokens: int, *, cut: bool = False) -> tuple[Tokens, tuple[Message, ...]]:
+        """The tokens of a prompt, and its messages if it is read as a conversation; raises as `prompt` does."""
         messages = row.prompt if not isinstance(row.prompt, str) else (row.messages if self.has_template else ())
         if messages:
             self.need_template(row.where)
             ids = self.encode(self.render(messages, generate=True), rendered=True).ids
         else:
-            ids = self.encode(row.prompt, rendered=False).ids
+            ids = self.encode(row.prompt, rendered=False).ids  # type: ignore[arg-type]
         if not ids:
             raise DatasetError("the prompt has no tokens", where=row.where, fix="drop the row, or pass --skip-bad-rows")
-        if len(ids) > max_tokens:
-            raise DatasetError(
+        if len(ids) > max_tokens and not cut:
+            raise LongRow(
                 f"the prompt has {len(ids)} tokens, {max_tokens} fit beside the response",
                 where=f"{row.where}: prompt",
                 fix="shorten it, raise --max-prompt-tokens or lower --max-response-tokens if the context allows, "
-                "or pass --skip-bad-rows",
+                "or pass --long-rows drop or cut",
             )
-        end_id = self.turn_end_id if messages else self.eos_id
-        return PromptRow(torch.tensor(ids), list(messages) or row.prompt, end_id, row.columns, row.where)
+        kept = cut_prompt(ids, max_tokens, self.opening)
+        return Tokens(kept, [False] * len(kept), len(ids)), messages
 
     def response_text(self, prompt: Tensor, response: Tensor) -> str:
         """A response as text with its spacing: what decoding adds to the decoded prompt.
 
         Without special tokens, and without the stop token at its end, even if the tokenizer does not call it special.
         """
-        if len(response) and int(response[-1]) in self.stop_ids:
-            response = response[:-1]
-        before = self.tokenizer.decode(prompt, skip_special_tokens=True)
-        whole = self.tokenizer.decode(torch.cat([prompt, response]), skip_special_tokens=True)
+        begun, said = prompt.tolist(), response.tolist()
+        if said and said[-1] in self.stop_ids:
+            said = said[:-1]
+        before = self.tokenizer.decode(begun, skip_special_tokens=True)
+        whole = self.tokenizer.decode(begun + said, skip_special_tokens=True)
         if whole.startswith(before):
             return whole[len(before) :]
-        return self.tokenizer.decode(response, skip_special_tokens=True)
+        return self.tokenizer.decode(said, skip_special_tokens=True)
 
     # --- demonstrations
 
     def demonstration(self, row: Demonstration, mask: str, max_tokens: int) -> TokenRow:
         """Tokenise a demonstration; targets per `mask`; cut at `max_tokens` without a false EOS.
 
-        Raises DatasetError if no target is left.
+        Raises LongRow if no target is left.
         """
+        return self.demonstration_tokens(row, mask, max_tokens).as_row()
+
+    def demonstration_tokens(self, row: Demonstration, mask: str, max_tokens: int) -> Tokens:
+        """The tokens of `demonstration`, as lists; raises as it does."""
         if row.messages and (self.has_template or not row.completion):
             self.need_template(row.where)
             ids, targets = self._conversation(row, mask)
         else:
             coded = self.encode(row.prompt + row.completion, rendered=False)
             ids, targets = self._closed(coded), [*(end > len(row.prompt) for _, end in coded.spans), True]
-        cut = len(ids) > max_tokens
-        ids = ids[:max_tokens]
         targets = [True] * len(ids) if mask == "all" else targets[: len(ids)]
         targets[0] = False
-        if not any(targets):
-            raise DatasetError(
+        if not any(targets[:max_tokens]):
+            raise LongRow(
                 f"nothing is left to learn within {max_tokens} tokens: the prompt fills them",
                 where=row.where,
-                fix="shorten the prompt, raise --max-tokens if the model's context allows, or pass --skip-bad-rows",
+                fix="shorten the prompt, raise --max-tokens if the model's context allows, or pass --long-rows drop",
             )
-        return TokenRow(torch.tensor(ids), torch.tensor(targets), cut)
+        return Tokens(ids[:max_tokens], targets[:max_tokens], len(ids))
 
     def _conversation(self, row: Demonstration, mask: str) -> tuple[list[int], list[bool]]:
         """Tokens and targets of a conversation; one that the assistant ends without an end token gets EOS."""
@@ -276,16 +243,21 @@ class Text:
 
         A prompt too long loses its beginning, a response too long its end (and so its EOS).
         """
+        return [tokens.as_row() for tokens in self.comparison_tokens(row, max_tokens)]
+
+    def comparison_tokens(self, row: Comparison, max_tokens: int) -> list[Tokens]:
+        """The tokens of `comparison`, as lists."""
         return [self._scored(row.where, row.prompt, response, max_tokens) for response in row.responses]
 
     def judged(self, row: Demonstration, max_tokens: int) -> TokenRow:
         """A demonstration's last response as a reward model reads it: up to its end token, cut as in a comparison."""
         if row.messages and (self.has_template or not row.completion):
             last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-            return self._scored(row.where, row.messages[:last], row.messages[last : last + 1], max_tokens)
-        return self._scored(row.where, row.prompt, row.completion, max_tokens)
+            prompt, response = row.messages[:last], row.messages[last : last + 1]
+            return self._scored(row.where, prompt, response, max_tokens).as_row()
+        return self._scored(row.where, row.prompt, row.completion, max_tokens).as_row()
 
-    def _scored(self, where: str, prompt: Content, response: Content, max_tokens: int) -> TokenRow:
+    def _scored(self, where: str, prompt: Content, response: Content, max_tokens: int) -> Tokens:
         if isinstance(response, str):
             coded = self.encode(prompt + response, rendered=False)
             begin, ids = sum(1 for _, end in coded.spans if end <= len(prompt)), self._closed(coded)
@@ -296,7 +268,7 @@ class Text:
             begin, last = self._turn(whole, len(whole.messages) - 1, coded)
             ids = coded.ids[: last + 1]
             ids = ids if coded.ids[last] in self.stop_ids else [*ids, self.eos_id]
-        return _cut_comparison(ids, begin, max_tokens, self.opening)
+        return cut_comparison(ids, begin, max_tokens, self.opening)
 
     def _closed(self, coded: Encoding) -> list[int]:
         """Tokens of a plain text with one EOS at the end, whether it has one or not."""
@@ -304,24 +276,31 @@ class Text:
         return ids[: last + 1] if last >= 0 and ids[last] == self.eos_id else [*ids, self.eos_id]
 
 
-def _cut_comparison(ids: list[int], begin: int, max_tokens: int, opening: tuple[int, ...]) -> TokenRow:
-    """A prompt (tokens up to `begin`) and a response within `max_tokens`, a quarter of which the prompt may fill."""
-    prompt, response = ids[:begin], ids[begin:]
-    room = min(len(prompt), max(max_tokens // 4, max_tokens - len(response)))
-    first = prompt[: len(opening)] if tuple(prompt[: len(opening)]) == opening and len(opening) < room else []
-    prompt = first + prompt[len(prompt) - room + len(first) :]  # even a prompt cut short begins with BOS
-    response = response[: max_tokens - room]
-    targets = torch.zeros(len(prompt) + len(response), dtype=torch.bool)
-    targets[max(1, len(prompt)) :] = True
-    return TokenRow(torch.tensor(prompt + response), targets, len(targets) < len(ids))
+def _load_tokenizer(folder: Path, trust_remote_code: bool, model_type: str):
+    """A tokenizer as transformers chooses its class; of some model types in a third of the time, without torch."""
+    import transformers
+
+    if model_type in LIGHT_TYPES and (folder / "tokenizer.json").exists():
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") in GENERIC and not settings.get("auto_map"):
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def load_text(folder: Path, *, chat_template: str | None, stop_ids: tuple[int, ...], trust_remote_code: bool) -> Text:
-    """Load a tokenizer; raises ModelError if it has no EOS or no offsets, or if the chat template cannot be used."""
-    from transformers import AutoTokenizer
+def load_text(
+    folder: Path,
+    *,
+    chat_template: str | None,
+    stop_ids: tuple[int, ...],
+    trust_remote_code: bool,
+    model_type: str = "",
+) -> Text:
+    """Load a tokenizer; raises ModelError if it has no EOS or no offsets, or if the chat template cannot be used.
 
+    With the base's `model_type`, it is loaded without torch where that gives the same tokenizer.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = _load_tokenizer(folder, trust_remote_code, model_type)
     except Exception as error:  # tokenizer files fail in as many ways as there are formats
         problem, fix = f"the tokenizer cannot be loaded: {first_line(error)}", "restore its files"
         raise ModelError(problem, where=str(folder), fix=fix) from None

@@ -47,6 +47,11 @@ class TokenComparison:
         return any(row.cut for row in self.responses)
 
     @property
+    def whole(self) -> int:
+        """Tokens of the longest response with its prompt, before it was cut."""
+        return max(row.whole for row in self.responses)
+
+    @property
     def best(self) -> TokenRow:
         """The response with the most expected wins minus losses; ties go to the smallest list of token ids."""
         lead = [0.0] * len(self.responses)

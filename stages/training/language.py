@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from stages.data.rows import Demonstration, Prompt
 from stages.maths.losses import token_nll
 from stages.models.outputs import read_targets
 from stages.models.roles import Roles
@@ -63,11 +62,3 @@ def warn_above_uniform(loss: float, vocabulary: int, what: str, cause: str, repo
         f"{what} is {loss:.2f} nats per token, above ln({vocabulary}) = {uniform:.2f}, the loss of a uniform guess "
         f"over the vocabulary: this loss and its perplexity mean nothing. Likely cause: {likely}"
     )
-
-
-def prompt_of(row: Demonstration) -> Prompt | None:
-    """The prompt of a demonstration, for the policy to answer; None if there is none."""
-    if row.messages and not row.completion:
-        last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-        return Prompt(row.where, row.messages[:last]) if last else None
-    return Prompt(row.where, row.prompt, messages=row.messages[:-1]) if row.prompt else None

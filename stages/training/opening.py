@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.checkpoint.manifest import MANIFEST
-from stages.errors import CheckpointError, DatasetError, ModelError, counted, verb_for
+from stages.errors import CheckpointError, DatasetError, LongRow, ModelError, counted, verb_for
 from stages.models.base import Base, load_base
 from stages.models.checks import check_config
 from stages.models.coverage import measure_coverage, sample_texts
@@ -15,6 +15,7 @@ from stages.models.passes import Out, Row
 from stages.models.tokens import Text, load_text
 from stages.results import Reporter
 from stages.training.devices import pick_device, pick_dtype
+from stages.training.long_rows import encode_within
 
 
 def open_text(source: ModelRef, config: Any, reporter: Reporter | None = None) -> Text:
@@ -43,41 +44,73 @@ def open_text(source: ModelRef, config: Any, reporter: Reporter | None = None) -
     return text
 
 
+class Encoded(NamedTuple):
+    """Tokenised rows, and how many others there were."""
+
+    rows: list
+    bad: int = 0  # rows that cannot be used; dropped
+    long: int = 0  # rows that are too long; dropped
+    cut: int = 0  # rows among `rows` that lost a part
+
+
 def encode_all(
     rows: list[Row],
     encode: Callable[[Row], Out],
     *,
-    skip_bad: bool,
+    config: Any,
     reporter: Reporter,
     what: str,
     limit: int | None = None,
-) -> list[Out]:
-    """Tokenised rows; a row that cannot be used is an error, or dropped and counted with --skip-bad-rows.
-
-    With a `limit` in tokens, a note counts the rows that were cut to it.
+) -> Encoded:
+    """Tokenised rows. A row that cannot be used is an error, or dropped with --skip-bad-rows; --long-rows decides on
+    those with more tokens than `limit`. The reporter gets the counts.
     """
     out: list[Out] = []
     problems: list[DatasetError] = []
+    long: list[str] = []
     for row in rows:
         try:
-            out.append(encode(row))
+            encoded = encode_within(row, encode, config.long_rows, limit)
+        except LongRow:
+            raise
         except DatasetError as error:
-            problems.append(DatasetError(error.what, where=error.where or row.where, fix=error.fix))
-            if not skip_bad:
-                raise problems[0] from None
-    if rows and not out:
+            problems.append(error)
+            if not config.skip_bad_rows:
+                raise
+            continue
+        if encoded is None:
+            long.append(row.where)
+        else:
+            out.append(encoded)
+    if rows and not out and problems:
         first = problems[0]
         raise DatasetError(
             f"none of the {counted(len(rows), what)} can be used; {first.what}", where=first.where, fix=first.fix
         )
+    if rows and not out:
+        _raise_too_long(rows[0], encode, len(rows), what, limit)
     if problems:
         first = f"{problems[0].where}: {problems[0].what}"
         were = verb_for(len(problems), "were")
         reporter.warn(f"{len(problems)} of {counted(len(rows), what)} cannot be used and {were} dropped; {first}")
-    cut = 0 if limit is None else sum(row.cut for row in out)
+    if long:
+        longest = f"longer than {limit} tokens" if limit is not None else "too long"
+        are, were = verb_for(len(long), "are"), verb_for(len(long), "were")
+        some = f"{len(long)} of {counted(len(rows), what)} {are} {longest} and {were} dropped"
+        reporter.warn(f"{some} (--long-rows); the first is {long[0]}")
+    cut = sum(getattr(row, "cut", False) for row in out)
     if cut:
         reporter.note(f"{cut} of {counted(len(out), what)} {verb_for(cut, 'were')} cut to {limit} tokens")
-    return out
+    return Encoded(out, len(problems), len(long), cut)
+
+
+def _raise_too_long(row: Row, encode: Callable[[Row], Out], count: int, what: str, limit: int | None) -> None:
+    """Raise LongRow for rows that are all too long, with what is said of the first."""
+    try:
+        encode_within(row, encode, "stop", limit)
+    except LongRow as error:
+        found = f"none of the {counted(count, what)} can be used; {error.what}"
+        raise LongRow(found, where=error.where, fix=error.fix) from None
 
 
 def check_coverage(text: Text, rows: list, reporter: Reporter, *, what: str) -> str:
@@ -89,18 +122,6 @@ def check_coverage(text: Text, rows: list, reporter: Reporter, *, what: str) -> 
             "base whose tokenizer was made for this language"
         )
     return cause
-
-
-def context_limit(wanted: int, source: ModelRef, reporter: Reporter) -> int:
-    """Longest row in tokens: `wanted`, or the base's context length if that is less."""
-    if wanted > source.context:
-        reporter.note(f"max_tokens reduced to {source.context}, the context length of the base")
-    return min(wanted, source.context)
-
-
-def prompt_limit(config: Any, source: ModelRef, response_tokens: int) -> int:
-    """Longest prompt in tokens: max_prompt_tokens, or what the context leaves beside a response if that is less."""
-    return min(config.max_prompt_tokens or 2**30, source.context - response_tokens)
 
 
 def open_base(source: ModelRef, config: Any, text: Text) -> Base:

@@ -64,6 +64,8 @@ def _manifest(
     session: Session, metrics: dict[str, Any], lines: list[dict[str, float]], parents: list[tuple[str, ModelRef]]
 ) -> Manifest:
     base, data = session.base, session.inputs.data
+    train = {"source": data.source, "digest": data.digest, "rows": len(data.rows), **session.row_counts}
+    train |= {"form": session.form} if session.form else {}
     steps = [line for line in lines if line["step"] > 0]
     seconds = sum(line.get("seconds", 0.0) for line in steps)
     rates = {w: sum(line.get(w, 0) for line in steps) / max(seconds, 1e-9) for w in ("tokens", "samples")}
@@ -78,7 +80,7 @@ def _manifest(
         tokenizer_digest=base.ref.tokenizer_digest,
         stop_token_ids=session.text.stop_ids,
         config=as_dict(session.config),
-        datasets={"train": {"source": data.source, "digest": data.digest, "rows": len(data.rows)}},
+        datasets={"train": train},
         metrics=metrics,
         throughput={f"{what}_per_second": rate for what, rate in rates.items()}
         | {"memory_gb": peak_memory_gb(base.device)},

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from stages.checkpoint.run import Run, read_metrics
+from stages.data.transcripts import form_of
 from stages.errors import ModelError, counted
 from stages.models.base import DORA_NOTE, Base
 from stages.models.model_ref import ModelRef, lora_type_of
@@ -25,12 +26,16 @@ from stages.training.batching import batch_at, epoch_at, steps_in
 from stages.training.devices import Ranks, free_memory, peak_memory_gb
 from stages.training.language import warn_above_uniform
 from stages.training.learning_rates import CRITIC_FACTOR, auto_learning_rate
+from stages.training.long_rows import context_limit
 from stages.training.loop import before_and_after, train
 from stages.training.optimizer import learning_rate_at
 from stages.training.plan import Work, choose_passes, plan_result, source_shapes
+from stages.training.preview import build_preview
 from stages.training.progress import Progress, add_gradients, apply_gradients, open_progress
 from stages.training.reload import check_adaptable
+from stages.training.row_tokens import RowEncoder
 from stages.training.seeds import derive
+from stages.training.served import served_warnings
 from stages.training.signals import Signals
 
 Metrics = dict[str, float]
@@ -46,6 +51,8 @@ class Session:
     reporter: Reporter
     signals: Signals = field(default_factory=Signals)
     text_problem: str = ""  # why the base can hardly read the rows, empty if it can
+    row_counts: dict[str, int] = field(default_factory=dict)  # rows used, and others by reason, from `encode_split`
+    form: str = ""  # how rows are read: "messages", "text" or "mixed", from `encode_split`
     work: Work = field(init=False)  # from `plan`
     total: int = field(init=False)  # steps of the run, from `plan`
     roles: Roles = field(init=False)  # from `load_base`
@@ -77,21 +84,26 @@ class Session:
     @functools.cached_property
     def max_tokens(self) -> int:
         """Longest row in tokens: the config's, or the base's context length if that is less."""
-        return opening.context_limit(self.config.max_tokens, self.model, self.reporter)
+        return context_limit(self.config.max_tokens, self.model, self.reporter)
 
-    def encode(self, rows: list[Row], encode: Callable[[Row], Out], what: str, limit: int | None = None) -> list[Out]:
-        """Tokenise rows, called `what` in messages; with a `limit` in tokens, a note counts those cut to it."""
-        skip_bad = self.config.skip_bad_rows
-        return opening.encode_all(rows, encode, skip_bad=skip_bad, reporter=self.reporter, what=what, limit=limit)
+    def encode(
+        self, rows: list[Row], encode: Callable[[Row], Out], what: str, limit: int | None = None
+    ) -> opening.Encoded:
+        """Tokenise rows, called `what` in messages, of at most `limit` tokens."""
+        return opening.encode_all(rows, encode, config=self.config, reporter=self.reporter, what=what, limit=limit)
 
     def encode_split(
         self, encode: Callable[[Row], Out], what: str, limit: int | None = None
     ) -> tuple[list[Out], list[Out]]:
         """Training rows and held-out rows, tokenised, with a warning if the base can hardly read them."""
-        rows = self.encode(self.inputs.train, encode, what, limit)
+        train = self.encode(self.inputs.train, encode, what, limit)
         held_out = self.encode(self.inputs.held_out, encode, f"held-out {what}", limit)
         self.check_coverage(self.inputs.train, what)
-        return rows, held_out
+        for line in served_warnings(self.row_encoder, self.inputs.train):
+            self.reporter.warn(line)
+        self.row_counts = self.inputs.count_rows(train, held_out)
+        self.form = form_of(self.inputs.train, has_template=self.text.has_template)
+        return train.rows, held_out.rows
 
     def check_coverage(self, rows: list, what: str) -> None:
         """Warn of rows that the base can hardly read."""
@@ -103,10 +115,20 @@ class Session:
         config = self.config
         self.work, self.total = work, count(len(work.sizes), config.batch_size, config.epochs, config.max_steps)
 
+    @property
+    def row_encoder(self) -> RowEncoder:
+        """How rows are tokenised, as lists."""
+        response = getattr(self.config, "max_response_tokens", 0)
+        return RowEncoder(self.config, self.model, self.text, response)
+
     def describe_plan(self) -> Result:
-        """The result of --dry-run."""
-        facts = {**self.inputs.rows_left_out, **self.peak_learning_rates()}
-        return plan_result(self.config, self.model, self.work, self.total, facts)
+        """The result of --dry-run: the plan, and a preview of the rows."""
+        left_out = {name: count for name, count in self.row_counts.items() if name != "used"}
+        facts = {**left_out, **self.peak_learning_rates()}
+        plan = plan_result(self.config, self.model, self.work, self.total, facts)
+        preview = build_preview(self.stage, self.row_encoder, self.inputs.train)
+        data, tables = plan.data | {"preview": preview.data}, preview.tables + plan.tables
+        return replace(plan, data=data, tables=tables, passages=preview.passages)
 
     # --- the base and its roles
 
@@ -235,4 +257,4 @@ class Session:
     def result(self, data: dict[str, Any], tables: tuple[Table, ...] = ()) -> Result:
         """The stage's result, with the commands that usually follow."""
         following = next_commands(self.stage, self.config, data.get("metrics", {}))
-        return Result(self.stage, "done", self.config.output, data, tables, following)
+        return Result(self.stage, "done", self.config.output, {"rows": self.row_counts, **data}, tables, following)

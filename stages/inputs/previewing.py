@@ -1,0 +1,48 @@
+"""Inputs of `rlhf preview`: rows, and a model of which only config and tokenizer are needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from stages.config import STAGES, PreviewConfig
+from stages.data import rows as files
+from stages.inputs.fitting import fitting
+from stages.inputs.forms import check_text_as, describe_form
+from stages.inputs.parts import Inputs, check_response_fits, describe_left_out, read_rows
+from stages.knobs import as_dict, default_of, knobs
+from stages.models.candidates import ADAPTERS
+from stages.models.model_ref import open_model
+
+STAGE_OF_KIND = {"demonstration": "sft", "comparison": "reward", "rating": "reward", "prompt": "ppo"}
+READERS = {
+    "sft": files.read_demonstrations,
+    "reward": files.read_comparisons,
+    "dpo": files.read_comparisons,
+    "ppo": files.read_prompts,
+}
+
+
+def stage_of(config: PreviewConfig, kind: str) -> str:
+    """The stage that will read the rows: the given one, or that of their kind."""
+    return config.stage or STAGE_OF_KIND[kind]
+
+
+def stage_config(stage: str, config: PreviewConfig) -> Any:
+    """The knobs of a stage: as given to the preview, else its defaults."""
+    defaults = {name: default_of(f) for name, (f, _, _) in knobs(STAGES[stage]).items()}
+    return SimpleNamespace(**defaults | {name: value for name, value in as_dict(config).items() if value is not None})
+
+
+def preview_inputs(config: PreviewConfig, overwrite: bool) -> Inputs:
+    """The rows as the stage reads them, and the model without its weights."""
+    trusted = config.trust_remote_code
+    source = open_model(config.model, stages=ADAPTERS, what="--model", trust_remote_code=trusted, weights=False)
+    check_text_as(config, source)
+    stage = stage_of(config, files.detect_kind(config.dataset, map=config.map))
+    knobs_of_stage = stage_config(stage, config)
+    if stage == "ppo":
+        check_response_fits(knobs_of_stage, source)
+    data = read_rows(READERS[stage], config, config.dataset, fitting(knobs_of_stage, source))
+    warnings, notes = describe_form(config, source, data)
+    return Inputs(source, data, warnings=describe_left_out(data) + warnings, notes=notes)
