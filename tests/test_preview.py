@@ -90,7 +90,7 @@ def test_warnings_are_in_the_object_too(bare, tmp_path):
     found = result("preview", "--model", bare, "--dataset", data, "--mask", "assistant")
     told = "\n".join(found["warnings"])
     assert "--mask assistant has no effect" in told and "have special tokens in the text, such as <|end|>" in told
-    assert "do not begin with the tokens of their prompt as it is served" in told
+    assert "do not begin with the tokens of the prompt as it is served" in told
     assert any("--text-as chat reads them as messages" in note for note in found["notes"])
 
 

@@ -160,7 +160,7 @@ def test_a_prompt_that_ends_in_a_space_is_told(folder):
     good, torn = Demonstration("r:1", "the cat sat", " on the mat"), Demonstration("r:2", "the cat sat ", "on the mat")
     assert warnings_of(folder, None, [good]) == []
     (told,) = warnings_of(folder, None, [good, torn])
-    assert told.startswith("1 of 2 rows does not begin with the tokens of their prompt as it is served, such as r:2")
+    assert told.startswith("1 of 2 rows does not begin with the tokens of the prompt as it is served, such as r:2")
 
 
 def test_earlier_turns_that_the_template_rewrites_are_told_only_if_they_are_learned(folder):

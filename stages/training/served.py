@@ -34,16 +34,16 @@ def served_warnings(encoder: RowEncoder, rows: Sequence[Row]) -> list[str]:
                 rewritten.append(row.where)
         except DatasetError:
             continue
-    warnings = []
+    warnings, rows_read = [], counted(len(some), "rows")
     if torn:
         warnings.append(
-            f"{len(torn)} of {counted(len(some), 'rows')} {verb_for(len(torn), 'do')} not begin with the tokens of their prompt as it is served, such as "
-            f"{torn[0]}: the prompt ends in whitespace or within a word, or the template writes something else before "
-            "a recorded response"
+            f"{len(torn)} of {rows_read} {verb_for(len(torn), 'do')} not begin with the tokens of the prompt as it is "
+            f"served, such as {torn[0]}: the prompt ends in whitespace or within a word, or the template writes "
+            "something else before a recorded response"
         )
     if rewritten:
         warnings.append(
-            f"the chat template rewrites earlier assistant turns of {len(rewritten)} of {counted(len(some), 'rows')}, such as "
+            f"the chat template rewrites earlier assistant turns of {len(rewritten)} of {rows_read}, such as "
             f"{rewritten[0]}: --mask assistant learns them as no response is sampled; use --mask completion"
         )
     return warnings + _special_tokens(text, some)
