@@ -10,12 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import TextIO
 
 from stages.errors import ConfigError
 from stages.launch import read_launch
-from stages.results import Passage, Piece, Reporter, Result, Silent, Table
+from stages.results import Passage, Piece, Reporter, Result, Silent, Table, bracketed
 
 LIVE_PPO = ("reward_score", "reward_kl", "entropy", "response_length", "tokens_per_second")
 LIVE = ("loss", "eval_loss", "accuracy", "eval_accuracy", "lr")
@@ -269,17 +268,14 @@ def show_passages(passages: tuple[Passage, ...], stream: TextIO) -> None:
     console = Terminal(file=stream, highlight=False, markup=False, emoji=False, force_terminal=terminal)
     coloured = terminal and not console.no_color and console.color_system is not None
     for passage in passages:
-        text = Text("", style="")
-        for marked, run in groupby(passage.pieces, key=lambda piece: piece.marked):
-            text.append("[[" if marked and not coloured else "")
-            for piece in run:
-                text.append(plain(piece.text), style=piece_style(piece) if coloured else "")
-            text.append("]]" if marked and not coloured else "")
-        title = plain(passage.title).replace("[[...]]", "green" if coloured else "[[...]]")
-        if coloured:
-            console.print(Text(title, style="bold"), text, "", sep="\n", soft_wrap=True)
-        else:
-            stream.write(f"{title}\n{text.plain}\n\n")
+        title = plain(passage.title)
+        if not coloured:
+            stream.write(f"{title}\n{plain(bracketed(passage.pieces))}\n\n")
+            continue
+        text = Text("")
+        for piece in passage.pieces:
+            text.append(plain(piece.text), style=piece_style(piece))
+        console.print(Text(title.replace("[[...]]", "green"), style="bold"), text, "", sep="\n", soft_wrap=True)
 
 
 def piece_style(piece: Piece) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 
@@ -32,6 +33,13 @@ class Passage:
 
     title: str
     pieces: tuple[Piece, ...]
+
+
+def bracketed(pieces: tuple[Piece, ...]) -> str:
+    """Pieces as one text, with the marked ones in double brackets."""
+    runs = groupby(pieces, key=lambda piece: piece.marked)
+    texts = ((marked, "".join(piece.text for piece in run)) for marked, run in runs)
+    return "".join(f"[[{text}]]" if marked else text for marked, text in texts)
 
 
 @dataclass(frozen=True)

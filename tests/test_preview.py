@@ -77,7 +77,7 @@ def test_numbers_are_those_of_the_rows(bare, tmp_path):
     whole = text.tokenizer("red the").input_ids
     assert sequence["ids"] == [*whole, text.eos_id] and first["where"] == f"{data}:1"
     assert sequence["marked"] == [False] * (len(whole) - 1) + [True, True]
-    assert len(found["examples"]) == 3
+    assert len(found["examples"]) == 3 and first["text"] == "<bos>red[[ the<eos>]]"
     dropped = result(*line, "--long-rows", "drop")
     assert (dropped["cut_share"], dropped["dropped_long_share"]) == (0, round(2 / 6, 4))
     assert "the row has" in refused(*line, "--long-rows", "stop", "--show-rows", 9)

@@ -15,7 +15,7 @@ from stages.errors import DatasetError, LongRow
 from stages.models.coverage import contents_of, measure_coverage, sample_texts
 from stages.models.token_rows import Tokens
 from stages.models.tokens import Text
-from stages.results import Passage, Piece, Table
+from stages.results import Passage, Piece, Table, bracketed
 from stages.tables import facts_table, histogram_table
 from stages.training.row_tokens import RowEncoder, RowTokens
 from stages.training.served import UNLIMITED, served_warnings
@@ -84,13 +84,15 @@ def build_preview(
     warnings = (*encoder.text.warnings, *served_warnings(encoder, rows))
     if coverage.cause:
         warnings += (f"the base can hardly read the rows: {coverage.cause}",)
-    return Preview(
-        facts
-        | {"warnings": list(warnings), "histogram": bins, "examples": [_as_json(example) for example in examples]},
-        (facts_table(f"{command or stage}: the rows", facts), histogram_table("tokens per row", bins, limit)),
-        tuple(_passage(stage, encoder.text, *example) for example in examples),
-        warnings,
-    )
+    passages = tuple(_passage(stage, encoder.text, *example) for example in examples)
+    shown_rows = [_as_json(*example, passage) for example, passage in zip(examples, passages, strict=True)]
+    data = facts | {"warnings": list(warnings), "histogram": bins, "examples": shown_rows}
+    readable = facts | {name: f"{100 * facts[name]:.1f} %" for name in facts if name.endswith("_share")}
+    if len(read) < len(rows):
+        readable["measured_rows"] = f"{len(read):,} (one in {-(-len(rows) // len(read))}, to take seconds)"
+    title = f"{command or stage}: the rows"
+    tables = (facts_table(title, readable), histogram_table("tokens per row", bins, limit))
+    return Preview(data, tables, passages, warnings)
 
 
 # --- measuring
@@ -181,10 +183,9 @@ def _scored(tokens: RowTokens) -> RowTokens:
     return RowTokens(marked)
 
 
-def _as_json(example: Example) -> dict[str, Any]:
-    row, tokens = example
+def _as_json(row: Row, tokens: RowTokens, passage: Passage) -> dict[str, Any]:
     sequences = [{"ids": s.ids, "marked": s.targets, "whole_tokens": s.whole} for s in tokens.sequences]
-    return {"where": row.where, "sequences": sequences}
+    return {"where": row.where, "text": bracketed(passage.pieces), "sequences": sequences}
 
 
 def _passage(stage: str, text: Text, row: Row, tokens: RowTokens) -> Passage:
