@@ -94,6 +94,27 @@ def test_warnings_are_in_the_object_too(bare, tmp_path):
     assert any("--text-as chat reads them as messages" in note for note in found["notes"])
 
 
+def test_bad_rows_and_knobs_of_other_stages_are_told(bare, tmp_path):
+    refusing = tmp_path / "t.jinja"
+    refusing.write_text("{% if messages[0]['content'] == 'cat' %}{{ raise_exception('no cats') }}{% endif %}"
+                        "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")  # fmt: skip
+    rows = [{"prompt": [{"role": "user", "content": word}]} for word in ("red", "cat", "blue")]
+    line = (
+        "preview",
+        "--model",
+        bare,
+        "--dataset",
+        write_jsonl(tmp_path / "p.jsonl", rows),
+        "--max-response-tokens",
+        4,
+    )
+    found = result(*line, "--chat-template", refusing, "--max-tokens", 9)
+    assert found["bad_rows"] == 1 and found["stage"] == "ppo" and len(found["examples"]) == 2
+    told = "\n".join(found["warnings"])
+    assert "1 row cannot be used; " in told and "no cats" in told
+    assert "--max-tokens has no effect on what rlhf ppo reads" in told
+
+
 def test_many_rows_are_sampled_and_it_is_said(bare, tmp_path, monkeypatch):
     monkeypatch.setattr("stages.training.preview.CHARACTERS_READ", 400)
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "red blue", "completion": " green cat"}] * 100)

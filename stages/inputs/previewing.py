@@ -45,4 +45,11 @@ def preview_inputs(config: PreviewConfig, overwrite: bool) -> Inputs:
         check_response_fits(knobs_of_stage, source)
     data = read_rows(READERS[stage], config, config.dataset, fitting(knobs_of_stage, source))
     warnings, notes = describe_form(config, source, data)
-    return Inputs(source, data, warnings=describe_left_out(data) + warnings, notes=notes)
+    return Inputs(source, data, warnings=describe_left_out(data) + warnings + _idle(config, stage), notes=notes)
+
+
+def _idle(config: PreviewConfig, stage: str) -> tuple[str, ...]:
+    """A warning for each knob that was given and that the stage does not have."""
+    names = ("mask", "max_tokens", "max_prompt_tokens", "max_response_tokens")
+    idle = [name for name in names if getattr(config, name) is not None and name not in knobs(STAGES[stage])]
+    return tuple(f"--{name.replace('_', '-')} has no effect on what rlhf {stage} reads" for name in idle)
