@@ -97,7 +97,7 @@ def open_model(
         raise ModelError(
             f"{name} does not exist", where=what, fix="give a model folder, a checkpoint folder, or a hub id org/name"
         )
-    return _open_base(name, _download(name, what, weights=weights), name, None, **how)
+    return _open_base(name, _download(name, what, weights), name, None, **how)
 
 
 def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], how: dict[str, Any]) -> ModelRef:
@@ -111,7 +111,7 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], how: dict[s
     adapters = [path / part for part in ("", "critic") if str(Path(part, ADAPTER_CONFIG)) in manifest.files]
     shapes = {folder: read_adapter_shape(folder) for folder in adapters}
     place = locate(path, manifest.base)
-    base = Path(place) if Path(place).is_dir() else _download(str(place), what, weights=weights)
+    base = Path(place) if Path(place).is_dir() else _download(str(place), what, weights)
     ref = _open_base(name, base, manifest.base.name, manifest, **how)
     if weights and ref.base_digest != manifest.base.digest:
         raise CheckpointError(
@@ -291,7 +291,7 @@ def adapter_beside(base: Path) -> tuple[str, ...]:
     )
 
 
-def _download(name: str, what: str, *, weights: bool = True) -> Path:
+def _download(name: str, what: str, weights: bool) -> Path:
     """Fetch a hub model's config, tokenizer and safetensors; nothing that could execute."""
     from huggingface_hub import snapshot_download
 
