@@ -36,7 +36,7 @@ from stages.rollout.reward_sources import RewardSources, check_templates
 from stages.tables import evaluation_tables, facts_table, metrics_table
 from stages.training.comparing import MIN_PROMPT_CLUSTERS, encode_comparison
 from stages.training.language import held_out_loss, warn_above_uniform
-from stages.training.long_rows import context_limit, prompt_limit
+from stages.training.long_rows import context_limit, prompt_encoder, prompt_limit
 from stages.training.opening import Encoded, check_coverage, encode_all, open_base, open_text
 from stages.training.preview import build_preview
 from stages.training.row_tokens import RowEncoder
@@ -113,8 +113,7 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Repor
         prompts = [prompt for prompt in prompts if prompt is not None]
         if not prompts:
             raise DatasetError("no row has a prompt to answer", where=data.source, fix="give prompts")
-        read = partial(text.prompt, max_tokens=limit, cut=config.long_rows == "cut")
-        rows["prompts"] = encode(prompts, read, what="prompts", limit=limit)
+        rows["prompts"] = encode(prompts, prompt_encoder(text, config, limit), what="prompts", limit=limit)
         check_templates([*inputs.rewards, *inputs.gold], text, rows["prompts"].rows, reporter)
         most, count = max(config.best_of, default=1), len(rows["prompts"].rows)
         how = f"the best of {most:,} responses to {count:,} prompts takes"

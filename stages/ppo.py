@@ -48,7 +48,7 @@ from stages.rollout.reward_sources import RewardSources, check_templates
 from stages.training.batching import batch_at, prompts_at, updates_in
 from stages.training.devices import free_memory, peak_memory_gb, pick_device
 from stages.training.language import count_targets, learn_rows
-from stages.training.long_rows import prompt_limit
+from stages.training.long_rows import prompt_encoder, prompt_limit
 from stages.training.loop import before_and_after, stop_together
 from stages.training.plan import Work, rollout_rows, source_shapes
 from stages.training.publishing import publish_checkpoint
@@ -114,8 +114,7 @@ def encode_rows(session: Session) -> tuple[list[PromptRow], list[PromptRow], lis
     """Prompts to train on, held-out prompts, and the demonstrations of the ptx loss, tokenised."""
     config, inputs, text, model = session.config, session.inputs, session.text, session.model
     most = prompt_limit(config, model, config.max_response_tokens)
-    encode = partial(text.prompt, max_tokens=most, cut=config.long_rows == "cut")
-    prompts, held_out = session.encode_split(encode, "prompts", most)
+    prompts, held_out = session.encode_split(prompt_encoder(text, config, most), "prompts", most)
     limit = min(model.context, PTX_TOKENS)
     learn = partial(text.demonstration, mask="completion", max_tokens=limit)
     ptx = session.encode(inputs.ptx, learn, "ptx rows", limit).rows

@@ -18,7 +18,7 @@ from stages.results import Reporter, Result, Table
 from stages.rollout.generate import Sampling, check_count, check_engine, generate
 from stages.rollout.samples import flatten_text
 from stages.tables import facts_table
-from stages.training.long_rows import prompt_limit
+from stages.training.long_rows import prompt_encoder, prompt_limit
 from stages.training.opening import check_coverage, encode_all, open_base, open_text
 from stages.training.preview import build_preview
 from stages.training.row_tokens import RowEncoder
@@ -31,7 +31,7 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     source, output = inputs.source, absolute(config.output, "--output")
     text = open_text(source, config, reporter)
     limit = prompt_limit(config, source, config.max_response_tokens)
-    encode = partial(text.prompt, max_tokens=limit, cut=config.long_rows == "cut")
+    encode = prompt_encoder(text, config, limit)
     encoded = encode_all(inputs.data.rows, encode, config=config, reporter=reporter, what="prompts", limit=limit)
     prompts = encoded.rows
     check_coverage(text, inputs.data.rows, reporter, what="prompts")

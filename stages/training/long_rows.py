@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from stages.data.rows import Prompt
 from stages.errors import DatasetError, LongRow
 from stages.models.model_ref import ModelRef
+from stages.models.tokens import PromptRow, Text
 from stages.results import Reporter
 
 FIX = "shorten it, raise --max-tokens if the model's context allows, or pass --long-rows drop or cut"
@@ -22,6 +25,11 @@ def context_limit(wanted: int, source: ModelRef, reporter: Reporter) -> int:
 def prompt_limit(config: Any, source: ModelRef, response_tokens: int) -> int:
     """Longest prompt in tokens: max_prompt_tokens, or what the context leaves beside a response if that is less."""
     return min(config.max_prompt_tokens or 2**30, source.context - response_tokens)
+
+
+def prompt_encoder(text: Text, config: Any, limit: int) -> Callable[[Prompt], PromptRow]:
+    """`Text.prompt` with this limit; longer prompts are cut only if --long-rows says so."""
+    return partial(text.prompt, max_tokens=limit, cut=config.long_rows == "cut")
 
 
 def encode_within(row: Any, encode: Callable[[Any], Any], long_rows: str | None, limit: int | None) -> Any | None:
