@@ -85,12 +85,8 @@ class DataKnobs:
     map: dict[str, str] = knob({}, "rename columns: prompt=question,completion=answer", DATA)
     skip_bad_rows: bool = knob(False, "drop and count unusable rows instead of stopping at the first", DATA)
     limit_rows: int | None = knob(None, "use the first N rows that are usable", DATA, low=1, auto="all")
-    text_as: str | None = knob(
-        None, "read text rows as messages (chat) or as they are (raw)", DATA, choices=("chat", "raw"), auto="raw"
-    )
-    long_rows: str | None = knob(
-        None, "rows that are too long", DATA, choices=("cut", "drop", "stop"), auto="cut; drop prompts to answer"
-    )
+    text_as: str | None = knob(None, "read text rows as messages or as is", DATA, choices=("chat", "raw"), auto="raw")
+    long_rows: str | None = knob(None, "long rows", DATA, choices=("cut", "drop", "stop"), auto="cut; prompts: drop")
 
 
 @dataclass(frozen=True, kw_only=True)
