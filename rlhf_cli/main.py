@@ -21,7 +21,7 @@ from stages import __version__
 from stages.config import STAGES, TrainingKnobs
 from stages.errors import ConfigError, Interrupted, StopRequested, TrainingStopped, UserError, escape_lines, words_of
 from stages.launch import check_docstrings, check_launch
-from stages.recipe import read_recipe, removal_of, resolve
+from stages.recipe import advice_on, read_recipe, resolve
 from stages.results import Result
 
 # An example of each command for its help page.
@@ -90,8 +90,8 @@ def usage_error(error: Exception) -> int:
     what, fix = message[:1].lower() + message[1:], f"see {ctx.command_path if ctx else 'rlhf'} --help"
     if type(error).__name__ == "NoSuchOption" and ctx:
         near = nearest(wrong, [flag for p in ctx.command.params for flag in (*p.opts, *p.secondary_opts)])
-        removed = removal_of(wrong.removeprefix("--"), STAGES.get(ctx.command.name))
-        what, fix = f"no such option: {wrong}", removed or (f"did you mean {near}?" if near else fix)
+        advice = advice_on(wrong.removeprefix("--"), STAGES.get(ctx.command.name))
+        what, fix = f"no such option: {wrong}", advice or (f"did you mean {near}?" if near else fix)
     if rank() == 0:
         say(f"error: {escape_lines(what)}\n  -> {fix}")
     return 2

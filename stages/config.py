@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from stages.errors import counted
 from stages.knobs import REQUIRED, knob
+from stages.reward_knobs import EVALUATION, REWARD, REWARD_SOURCE, JudgeKnobs, ScoringKnobs
 
 AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
@@ -29,13 +30,12 @@ REMOVED = {
     **dict.fromkeys(("adam_beta1", "adam_eps", "ratio_limit"), "its value is fixed at {}"),
     "force_biased_kl": "use force instead",
 }
-
 MODEL, DATA, OUTPUT, TRAINING, OPTIMISER, LORA = "Model", "Data", "Output", "Training", "Optimiser", "LoRA"
-ROLLOUT, REWARD, PPO, EVALUATION, DEVICE, PREFERENCE = "Rollout", "Reward", "PPO", "Evaluation", "Device", "Preference"
+ROLLOUT, PPO, DEVICE, PREFERENCE = "Rollout", "PPO", "Device", "Preference"
 Conflict = tuple[str, str, str]  # knob, what is wrong with it, and the fix
 Idle = tuple[tuple[str, ...], str, str]  # knobs without effect, why, and what would give them one
 HOLD_OUT = "give --eval-dataset, or an --eval-fraction above 0"
-SCORE = "give --reward (a reward checkpoint or file.py:function)"
+SCORE = "give --reward (a reward checkpoint, file.py:function or builtin:NAME)"
 LONGEST_ROW = "longest prompt+response in tokens; longer prompts lose their start, longer responses their end"
 TIES = "rating differences up to this are ties and are dropped"
 BY_WIDTH = "from the width of the base"
@@ -235,15 +235,6 @@ class RolloutKnobs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringKnobs:
-    """How reward functions are called."""
-
-    reward_timeout: float = knob(
-        600.0, "seconds per call of a reward function; 0: no limit", REWARD, low=0, high=1e8, may_change_on_resume=True
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
     __doc__ = "PPO: train the policy to write responses with a high reward, at a low KL to the reference."
 
@@ -255,7 +246,7 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
     ratio_limit: ClassVar[float] = 10.0  # a minibatch with a larger mean probability ratio is skipped
     force_biased_kl: ClassVar[bool] = False
 
-    reward: list[str] = knob(REQUIRED, "reward checkpoint or file.py:function, optionally =weight", REWARD, paths=True)
+    reward: list[str] = knob(REQUIRED, REWARD_SOURCE, REWARD, paths=True)
     missing_eos_penalty: float = knob(1.0, "penalty for a response without EOS; 0 turns it off", REWARD, low=0)
     missing_eos: str = knob(
         AUTO, "how missing_eos_penalty changes the score: subtract: score - penalty; replace: -penalty; floor: "
@@ -408,7 +399,7 @@ class PpoConfig(ScoringKnobs, RolloutKnobs, TrainingKnobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ScoringKnobs, RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
+class EvaluateConfig(ScoringKnobs, JudgeKnobs, RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
     __doc__ = "Evaluate checkpoints: policies on prompts or demonstrations, reward models and DPO on comparisons."
 
     main: ClassVar = (
@@ -436,8 +427,9 @@ class EvaluateConfig(ScoringKnobs, RolloutKnobs, ModelKnobs, BaseKnobs, DataKnob
     )
 
     def conflicts(self) -> Iterator[Conflict]:
-        if self.against and not (self.reward or self.gold):
-            yield "against", "a win rate needs something that scores responses", f"{SCORE} or --gold"
+        yield from super().conflicts()
+        if self.against and not (self.reward or self.gold or self.judge):
+            yield "against", "a win rate needs something that scores responses", f"{SCORE}, --gold or --judge"
         if self.best_of and not self.reward:
             yield "best_of", "the best of several responses needs something that scores them", SCORE
         if self.plot and not (self.also or self.best_of):
@@ -447,22 +439,46 @@ class EvaluateConfig(ScoringKnobs, RolloutKnobs, ModelKnobs, BaseKnobs, DataKnob
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
+class SampleConfig(ScoringKnobs, RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs):
     __doc__ = "Sample responses to prompts into a .jsonl file."
 
-    main: ClassVar = ("limit_rows", "responses_per_prompt", "max_response_tokens", "temperature", "top_p", "device")
+    main: ClassVar = (
+        "limit_rows", "responses_per_prompt", "best_of", "reward", "max_response_tokens", "temperature", "top_p",
+        "device",
+    )  # fmt: skip
 
     output: str = knob(REQUIRED, "file to write, one JSON object per response", OUTPUT)
     responses_per_prompt: int = knob(1, "responses per prompt", ROLLOUT, low=1, high=10**6)
+    best_of: int | None = knob(
+        None, "write each prompt's best of N responses by --reward as a demonstration for rlhf sft", ROLLOUT, low=1,
+        high=10**6, auto="every response",
+    )  # fmt: skip
+    reward: list[str] = knob([], f"with best_of: {REWARD_SOURCE}", REWARD, paths=True)
     temperature: float = knob(1.0, "sampling temperature; 0 takes the most probable token", ROLLOUT, low=0)
     top_p: float = knob(1.0, "sample from the most probable tokens of this total probability", ROLLOUT, above=0, high=1)
 
+    @property
+    def responses_sampled(self) -> int:
+        """Responses to each prompt, whether all of them are written or the best one."""
+        return self.best_of or self.responses_per_prompt
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
+        if self.best_of and not self.reward:
+            yield "best_of", "the best of several responses needs something that scores them", SCORE
+
     def idle(self) -> Iterator[Idle]:
+        yield from super().idle()
         hotter = "give a --temperature above 0"
+        if self.best_of:
+            yield ("responses_per_prompt",), "best_of is the number of responses to a prompt", "leave --best-of out"
+        else:
+            yield ("reward", "reward_timeout"), "every response is written, without a score", "give --best-of"
         if not self.temperature:
             yield ("top_p",), "temperature 0 takes the most probable token", hotter
-            if self.responses_per_prompt > 1:
-                yield ("responses_per_prompt",), "at temperature 0 all responses to a prompt are the same", hotter
+            several = ("responses_per_prompt", self.responses_per_prompt), ("best_of", self.best_of or 1)
+            if names := tuple(name for name, number in several if number > 1):
+                yield names, "at temperature 0 all responses to a prompt are the same", hotter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,14 @@ class RewardError(UserError):
     """A reward source that cannot be loaded, raises, or returns something other than one finite number each."""
 
 
+class JudgeError(UserError):
+    """A judge that cannot be reached, refuses a request or replies in another format; `status` is its HTTP status."""
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, status: int | None = None):
+        self.status = status
+        super().__init__(what, where=where, fix=fix)
+
+
 class TrainingStopped(Exception):
     """Training stopped by a condition or by non-finite gradients; the last good state is kept."""
 

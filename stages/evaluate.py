@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from stages.checkpoint.atomic import write_json
@@ -13,11 +14,13 @@ from stages.config import EvaluateConfig
 from stages.data.prompts import prompt_of
 from stages.data.rows import Prompt
 from stages.diagnostics.comparison_evaluation import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
+from stages.diagnostics.judge import compare, open_judge
 from stages.diagnostics.kl_curve import describe_over_optimisation, plot_kl_curve, turning_point
 from stages.diagnostics.plot import write_plot
-from stages.errors import DatasetError, NotFiniteError, counted
+from stages.errors import DatasetError, JudgeError, NotFiniteError, counted
 from stages.inputs import Inputs
 from stages.maths.statistics import clustered_interval, mean_with_error
+from stages.maths.win_rates import length_adjusted_win_rate
 from stages.models.candidates import Candidate, candidate_of, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text
@@ -33,7 +36,7 @@ from stages.rollout.evaluation import (
 )
 from stages.rollout.generate import Sampling, check_count, check_engine
 from stages.rollout.reward_sources import RewardSources, check_templates
-from stages.tables import evaluation_tables, facts_table, metrics_table
+from stages.tables import evaluation_tables, facts_table, format_text, metrics_table
 from stages.training.comparing import MIN_PROMPT_CLUSTERS, encode_comparison
 from stages.training.language import held_out_loss, warn_above_uniform
 from stages.training.long_rows import context_limit, prompt_encoder, prompt_limit
@@ -107,7 +110,7 @@ def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Repor
         limit = context_limit(config.max_tokens, source, reporter)
         read = partial(text.demonstration, mask=config.mask, max_tokens=limit)
         rows["demonstrations"] = encode(data.rows, read, what="demonstrations", limit=limit)
-    if data.kind == "prompt" or inputs.rewards or inputs.gold:
+    if data.kind == "prompt" or inputs.rewards or inputs.gold or config.judge:
         limit = prompt_limit(config, source, sampling_of(source, config).max_tokens)
         prompts = [row if isinstance(row, Prompt) else prompt_of(row) for row in data.rows]
         prompts = [prompt for prompt in prompts if prompt is not None]
@@ -130,8 +133,9 @@ def measure_policies(
     """Score, KL and length of the responses of --model, --against and --also, and of the best of several responses."""
     source = inputs.source
     judges = {"score": inputs.rewards, "gold": inputs.gold}
+    combine = {"score": config.combination, "gold": ("sum", 1.0)}
     rewards = {
-        name: RewardSources(specs, roles, prefix=f"{name} ", timeout=config.reward_timeout)
+        name: RewardSources(specs, roles, f"{name} ", config.reward_timeout, combine=combine[name])
         for name, specs in judges.items()
         if specs
     }
@@ -157,11 +161,8 @@ def measure_policies(
         report |= measure_kl_curve(setup, [model, *inputs.also], measured["policy"], reporter, done)
     reporter.end()
     if inputs.against is not None:
-        scores = {name: side.scores for name, side in measured.items()}
         report["compared_with"] = config.against
-        report["win_rate"] = {
-            {"score": "reward"}.get(n, n): win_rate(scores["policy"][n], scores["against"][n], prompts) for n in rewards
-        }
+        report["win_rate"] = compare_sides(config, measured, prompts, reporter)
     report["examples"] = examples(prompts, measured, config.examples)
     return report
 
@@ -206,16 +207,75 @@ def measure_kl_curve(
     return report
 
 
-def win_rate(mine: Tensor, other: Tensor, prompts: list[PromptRow]) -> dict[str, float]:
-    """How often one score beats the other, ties half, with its 95 % interval; rows of one prompt are one cluster.
+def compare_sides(
+    config: EvaluateConfig, measured: dict[str, ScoredRollout], prompts: list[PromptRow], reporter: Reporter
+) -> dict[str, dict[str, object]]:
+    """Win rates of the policy over --against: by the reward sources, by gold, and by the judge, as far as given."""
+    mine, other = measured["policy"], measured["against"]
+    longer = torch.tensor(mine.rollout.lengths) - torch.tensor(other.rollout.lengths)
+    rates: dict[str, dict[str, object]] = {
+        {"score": "reward"}.get(name, name): win_rate(scores, other.scores[name], prompts, longer)
+        for name, scores in mine.scores.items()
+    }
+    if config.judge:
+        texts = zip(prompts, mine.rollout.texts, other.rollout.texts, strict=True)
+        rows = [(format_text(prompt.text), *responses) for prompt, *responses in texts]
+        reporter.begin("judge", len(rows))
+        verdicts = compare(open_judge(config), rows, partial(reporter.log, metrics={}))
+        reporter.end()
+        rates["judge"] = judged_rate(config, verdicts, prompts, longer, reporter)
+    return rates
 
-    With fewer than MIN_PROMPT_CLUSTERS prompts, the interval is that of these prompts alone.
+
+def judged_rate(
+    config: EvaluateConfig,
+    verdicts: list[tuple[float | None, float | None]],
+    prompts: list[PromptRow],
+    longer: Tensor,
+    reporter: Reporter,
+) -> dict[str, object]:
+    """The win rate by a judge's verdicts in both orders, and how they agree; rows without both verdicts are left out.
+
+    Raises JudgeError if there is no such row.
     """
-    wins = (mine > other).double() + 0.5 * (mine == other).double()
+    kept = [i for i, both in enumerate(verdicts) if None not in both]
+    if not kept:
+        what = f"none of its replies to {len(verdicts)} comparisons has a verdict"
+        raise JudgeError(what, where=f"--judge {config.judge}", fix="use a model that follows instructions")
+    if len(kept) < len(verdicts):
+        reporter.warn(f"the judge gave no verdict on {len(verdicts) - len(kept)} of {len(verdicts)} comparisons")
+    both = torch.tensor([verdicts[i] for i in kept], dtype=torch.float64)
+    wins = both.mean(dim=1)
+    return mean_of_wins(wins, [prompts[i] for i in kept], longer[kept]) | {
+        "model": config.judge_model,
+        "wins": int((wins > 0.5).sum()),
+        "ties": int((wins == 0.5).sum()),
+        "losses": int((wins < 0.5).sum()),
+        "orders_differ": float((both[:, 0] != both[:, 1]).double().mean()),
+        "unreadable": len(verdicts) - len(kept),
+    }
+
+
+def win_rate(mine: Tensor, other: Tensor, prompts: list[PromptRow], longer: Tensor | None = None) -> dict[str, object]:
+    """`mean_of_wins` for how often one score beats the other."""
+    return mean_of_wins((mine > other).double() + 0.5 * (mine == other).double(), prompts, longer)
+
+
+def mean_of_wins(wins: Tensor, prompts: list[PromptRow], longer: Tensor | None = None) -> dict[str, object]:
+    """The mean of `wins` (N,), a tie a half, with its 95 % interval; rows of one prompt are one cluster.
+
+    With fewer than MIN_PROMPT_CLUSTERS prompts, the interval is that of these prompts alone. With `longer` (N,), the
+    length of my responses minus that of the others, also the rate at equal lengths, None if it cannot be estimated.
+    """
     places: dict[tuple[int, ...], int] = {}
     clusters = [places.setdefault(tuple(prompt.ids.tolist()), len(places)) for prompt in prompts]
-    low, high, _ = clustered_interval(wins, clusters if len(places) >= MIN_PROMPT_CLUSTERS else list(range(len(wins))))
-    return {"rate": float(wins.mean()), "low": low, "high": high, "n": len(mine)}
+    clusters = clusters if len(places) >= MIN_PROMPT_CLUSTERS else list(range(len(wins)))
+    low, high, _ = clustered_interval(wins, clusters)
+    rate: dict[str, object] = {"rate": float(wins.mean()), "low": low, "high": high, "n": len(wins)}
+    if longer is None:
+        return rate
+    adjusted = length_adjusted_win_rate(wins, longer, clusters) or (None, None, None)
+    return rate | dict(zip(("adjusted", "adjusted_low", "adjusted_high"), adjusted, strict=True))
 
 
 def examples(prompts: list[PromptRow], measured: dict[str, ScoredRollout], count: int) -> list[dict[str, object]]:

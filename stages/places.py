@@ -1,13 +1,17 @@
-"""Paths of knobs and flags. No torch."""
+"""Paths of knobs and flags, and the names of reward sources among them. No torch."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 
 from stages.errors import ConfigError
+
+BUILTIN = "builtin:"  # begins the name of a reward function that comes with this tool
+FREE_TEXT = (BUILTIN + "regex:", BUILTIN + "format:")  # their argument may hold commas
 
 
 def absolute(name: str | Path, where: str) -> Path:
@@ -47,3 +51,34 @@ def describe_special(path: str | Path) -> str:
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return ""
     return "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def split_paths(text: str) -> list[str]:
+    """Comma-separated files and folders, each with its weight (`=0.5`) or function (`:name`) if it has one.
+
+    A pattern or template of a built-in function extends to the end of the text.
+    """
+    parts, paths = text.split(","), []
+    while parts:
+        if parts[0].lstrip().startswith(FREE_TEXT):
+            return [*filter(None, paths), ",".join(parts).lstrip()]
+        joined = next((n for n in range(len(parts), 1, -1) if _exists(",".join(parts[:n]))), 1)
+        paths.append(",".join(parts[:joined]).strip())
+        parts = parts[joined:]
+    return [item for item in paths if item]
+
+
+def _exists(text: str) -> bool:
+    """True if a reward source or a model of this name exists on disk."""
+    whole = text.strip()
+    name = re.sub(r"=[^=/,]*$", "", whole)  # without a weight
+    file = re.sub(r"(?<=\.py):\w*$", "", name)  # and without a function
+    return any("\0" not in place and os.path.lexists(os.path.expanduser(place)) for place in (whole, name, file))
+
+
+def is_function(source: str) -> bool:
+    """True for a reward source `file.py` or `file.py:function`, with or without its weight."""
+    if source.startswith(BUILTIN):
+        return False
+    name = re.sub(r"=[^=/]*$", "", source)
+    return name.endswith(".py") or ".py:" in name

@@ -29,7 +29,7 @@ from stages.inputs import Inputs
 from stages.maths.kl import next_kl_coef
 from stages.models.tokens import PromptRow, TokenRow
 from stages.results import Reporter, Result
-from stages.rollout.charges import charge_scores
+from stages.rollout.charges import charge_scores, warn_of_spreads
 from stages.rollout.clipped import ExperienceWithAdvantages, clipped_steps
 from stages.rollout.critic import critic_is_ready, head_on_policy, open_critic
 from stages.rollout.estimate import estimate_advantages
@@ -176,9 +176,8 @@ def open_roles(session: Session) -> None:
 def open_setup(session: Session, ptx: list[TokenRow]) -> PpoSetup:
     """Reward sources, sampling and watchdog of a run whose base is loaded."""
     config, model, base, engine = session.config, session.model, session.base, session.config.rollout_engine
-    rewards = RewardSources(
-        session.inputs.rewards, session.roles, timeout=config.reward_timeout, signals=session.signals
-    )
+    sources, timeout, combine = session.inputs.rewards, config.reward_timeout, config.combination
+    rewards = RewardSources(sources, session.roles, timeout=timeout, signals=session.signals, combine=combine)
     for line in check_engine(base, engine):  # after all roles: DoRA in any of them rules the native decoder out
         session.reporter.note(line)
     at_once = rollout_rows(config, session.work, model, source_shapes(model, config), free_memory(base.device))
@@ -269,6 +268,7 @@ def judge(setup: PpoSetup, rollout: Rollout, step: int) -> tuple[ExperienceWithA
     advantages, returns = estimate_advantages(config, experience, score, kl_coef, groups, session.ranks.sum)
     judged = ExperienceWithAdvantages(experience, advantages, returns, kl_coef)
     metrics = summarise_rollout(session, judged, score, groups)
+    warn_of_spreads(session, setup.rewards, metrics, step)
     train_policy = critic_is_ready(session, step, metrics.get("explained_variance"))
     return replace(judged, train_policy=train_policy), metrics
 
@@ -284,10 +284,10 @@ def collect_experience(setup: PpoSetup, rollout: Rollout) -> Experience:
     values = stats.values
     if config.advantage == "gae" and config.critic == "adapter":
         values = role_values(roles, "critic", "critic", rollout)
-    device = setup.session.base.device
-    score = setup.rewards.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended).to(device)
-    mask = rollout.mask.to(device)
-    return Experience(rollout, mask, stats.logprobs, reference, values, score, stats.entropy, mismatch)
+    scores = setup.rewards.score_by_source(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
+    mask, score = (x.to(roles.base.device) for x in (rollout.mask, scores.total))
+    numbers = stats.logprobs, reference, values, score, stats.entropy, mismatch
+    return Experience(rollout, mask, *numbers, scores.by_source)
 
 
 def learn(setup: PpoSetup, judged: ExperienceWithAdvantages, step: int) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import re
 import reprlib
 import typing
@@ -14,7 +13,7 @@ from pathlib import Path
 from stages.config import AUTO, REMOVED, STAGES
 from stages.errors import ConfigError
 from stages.knobs import REQUIRED, Knob, as_dict, default_of, knobs
-from stages.places import absolute
+from stages.places import absolute, split_paths
 from stages.reading import read_bytes
 
 NONE = "none"
@@ -72,10 +71,17 @@ def _read_recipe_text(path: str | Path) -> str:
 
 def suggest(name: str, cls: type) -> str:
     """Advice for an unknown knob: why it was removed, or the nearest existing name."""
-    if removal := removal_of(name, cls):
-        return removal
+    if advice := advice_on(name, cls):
+        return advice
     near = difflib.get_close_matches(name.replace("-", "_"), knobs(cls), n=1, cutoff=0.5)
     return f"did you mean `{near[0]}`?" if near else "see --help-all for the knobs of this stage"
+
+
+def advice_on(name: str, cls: type | None) -> str:
+    """What to do about a knob that was removed, or that only another command has; "" for any other name."""
+    if name.replace("-", "_").startswith("judge") and cls is not None and not hasattr(cls, "judge"):
+        return "leave it out; a judge compares policies in `rlhf evaluate`, and is never a training reward"
+    return removal_of(name, cls)
 
 
 def removal_of(name: str, cls: type | None) -> str:
@@ -218,30 +224,6 @@ def split_list(texts: list[str], about: Knob) -> list[str]:
     return [] if about.choices and names == [NONE] else names
 
 
-def split_paths(text: str) -> list[str]:
-    """Comma-separated files and folders, each with its weight (`=0.5`) or function (`:name`) if it has one."""
-    parts, paths = text.split(","), []
-    while parts:
-        joined = next((n for n in range(len(parts), 1, -1) if _exists(",".join(parts[:n]))), 1)
-        paths.append(",".join(parts[:joined]).strip())
-        parts = parts[joined:]
-    return [item for item in paths if item]
-
-
-def _exists(text: str) -> bool:
-    """True if a reward source or a model of this name exists on disk."""
-    whole = text.strip()
-    name = re.sub(r"=[^=/,]*$", "", whole)  # without a weight
-    file = re.sub(r"(?<=\.py):\w*$", "", name)  # and without a function
-    return any("\0" not in place and os.path.lexists(os.path.expanduser(place)) for place in (whole, name, file))
-
-
-def is_function(source: str) -> bool:
-    """True for a reward source `file.py` or `file.py:function`, with or without its weight."""
-    name = re.sub(r"=[^=/]*$", "", source)
-    return name.endswith(".py") or ".py:" in name
-
-
 def check_characters(value: object, where: str) -> None:
     """Raise ConfigError for a text with a NUL or that is not UTF-8, which no manifest can store."""
     parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
@@ -337,8 +319,11 @@ def is_stored(value: object, kind: object) -> bool:
 def differing(config: object, other: dict[str, object]) -> list[str]:
     """Names of the knobs that affect results and differ between a config and a stored one.
 
-    A removed knob differs if its stored value is not its fixed value.
+    A removed knob differs if its stored value is not its fixed value, and a knob that the stored config does not have,
+    because it is newer, if its value is not its default.
     """
+    newer = {name: default_of(f) for name, (f, _, _) in knobs(type(config)).items() if name not in other}
+    other = {name: value for name, value in newer.items() if value is not REQUIRED} | other
     fixed = {name: getattr(config, name) for name in REMOVED.keys() & other.keys() if hasattr(config, name)}
     values = fixed | as_dict(config)
     free = {name for name, (_, about, _) in knobs(type(config)).items() if about.may_change_on_resume}

@@ -179,7 +179,8 @@ def suggest_next_command(path: str, results: dict) -> list[str]:
     prompts, sources = (inner(stages.get("ppo"), "config", knob) for knob in ("dataset", "reward"))
     prompts = shlex.quote(prompts) if isinstance(prompts, str) else "PROMPTS"
     named = isinstance(sources, list) and sources and all(isinstance(source, str) for source in sources)
-    rewards = reward_flags(sources) if named else f"--reward {paths['reward']}"
+    combine = (inner(stages.get("ppo"), "config", knob) for knob in ("reward_combine", "reward_std_coef"))
+    rewards = reward_flags(sources, *combine) if named else f"--reward {paths['reward']}"
     also = f" --also {paths['dpo']}" if len(policies) > 1 else ""
     target = shlex.quote(str(folder / EVALUATION_FILE))
     return [

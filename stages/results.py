@@ -84,9 +84,12 @@ class Silent:
     def end(self) -> None: ...
 
 
-def reward_flags(sources: list[str]) -> str:
-    """A --reward for every source, ready for a shell."""
-    return " ".join(f"--reward {shlex.quote(source)}" for source in sources)
+def reward_flags(sources: list[str], combine: object = "sum", std_coef: object = 1.0) -> str:
+    """A --reward for every source, and how they are combined, ready for a shell."""
+    flags = [f"--reward {shlex.quote(source)}" for source in sources]
+    flags += [f"--reward-combine {combine}"] if combine not in ("sum", None) else []
+    flags += [f"--reward-std-coef {std_coef}"] if combine == "mean-std" else []
+    return " ".join(flags)
 
 
 def next_commands(stage: str, config: Any, metrics: dict[str, Any]) -> tuple[str, ...]:
@@ -98,6 +101,6 @@ def next_commands(stage: str, config: Any, metrics: dict[str, Any]) -> tuple[str
         return ()  # `rlhf ppo` would refuse it
     if stage == "reward":
         return (f"rlhf ppo --model {model} --reward {output} --dataset PROMPTS --output DIR",)
-    rewards = reward_flags(config.reward) if stage == "ppo" else "--reward RM"
+    rewards = reward_flags(config.reward, *config.combination) if stage == "ppo" else "--reward RM"
     compare = f"--against {model} {rewards} --dataset PROMPTS"
     return (f"rlhf evaluate --model {output} {compare}", f"rlhf export --model {output} --output DIR")

@@ -280,15 +280,33 @@ def policy_table(evaluation: JsonRow, label: str = "") -> Table:
         for measure in MEASURES
         if any(is_number(side.get(measure.key)) for side in sides)
     ]
-    for source, meaning in (("reward", "wins by score"), ("gold", "wins by gold score")):
-        rate = part(evaluation, "win_rate", source)
-        if is_number(rate.get("rate")):
-            number = f", n {format_number(rate['n'], 0)}" if is_number(rate.get("n")) else ""
-            wins = format_share(rate["rate"], rate.get("low"), rate.get("high"), number)
-            rows.append((meaning, *[ABSENT] * (len(names) - 1), wins))
+    for name in dict.fromkeys(name for side in sides for name in side if name.startswith("source_")):
+        if not name.endswith("_error"):
+            measure = Measure(name, f"score by {name.removeprefix('source_')}", name, 3)
+            rows.append((measure.label, *(format_measure(side, measure) for side in sides)))
+    rows += [(meaning, *[ABSENT] * (len(names) - 1), wins) for meaning, wins in _win_rows(evaluation)]
     prompts = evaluation.get("prompts")
     on = f" on {format_number(prompts, 0)} {'prompt' if prompts == 1 else 'prompts'}" if is_number(prompts) else ""
     return Table(f"{label}{' against '.join(names)}{on}", ("measure", *names), tuple(rows))
+
+
+def _win_rows(evaluation: JsonRow) -> list[tuple[str, str]]:
+    """Win rates by each source that compared the two policies, with the rate at equal lengths if it was estimated."""
+    rows = []
+    for source, meaning in {"reward": "score", "gold": "gold score", "judge": "the judge"}.items():
+        rate = part(evaluation, "win_rate", source)
+        if not is_number(rate.get("rate")):
+            continue
+        number = f", n {format_number(rate['n'], 0)}" if is_number(rate.get("n")) else ""
+        rows.append((f"wins by {meaning}", format_share(rate["rate"], rate.get("low"), rate.get("high"), number)))
+        if is_number(rate.get("adjusted")):
+            adjusted = format_share(rate["adjusted"], rate.get("adjusted_low"), rate.get("adjusted_high"))
+            rows.append((f"wins by {meaning}, at equal length", adjusted))
+        if source == "judge":
+            numbers = (format_number(rate.get(name), 0) for name in ("wins", "ties", "losses"))
+            counts = "{} wins, {} ties, {} losses".format(*numbers)
+            rows.append(("the judge in both orders", f"{counts}; {format_share(rate.get('orders_differ'))} differ"))
+    return rows
 
 
 def examples_table(evaluation: JsonRow, label: str = "") -> Table:

@@ -255,3 +255,22 @@ def test_without_cuda_one_line_says_so():
     ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "error: torch sees no CUDA device; these checks need one\n"
+
+
+def test_arms_of_the_ensemble_benchmark_are_means_over_their_runs(monkeypatch, outcomes):
+    """Gold rises to 1 at 4 nats and falls to 0 at 8 in one run, half of that in the other."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import ensembles
+
+    def path(scale: float) -> list:
+        rest = {"length": 1.0, "distinct_1": 1.0, "distinct_2": 1.0, "duplicates": 0.0}
+        return [
+            outcomes.Point("one", 0, step, 0.0, kl, kl, scale * gold, **rest)
+            for step, (kl, gold) in enumerate([(0.0, 0.0), (4.0, 1.0), (8.0, 0.0)])
+        ]
+
+    (row,) = ensembles.summarise({"one": [path(1.0), path(0.5)]})
+    assert row["gold at 2"] == pytest.approx(0.375) and row["gold at 5"] == pytest.approx(0.5625)
+    assert row["gold at 10"] is None and row["peak gold"] == 0.75 and (row["last gold"], row["last kl"]) == (0.0, 8.0)
+    assert ensembles.table([row]).count("\n") == 2
+    assert ensembles.mean_gold([[{"n": 1, "gold": 0.0}], [{"n": 1, "gold": 1.0}]]) == [(1, 0.5)]

@@ -6,7 +6,7 @@ import pytest
 
 from stages.config import STAGES, DpoConfig, EvaluateConfig, PpoConfig, RewardConfig, SampleConfig, SftConfig
 from stages.errors import ConfigError
-from stages.knobs import as_dict, default_of, knobs
+from stages.knobs import REQUIRED, as_dict, default_of, knobs
 from stages.recipe import LARGEST, read_recipe, resolve, split_paths
 from tests.commands import refused, result
 from tests.marks import full
@@ -90,8 +90,8 @@ def test_knobs_with_an_effect_are_taken(tmp_path, cls, flags):
 def test_a_recipe_with_every_default_is_taken(tmp_path, stage):
     """As config.yaml of a checkpoint is, which holds every knob."""
     cls = STAGES[stage]
-    needed = {name: [name] if name == "reward" else name for name in ("model", "dataset", "output", "reward")}
-    config = resolve(cls, {}, {name: value for name, value in needed.items() if name in knobs(cls)})
+    required = [name for name, (field, _, _) in knobs(cls).items() if default_of(field) is REQUIRED]
+    config = resolve(cls, {}, {name: [name] if name == "reward" else name for name in required})
     everything = {name: (value, f"r.yaml: {name}") for name, value in as_dict(config).items()}
     assert resolve(cls, everything, {}) == config
 

@@ -22,11 +22,13 @@ FLOORS = {
     "stages.launch": 1,
     "stages.knobs": 1,
     "stages.config": 1,
+    "stages.reward_knobs": 1,
     "stages.reading": 1,
     "stages.recipe": 1,
     "stages.results": 1,
     "stages.tables": 1,
     "stages.maths": 2,
+    "stages.builtin": 3,
     "stages.native": 3,
     "stages.checkpoint": 3,
     "stages.data": 3,
@@ -39,8 +41,8 @@ FLOORS = {
     "rlhf_cli": 9,
 }
 GROUND = (
-    "stages.errors", "stages.places", "stages.launch", "stages.knobs", "stages.config", "stages.reading",
-    "stages.recipe", "stages.results", "stages.tables",
+    "stages.errors", "stages.places", "stages.launch", "stages.knobs", "stages.reward_knobs", "stages.config",
+    "stages.reading", "stages.recipe", "stages.results", "stages.tables",
 )  # fmt: skip
 HEAVY = {
     "torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow",
@@ -53,6 +55,7 @@ LIGHT = {
     "rlhf_cli": HEAVY | {"yaml"},
     "stages.knobs": HEAVY | {"yaml"},
     "stages.config": HEAVY | {"yaml"},
+    "stages.reward_knobs": HEAVY | {"yaml"},
     "stages.recipe": HEAVY | {"yaml"},
     "stages.errors": HEAVY,
     "stages.places": HEAVY,
@@ -61,6 +64,7 @@ LIGHT = {
     "stages.results": HEAVY,
     "stages.tables": HEAVY,
     "stages.report": HEAVY,
+    "stages.builtin": HEAVY,
     "stages.data": HEAVY,
     "stages.checkpoint": HEAVY,
     "stages.inputs": HEAVY,
@@ -70,6 +74,7 @@ NEVER = {
     "stages": TERMINAL,
     "stages.knobs": HEAVY,
     "stages.config": HEAVY,
+    "stages.reward_knobs": HEAVY,
     "stages.recipe": HEAVY,
     "stages.errors": HEAVY,
     "stages.places": HEAVY,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stages.maths.advantages import gae
-from stages.maths.rewards import RunningMoments, charge_missing_eos, length_penalty, shape_rewards
+from stages.maths.rewards import RunningMoments, charge_missing_eos, combine_scores, length_penalty, shape_rewards
+from stages.reward_knobs import COMBINATIONS
 from tests.test_maths_tensors import in_shards
 
 
@@ -168,3 +169,22 @@ def test_running_moments_are_counted_in_fp32_at_least():
     moments = seen(torch.ones(257).bfloat16(), torch.tensor([1, 1, 2]))  # bf16 has no 257
     assert moments.count == 260
     assert moments.mean == pytest.approx(261 / 260)
+
+
+# --- several sources
+
+
+def test_scores_of_several_sources_become_one():
+    """Weighted scores 2, 4, 9 and 1, 1, 1: sum 15 and 3, mean 5 and 1, least 2 and 1, deviation sqrt(26 / 3) and 0."""
+    scores, weights = torch.tensor([[1.0, 0.5], [4.0, 1.0], [3.0, 1 / 3]]), [2.0, 1.0, 3.0]
+    found = {how: combine_scores(scores, weights, how, 0.5).tolist() for how in COMBINATIONS}
+    deviation = math.sqrt(((2 - 5) ** 2 + (4 - 5) ** 2 + (9 - 5) ** 2) / 3)
+    assert found["sum"] == pytest.approx([15, 3])
+    assert found["mean"] == pytest.approx([5, 1])
+    assert found["min"] == pytest.approx([2, 1])
+    assert found["mean-std"] == pytest.approx([5 - 0.5 * deviation, 1])
+
+
+def test_one_source_is_its_weighted_score_however_it_is_combined():
+    score = torch.tensor([[1.5, -2.0]])
+    assert all(combine_scores(score, [2.0], how, 1.0).tolist() == [3, -4] for how in COMBINATIONS)

@@ -141,8 +141,8 @@ def _words(text: str) -> str:
 
 
 def prompt_of(row: Demonstration) -> Prompt | None:
-    """The prompt of a demonstration, for the policy to answer; None if there is none."""
+    """The prompt of a demonstration, to be answered, with its completion as a column; None if there is none."""
     if row.messages and not row.completion:
         last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-        return Prompt(row.where, row.messages[:last]) if last else None
-    return Prompt(row.where, row.prompt, messages=row.messages[:-1]) if row.prompt else None
+        return Prompt(row.where, row.messages[:last], {"completion": row.messages[last]["content"]}) if last else None
+    return Prompt(row.where, row.prompt, {"completion": row.completion}, row.messages[:-1]) if row.prompt else None

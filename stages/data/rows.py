@@ -183,9 +183,13 @@ def read_prompts(
     skip_bad_rows: bool = False,
     limit_rows: int | None = None,
     refine: Refine | None = None,
+    check: Callable[[Prompt], object] | None = None,
 ) -> Dataset:
-    """The `Prompt` rows of a dataset, as `read_demonstrations` reads. Raises DatasetError."""
-    return _read(_load(source, map, skip_bad_rows), PROMPTS, skip_bad_rows, limit_rows, refine)
+    """The `Prompt` rows of a dataset, as `read_demonstrations` reads. Raises DatasetError.
+
+    `check` raises DatasetError for a row that lacks something.
+    """
+    return _read(_load(source, map, skip_bad_rows), PROMPTS, skip_bad_rows, limit_rows, refine, check)
 
 
 def read_comparisons(
@@ -232,9 +236,17 @@ def _read(
     skip_bad_rows: bool,
     limit_rows: int | None,
     refine: Refine | None = None,
+    check: Callable[[Prompt], object] | None = None,
 ) -> Dataset:
     row_format = _choose_format(raw, formats, skip_bad_rows)
-    usable, bad, long = _refined(raw.rows, row_format.build, skip_bad_rows, limit_rows, refine)
+
+    def build(row: RawRow) -> object:
+        built = row_format.build(row)
+        if check is not None:
+            check(built)
+        return built
+
+    usable, bad, long = _refined(raw.rows, build, skip_bad_rows, limit_rows, refine)
     problems = [*raw.problems, *bad]
     fix = f"correct the rows ({row_format.kind} rows with {listed(row_format.columns)} were expected), or see --map"
     _require_usable(usable, problems, long, raw.name, fix)

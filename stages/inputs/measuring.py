@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from stages.checkpoint.atomic import check_place
 from stages.config import EvaluateConfig, ExportConfig, SampleConfig
 from stages.data import rows as files
+from stages.diagnostics.judge import check_judge, open_judge
 from stages.diagnostics.plot import METADATA, PLOT_MARK, check_matplotlib
 from stages.errors import CheckpointError, ConfigError, DatasetError, OutputError, UserError
 from stages.inputs.fitting import fitting
 from stages.inputs.forms import check_text_as, describe_form
-from stages.inputs.outputs import REPORT_KEYS, RESPONSE_KEYS, check_output_file
+from stages.inputs.outputs import BEST_KEYS, REPORT_KEYS, RESPONSE_KEYS, check_output_file
 from stages.inputs.parts import (
     Inputs,
     Reader,
@@ -21,10 +23,11 @@ from stages.inputs.parts import (
     read_rows,
     refuse_idle,
 )
+from stages.inputs.training import with_verdicts
 from stages.models.candidates import ADAPTERS, IMPLICIT, POLICIES, candidate_of, open_beside, parent_of, with_reference
 from stages.models.model_ref import ModelRef, open_model, same_base
 from stages.places import absolute, describe_special
-from stages.rollout.reward_specs import RewardSpec, open_rewards
+from stages.rollout.reward_specs import RewardSpec, check_columns, open_rewards
 
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
@@ -33,14 +36,14 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     reference = _other(config.reference, "--reference", source, trusted)
     kind = files.detect_kind(config.dataset, map=config.map)
     stage = source.manifest.stage if source.manifest is not None else None
-    compares = stage == "reward" or (kind in ("comparison", "rating") and not (config.reward or config.gold))
-    if compares:
+    scored = bool(config.reward or config.gold or config.judge)
+    if stage == "reward" or (kind in ("comparison", "rating") and not scored):
         return _comparing_inputs(config, source, reference, kind)
     against = _other(config.against, "--against", source, trusted)
     rewards = open_rewards(config.reward, source, trust_remote_code=trusted)
     gold = open_rewards(config.gold, source, what="--gold", trust_remote_code=trusted)
     kinds = f"{config.dataset} holds {kind}s", "give another --dataset"
-    samples = kind != "demonstration" or bool(rewards or gold)
+    samples = kind != "demonstration" or scored
     if kind != "demonstration":
         refuse_idle(config, ("mask", "max_tokens"), *kinds)
     if not samples:
@@ -55,8 +58,12 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
         others = [against, reference, *(beside.ref for beside in also), *(spec.checkpoint for spec in rewards + gold)]
         check_response_fits(config, source, others)
     _check_outputs(config)
-    read = files.read_demonstrations if kind == "demonstration" else files.read_prompts
+    read = partial(files.read_prompts, check=partial(check_columns, rewards + gold))
+    if kind == "demonstration":
+        _check_demonstrations(config.dataset, rewards + gold)
+        read = files.read_demonstrations
     data, warnings, notes = _rows(read, config, source, [*rewards, *gold])
+    warnings += check_judge(open_judge(config)) if config.judge else ()
     if reference is None and samples:
         try:
             reference = parent_of(source, trusted)
@@ -80,7 +87,7 @@ def _comparing_inputs(config: EvaluateConfig, source: ModelRef, reference: Model
         what = f"{config.dataset} holds comparisons, but {kinds}"
         fix = "give prompts or demonstrations, or a reward, dpo or ppo checkpoint as --model"
         raise DatasetError(what, where="--dataset", fix=fix)
-    for name in ("against", "best_of", "plot", "reward", "gold"):
+    for name in ("against", "best_of", "plot", "reward", "gold", "judge"):
         if getattr(config, name):
             what = f"{config.model} is measured on comparisons, and nothing is sampled"
             fix = "leave it out, use --also to compare, or give a policy as --model with prompts as --dataset"
@@ -106,6 +113,15 @@ def _rows(
     return data, describe_left_out(data) + warnings, notes
 
 
+def _check_demonstrations(dataset: str, specs: list[RewardSpec]) -> None:
+    """Raise DatasetError for a built-in function that needs another column than a demonstration's completion."""
+    for spec in specs:
+        if spec.builtin is not None and spec.builtin.columns and "completion" not in spec.builtin.columns:
+            what = f"{spec.flag} {spec.name} needs a column that demonstrations do not keep"
+            fix = f"give rows with `prompt` and `{spec.builtin.columns[0]}`, without `completion`"
+            raise DatasetError(what, where=dataset, fix=fix)
+
+
 def _other(name: str | None, what: str, source: ModelRef, trusted: bool) -> ModelRef | None:
     if name is None:
         return None
@@ -124,10 +140,13 @@ def _check_outputs(config: EvaluateConfig) -> None:
 
 def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
     source = open_first(config, POLICIES)
-    check_response_fits(config, source)
-    check_output_file(config.output, "--output", (".jsonl",), RESPONSE_KEYS, config.dataset)
-    data, warnings, notes = _rows(files.read_prompts, config, source)
-    return Inputs(source, data, warnings=warnings, notes=notes)
+    rewards = open_rewards(config.reward, source, trust_remote_code=config.trust_remote_code)
+    check_response_fits(config, source, [spec.checkpoint for spec in rewards])
+    keys = BEST_KEYS if config.best_of else RESPONSE_KEYS
+    check_output_file(config.output, "--output", (".jsonl",), keys, config.dataset)
+    read = partial(files.read_prompts, check=partial(check_columns, rewards))
+    data, warnings, notes = _rows(read, config, source, rewards)
+    return with_verdicts(Inputs(source, data, rewards=rewards, warnings=warnings, notes=notes), force=True)
 
 
 def export_inputs(config: ExportConfig, overwrite: bool) -> Inputs:

@@ -13,6 +13,7 @@ from stages.places import absolute, describe_special
 from stages.reading import read_bytes, read_text
 
 RESPONSE_KEYS = ("prompt", "response", "index", "ended", "tokens")  # of a line that `rlhf sample` writes
+BEST_KEYS = ("prompt", "completion", "score", "index", "ended", "tokens")  # of a line with the best of several
 REPORT_KEYS = ("model", "dataset")  # of what `rlhf evaluate` writes
 
 

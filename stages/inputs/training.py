@@ -30,7 +30,7 @@ from stages.launch import read_launch
 from stages.models.candidates import ADAPTERS, POLICIES
 from stages.models.model_ref import ModelRef, read_adapter_shape
 from stages.reading import read_json
-from stages.rollout.reward_specs import open_rewards
+from stages.rollout.reward_specs import check_columns, open_rewards
 
 
 def sft_inputs(config: SftConfig, overwrite: bool) -> Inputs:
@@ -81,10 +81,11 @@ def ppo_inputs(config: PpoConfig, overwrite: bool) -> Inputs:
     if config.ptx_dataset:
         texts = read_beside(config, config.ptx_dataset)
         digests["ptx_dataset"], ptx = texts.digest, list(texts.rows)
-    inputs = _training("ppo", config, overwrite, source, files.read_prompts, digests, rewards=rewards, ptx=ptx)
+    read = functools.partial(files.read_prompts, check=functools.partial(check_columns, rewards))
+    inputs = _training("ppo", config, overwrite, source, read, digests, rewards=rewards, ptx=ptx)
     if not config.eval_dataset:
         inputs = _without_held_out_ptx(inputs, config)
-    return inputs if inputs.done else _with_verdicts(inputs, config.force)
+    return inputs if inputs.done else with_verdicts(inputs, config.force)
 
 
 def _training(
@@ -161,7 +162,7 @@ def _check_adapter_fits(config: TrainingKnobs, source: ModelRef) -> None:
         raise ConfigError(what, where="lora_rank", fix=f"leave lora_rank out, or give at least {stored}")
 
 
-def _with_verdicts(inputs: Inputs, force: bool) -> Inputs:
+def with_verdicts(inputs: Inputs, force: bool) -> Inputs:
     """Inputs with the verdict on every reward model as a note or warning.
 
     Raises RewardError for a no-go without `force`.

@@ -30,6 +30,28 @@ def charge_missing_eos(score: Tensor, ended: Tensor, penalty: float, how: str) -
     return torch.where(ended, score, charged)
 
 
+def combine_scores(scores: Tensor, weights: list[float], how: str, std_coef: float) -> Tensor:
+    """One score (B,) per response from those of several sources, `scores` (K, B), each times its weight first.
+
+    `how` is "sum", "mean", "min" (worst-case optimisation) or "mean-std" (uncertainty-weighted optimisation): the mean
+    minus `std_coef` times the standard deviation of the K weighted scores (of the population, 1 / K).
+
+    Source: Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization", section 3; there the variance is
+    subtracted. The standard deviation has the unit of the scores, so its coefficient does not depend on their scale.
+    """
+    weighted = torch.stack([weight * score for weight, score in zip(weights, scores, strict=True)])
+    if how == "mean":
+        return weighted.mean(dim=0)
+    if how == "min":
+        return weighted.amin(dim=0)
+    if how == "mean-std":
+        return weighted.mean(dim=0) - std_coef * weighted.std(dim=0, unbiased=False)
+    total = torch.zeros_like(scores[0])
+    for score in weighted:  # one after the other: the sum does not depend on how a library adds
+        total += score
+    return total
+
+
 def shape_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Rewards (B, T): -kl_coef * kl (B, T) on `mask`, plus score (B,) at the last masked token; 0 off-mask.
 

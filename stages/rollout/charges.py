@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from stages.config import AUTO, PpoConfig
 from stages.maths.rewards import RunningMoments, charge_missing_eos, length_penalty
 from stages.rollout.experience import Experience
+from stages.rollout.reward_sources import RewardSources
 from stages.training.session import Session
 
+# Of scores in the first rollout; below 0.02 lies no reward of 0 or 1 that any of 2,000 responses got.
+SMALLEST_STD, LARGEST_STD = 0.02, 10.0
+ROUNDING = 1e-6  # standard deviation of equal scores, at most
 MOMENTS = ("scores_count", "scores_mean", "scores_m2")  # of all scores so far, in the facts of a run's progress
 
 
@@ -31,6 +37,25 @@ def normalise(session: Session, score: Tensor) -> Tensor:
     moments = RunningMoments(*(facts.get(name, 0.0) for name in MOMENTS)).updated(score, session.ranks.sum)
     facts |= dict(zip(MOMENTS, (moments.count, moments.mean, moments.m2), strict=True))
     return moments.normalise(score)
+
+
+def warn_of_spreads(session: Session, rewards: RewardSources, metrics: dict[str, float], step: int) -> None:
+    """Warn of sources whose scores, times their weights, have a standard deviation far from 1 in the first rollout.
+
+    Equal scores are left to the conditions that are watched.
+    """
+    if step or session.config.normalise_scores:
+        return
+    named = zip(rewards.specs, rewards.names, strict=True)
+    stds = [abs(spec.weight) * metrics.get(f"source_{name}_std", 0.0) for spec, name in named]
+    for spec, std in zip(rewards.specs, stds if len(stds) > 1 else [metrics["reward_score_std"]], strict=True):
+        if std > ROUNDING and not SMALLEST_STD <= std <= LARGEST_STD:
+            weight = spec.weight * 10.0 ** -round(math.log10(std))
+            session.reporter.warn(
+                f"scores of {spec.flag} {spec.name} have a standard deviation of {std:.3g} in the first rollout; "
+                "learning rates, kl_coef and the critic suit about 1: give it another weight, "
+                f"{spec.flag} {spec.name}={weight:g}, or --normalise-scores"
+            )
 
 
 def decide_missing_eos(session: Session, ended: Tensor) -> str:

@@ -38,6 +38,7 @@ class ScoredRollout:
 
     rollout: Rollout
     scores: dict[str, Tensor]  # by judge, (B,) fp32 on the CPU
+    by_source: dict[str, Tensor]  # (B,) of each source of the judge "score", if it has several
     kl: Tensor | None  # (B,) log-ratio of policy and reference, estimator k1, float64 on the CPU
 
     def by_prompt(self, prompts: int) -> dict[str, Tensor]:
@@ -65,14 +66,14 @@ def measure(setup: EvaluationSetup, draws: list[int]) -> ScoredRollout:
     keys = [(setup.seed, "evaluate", i, k) if k else (setup.seed, "evaluate", i) for i, k in rows]
     prompts = [setup.prompts[i] for i, _ in rows]
     rollout = sample_rollout(setup.roles, "policy", setup.text, prompts, keys, setup.sampling)
-    scores = {
-        name: judge.score(rollout.prompts, rollout.responses, rollout.texts, rollout.ended)
-        for name, judge in setup.judges.items()
-    }
+    responses = rollout.prompts, rollout.responses, rollout.texts, rollout.ended
+    judged = {name: judge.score_by_source(*responses) for name, judge in setup.judges.items()}
+    by_source = judged["score"].by_source if "score" in judged else {}
+    scores = {name: found.total for name, found in judged.items()}
     kl = None
     if "reference" in setup.roles.adapters:
         kl = rollout_kl(setup.roles, rollout, setup.sampling.temperature).double().cpu()
-    return ScoredRollout(rollout, scores, kl)
+    return ScoredRollout(rollout, scores, by_source, kl)
 
 
 def summarise_responses(measured: ScoredRollout) -> dict[str, float]:
@@ -81,6 +82,8 @@ def summarise_responses(measured: ScoredRollout) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, values in measured.scores.items():
         out[name], out[f"{name}_error"] = mean_with_error(values)
+    for name, values in measured.by_source.items():
+        out[f"source_{name}"], out[f"source_{name}_error"] = mean_with_error(values)
     if measured.kl is not None:
         out["kl"], out["kl_error"] = mean_with_error(measured.kl)
     out["length"] = sum(rollout.lengths) / len(rollout.lengths)

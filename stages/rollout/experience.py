@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -64,6 +64,7 @@ class Experience:
     score: Tensor  # (B,) of the reward sources
     entropy: Tensor  # (B, T) of the policy's distribution at each token
     mismatch: float = 0.0  # largest difference found between the log-probabilities of sampling and training, nats
+    by_source: dict[str, Tensor] = field(default_factory=dict)  # (B,) score of each of several reward sources
 
 
 def sample_rollout(

@@ -45,6 +45,8 @@ def summarise_rollout(
         metrics["explained_variance"] = measure_explained_variance(ranks, experience, judged.returns)
     if config.responses_per_prompt > 1:
         metrics["dead_group_rate"] = dead_groups(score, groups, ranks.sum)
+    for name in (name for name in columns if name.startswith("source_")):
+        metrics |= {name: mean[name], f"{name}_std": float(columns[name].std(unbiased=False))}
     return metrics | {
         "sampling_mismatch": ranks.max(experience.mismatch, session.base.device),
         "tokens": float(columns["tokens"].sum()),
@@ -57,6 +59,7 @@ def numbers_by_response(experience: Experience, score: Tensor) -> dict[str, list
     rollout, mask = experience.rollout, experience.mask
     repeats = [repeated_ngrams(r.tolist(), REPEATED_RUN, REPEATED_WITHIN) for r in rollout.responses]
     return {
+        **{f"source_{name}": scores.tolist() for name, scores in experience.by_source.items()},
         "score": experience.score.tolist(),
         "charged": score.tolist(),
         "kl": sequence_kl(experience.logprobs, experience.reference_logprobs, mask).tolist(),

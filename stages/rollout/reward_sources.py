@@ -1,4 +1,4 @@
-"""Scores of responses: the weighted sum of reward models on the shared base and Python functions."""
+"""Scores of responses by reward models on the shared base, Python functions and built-in ones, combined into one."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import copy
 import inspect
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from stages.errors import RewardError, StopRequested, counted, words_of
+from stages.maths.rewards import combine_scores
 from stages.models.outputs import sequence_scores
 from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import stored_template
 from stages.models.tokens import PromptRow, Text
 from stages.results import Reporter
-from stages.rollout.reward_specs import RewardSpec, UserFunction, python_file, reason_of
+from stages.rollout.reward_specs import RewardSpec, UserFunction, python_file, reason_of, source_names
 from stages.rollout.user_code import TookTooLong, too_slow, user_code
 from stages.training.signals import Signals
 
@@ -40,8 +43,22 @@ def check_templates(specs: list[RewardSpec], text: Text, prompts: list[PromptRow
             )
 
 
+@dataclass(frozen=True)
+class Scores:
+    """The scores of responses."""
+
+    total: Tensor  # (B,) combined, fp32 on the CPU
+    by_source: dict[str, Tensor]  # (B,) of each source, without its weight; empty if there is only one source
+
+    @cached_property
+    def parts(self) -> list[dict[str, float]]:
+        """The scores of each response by source."""
+        columns = {name: values.tolist() for name, values in self.by_source.items()}
+        return [{name: column[i] for name, column in columns.items()} for i in range(len(self.total))]
+
+
 class RewardSources:
-    """Scores responses with every source and adds them up, weighted."""
+    """Scores responses with every source and combines the weighted scores."""
 
     def __init__(
         self,
@@ -50,7 +67,9 @@ class RewardSources:
         prefix: str = "reward",
         timeout: float = 0,
         signals: Signals | None = None,
+        combine: tuple[str, float] = ("sum", 1.0),
     ):
+        self.combine, self.names = combine, source_names(specs)
         self.specs, self.roles, self.timeout, self.signals = specs, roles, timeout, signals or Signals()
         self.role_names = [f"{prefix}{i or ''}" for i in range(len(specs))]
         for spec, role in zip(specs, self.role_names, strict=True):
@@ -59,18 +78,28 @@ class RewardSources:
                 roles.add(role, adapter, head_of(roles.base, spec.checkpoint.folder))
 
     def score(self, prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor) -> Tensor:
-        """Weighted scores (B,) fp32 on the CPU.
+        """Combined scores (B,) fp32 on the CPU, for the arguments of `score_by_source`."""
+        return self.score_by_source(prompts, responses, texts, ended).total
+
+    def score_by_source(
+        self, prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor
+    ) -> Scores:
+        """Scores of responses, combined and by source.
 
         responses: token ids (L_i,); texts: the same without special tokens, for functions; ended (B,): True if the
         response ends with a stop token, which is replaced by the prompt's own end token for reward models.
         """
-        total = torch.zeros(len(prompts))
+        each = []
         for spec, role in zip(self.specs, self.role_names, strict=True):
             if spec.checkpoint is not None:
-                total += spec.weight * model_scores(self.roles, role, prompts, responses, ended)
+                each.append(model_scores(self.roles, role, prompts, responses, ended))
+            elif spec.builtin is not None:
+                lengths = (torch.tensor([len(r) for r in responses]) - ended.int()).tolist()
+                each.append(torch.tensor(spec.builtin([p.columns for p in prompts], texts, lengths)))
             else:
-                total += spec.weight * call_function(spec, prompts, texts, self.signals, timeout=self.timeout)
-        return total
+                each.append(call_function(spec, prompts, texts, self.signals, timeout=self.timeout))
+        total = combine_scores(torch.stack(each), [spec.weight for spec in self.specs], *self.combine)
+        return Scores(total, dict(zip(self.names, each, strict=True)) if len(each) > 1 else {})
 
 
 def model_scores(roles: Roles, role: str, prompts: list[PromptRow], responses: list[Tensor], ended: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
-"""Reward checkpoints and Python functions that --reward names, opened and checked before torch is imported."""
+"""What --reward names, opened and checked before torch is imported: checkpoints, Python functions, built-in ones."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import inspect
 import itertools
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from stages.builtin import catalogue
+from stages.builtin.catalogue import Builtin, open_builtin, short_name
 from stages.checkpoint.digests import file_digest
+from stages.data.rows import Prompt
 from stages.errors import ConfigError, RewardError, StopRequested, words_of
 from stages.models.model_ref import ModelRef, open_model, same_base
-from stages.places import absolute, describe_special
-from stages.recipe import is_function
+from stages.places import BUILTIN, absolute, describe_special, is_function
 from stages.rollout.settings import ImportChanges, recording_changes
 from stages.rollout.user_code import user_code
 from stages.training.signals import Signals
@@ -27,7 +31,7 @@ from stages.training.signals import Signals
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A --reward flag: a checkpoint, or a function in a file, and its weight."""
+    """A --reward flag: a checkpoint, a function in a file, or a built-in function, and its weight."""
 
     name: str
     weight: float
@@ -35,6 +39,7 @@ class RewardSpec:
     function: Callable[..., object] | None
     digest: str  # of the checkpoint, or of the function's file
     flag: str = "--reward"  # that names it
+    builtin: Builtin | None = None
 
 
 def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
@@ -66,17 +71,42 @@ def open_rewards(
             function = load_function(name, what)
             specs.append(RewardSpec(name, weight, None, function, file_digest(python_file(name)), what))
             continue
+        if name.startswith(BUILTIN):
+            digest = hashlib.sha256(f"{name} {catalogue.VERSION}".encode()).hexdigest()
+            specs.append(RewardSpec(name, weight, None, None, digest, what, open_builtin(name, what)))
+            continue
+        if re.match(r"https?://", name):
+            reason = "a judge's verdicts are never a training reward, nor scores"
+            fix = "compare policies with it: rlhf evaluate --judge URL --judge-model NAME --against CHECKPOINT"
+            raise RewardError(f"{name} is the address of a service; {reason}", where=what, fix=fix)
         source = open_model(name, stages=("reward",), what=what, trust_remote_code=trust_remote_code)
         if source.manifest is None:
             raise RewardError(
                 f"{name} is a base model, not a reward source",
                 where=what,
-                fix="give a checkpoint of `rlhf reward`, or file.py:function",
+                fix="give a checkpoint of `rlhf reward`, file.py:function, or builtin:NAME",
             )
         if policy is not None:
             same_base(policy, source, first_flag="--model", second_flag=what)
         specs.append(RewardSpec(name, weight, source, None, source.digest, what))
     return specs
+
+
+def check_columns(specs: list[RewardSpec], row: Prompt) -> None:
+    """Raise DatasetError, with the field, unless a row has the columns that the built-in functions need."""
+    for spec in specs:
+        if spec.builtin is not None:
+            spec.builtin.check(row.columns, row.where, spec.flag)
+
+
+def source_names(specs: list[RewardSpec]) -> list[str]:
+    """A short name for each source, all different, for the names of metrics."""
+    names: list[str] = []
+    for spec in specs:
+        short = short_name(spec.name)
+        numbered = (f"{short}_{number}" if number > 1 else short for number in itertools.count(1))
+        names.append(next(name for name in numbered if name not in names))
+    return names
 
 
 def python_file(name: str) -> Path:

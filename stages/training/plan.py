@@ -16,7 +16,7 @@ from stages.models.model_ref import ModelRef, lora_type_of
 from stages.models.passes import micro_batches
 from stages.models.roles import DEFAULT_RANK
 from stages.native.limits import tokens_at_once
-from stages.recipe import is_function
+from stages.places import BUILTIN, is_function
 from stages.results import Result
 from stages.tables import facts_table, memory_table
 from stages.training.devices import free_memory, pick_device, pick_dtype
@@ -108,7 +108,7 @@ def adapters_held(stage: str, config: Any, source: ModelRef) -> tuple[int, int]:
         return 1 + reference, 1
     if stage == "ppo":
         critic = int(config.advantage == "gae" and config.critic == "adapter")
-        scoring = sum(not is_function(reward) for reward in config.reward)
+        scoring = sum(not is_function(name) and not name.startswith(BUILTIN) for name in config.reward)
         return 1 + reference + critic + scoring, 1 + critic
     return 1, 1
 

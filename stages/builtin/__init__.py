@@ -1,0 +1,1 @@
+"""Reward functions that come with rlhf, by name: `--reward builtin:NAME`. Imports no torch."""
