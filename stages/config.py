@@ -13,9 +13,8 @@ from typing import ClassVar
 
 from stages.errors import counted
 from stages.knobs import REQUIRED, knob
-from stages.reward_knobs import EVALUATION, REWARD, REWARD_SOURCE, JudgeKnobs, ScoringKnobs
+from stages.reward_knobs import AUTO, EVALUATION, REWARD, REWARD_SOURCE, ROLLOUT, JudgeKnobs, RolloutKnobs, ScoringKnobs
 
-AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 MASKS = ("completion", "assistant", "all")
 CRITIC_FREE = ("rloo", "grpo", "reinforce++", "reinforce++-baseline")
@@ -31,7 +30,7 @@ REMOVED = {
     "force_biased_kl": "use force instead",
 }
 MODEL, DATA, OUTPUT, TRAINING, OPTIMISER, LORA = "Model", "Data", "Output", "Training", "Optimiser", "LoRA"
-ROLLOUT, PPO, DEVICE, PREFERENCE = "Rollout", "PPO", "Device", "Preference"
+PPO, DEVICE, PREFERENCE = "PPO", "Device", "Preference"
 Conflict = tuple[str, str, str]  # knob, what is wrong with it, and the fix
 Idle = tuple[tuple[str, ...], str, str]  # knobs without effect, why, and what would give them one
 HOLD_OUT = "give --eval-dataset, or an --eval-fraction above 0"
@@ -218,20 +217,6 @@ class DpoConfig(TrainingKnobs):
         for names, loss in ((("label_smoothing",), "sigmoid"), (weights, "kto")):
             if self.loss != loss:
                 yield names, f"it belongs to the {loss} loss, not to {self.loss}", f"use --loss {loss}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutKnobs:
-    """How responses are sampled."""
-
-    max_prompt_tokens: int | None = knob(None, "longest prompt in tokens", ROLLOUT, low=1, auto="context - response")
-    max_response_tokens: int = knob(256, "longest response in tokens", ROLLOUT, low=1, high=10**6)
-    temperature: float = knob(0.7, "sampling temperature, used for log-probabilities too", ROLLOUT, above=0)
-    rollout_batch_size: int | str = knob(AUTO, "responses decoded together", ROLLOUT, low=1, may_change_on_resume=True)
-    rollout_engine: str = knob(
-        AUTO, "decoder for sampling; auto is native if it reproduces the outputs of transformers, else transformers",
-        ROLLOUT, choices=(AUTO, "native", "transformers"), may_change_on_resume=True,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,9 +435,8 @@ class SampleConfig(ScoringKnobs, RolloutKnobs, ModelKnobs, BaseKnobs, DataKnobs)
     output: str = knob(REQUIRED, "file to write, one JSON object per response", OUTPUT)
     responses_per_prompt: int = knob(1, "responses per prompt", ROLLOUT, low=1, high=10**6)
     best_of: int | None = knob(
-        None, "write each prompt's best of N responses by --reward as a demonstration for rlhf sft", ROLLOUT, low=1,
-        high=10**6, auto="every response",
-    )  # fmt: skip
+        None, "write each prompt's best of N responses by --reward for rlhf sft", ROLLOUT, low=1, high=10**6, auto="all"
+    )
     reward: list[str] = knob([], f"with best_of: {REWARD_SOURCE}", REWARD, paths=True)
     temperature: float = knob(1.0, "sampling temperature; 0 takes the most probable token", ROLLOUT, low=0)
     top_p: float = knob(1.0, "sample from the most probable tokens of this total probability", ROLLOUT, above=0, high=1)

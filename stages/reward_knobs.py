@@ -1,4 +1,4 @@
-"""Knobs of what scores responses: reward sources and how they are combined, and the judge of `rlhf evaluate`."""
+"""Knobs of responses: how they are sampled, how reward sources score them, and the judge of `rlhf evaluate`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,26 @@ from urllib.parse import urlsplit
 
 from stages.knobs import knob
 
-REWARD, EVALUATION = "Reward", "Evaluation"  # panels of --help-all
+AUTO = "auto"
+ROLLOUT, REWARD, EVALUATION = "Rollout", "Reward", "Evaluation"  # panels of --help-all
 COMBINATIONS = ("sum", "mean", "min", "mean-std")
 REWARD_SOURCE = "reward checkpoint, file.py:function or builtin:NAME, optionally =weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutKnobs:
+    """How responses are sampled."""
+
+    max_prompt_tokens: int | None = knob(None, "longest prompt in tokens", ROLLOUT, low=1, auto="context - response")
+    max_response_tokens: int = knob(256, "longest response in tokens", ROLLOUT, low=1, high=10**6)
+    temperature: float = knob(0.7, "sampling temperature, used for log-probabilities too", ROLLOUT, above=0)
+    rollout_batch_size: int | str = knob(
+        "auto", "responses decoded together", ROLLOUT, low=1, may_change_on_resume=True
+    )
+    rollout_engine: str = knob(
+        AUTO, "decoder for sampling; auto is native if it reproduces the outputs of transformers, else transformers",
+        ROLLOUT, choices=(AUTO, "native", "transformers"), may_change_on_resume=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
