@@ -22,9 +22,7 @@ class RolloutKnobs:
     max_prompt_tokens: int | None = knob(None, "longest prompt in tokens", ROLLOUT, low=1, auto="context - response")
     max_response_tokens: int = knob(256, "longest response in tokens", ROLLOUT, low=1, high=10**6)
     temperature: float = knob(0.7, "sampling temperature, used for log-probabilities too", ROLLOUT, above=0)
-    rollout_batch_size: int | str = knob(
-        "auto", "responses decoded together", ROLLOUT, low=1, may_change_on_resume=True
-    )
+    rollout_batch_size: int | str = knob(AUTO, "responses decoded together", ROLLOUT, low=1, may_change_on_resume=True)
     rollout_engine: str = knob(
         AUTO, "decoder for sampling; auto is native if it reproduces the outputs of transformers, else transformers",
         ROLLOUT, choices=(AUTO, "native", "transformers"), may_change_on_resume=True,
