@@ -193,3 +193,30 @@ def test_what_fails_on_one_rank_ends_all_with_its_message(two_ranks):
     assert second["ended"]["defect"] == ("ZeroDivisionError", "oh", False)
     assert first["ended"]["memory"][:2] == ("OutOfMemory", "rank 1: a pass") and first["ended"]["memory"][3] == 7
     assert first["ended"]["none"] is second["ended"]["none"] is None
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_tensors_return_their_memory():
+    """Large blocks come from the heap once a larger one was freed (glibc adapts), and from the system afterwards."""
+    program = """
+import ctypes
+from stages.training.devices import return_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks u f k".split()]
+libc.mallinfo2.restype = Info
+def own_blocks(size):
+    before = libc.mallinfo2().hblks
+    block = libc.malloc(size)
+    after = libc.mallinfo2().hblks
+    libc.free(block)
+    return after - before
+libc.free(libc.malloc(16 << 20))
+print(own_blocks(2 << 20))
+return_freed_memory()
+print(own_blocks(8 << 20))  # more than what the heap holds free
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["0", "1"]
