@@ -220,12 +220,9 @@ def build_comparison_report(scores: Tensor, comparisons: list[TokenComparison]) 
         "accuracy_high": high,
         "expected_accuracy": expected_accuracy_of_pairs(delta, chance),
         "log_loss": log_loss_of_pairs(delta, chance),
-        "margin_mean": float((chosen - rejected).mean()),
-        "margin_std": float((chosen - rejected).std(unbiased=False)),
-        "score_chosen_mean": float(chosen.mean()),
-        "score_chosen_std": float(chosen.std(unbiased=False)),
-        "score_rejected_mean": float(rejected.mean()),
-        "score_rejected_std": float(rejected.std(unbiased=False)),
+        **_mean_and_std("margin", chosen - rejected),
+        **_mean_and_std("score_chosen", chosen),
+        **_mean_and_std("score_rejected", rejected),
         "longer_wins_accuracy": accuracy_of_pairs(longer, chance),
         "score_length_corr": correlation(scores, lengths),
         "label_length_corr": correlation(torch.cat([chance, 1 - chance]), lengths[better + worse]),
@@ -236,6 +233,10 @@ def build_comparison_report(scores: Tensor, comparisons: list[TokenComparison]) 
         "ties": int((~decided).sum()),
         "by_length_difference": accuracy_by_length_difference(delta[decided], longer[decided], LENGTH_EDGES),
     }
+
+
+def _mean_and_std(name: str, numbers: Tensor) -> dict[str, float]:
+    return {f"{name}_mean": float(numbers.mean()), f"{name}_std": float(numbers.std(unbiased=False))}
 
 
 def ceiling(probability: list[float]) -> float:
