@@ -47,7 +47,8 @@ class TokenizerKnobs:
 
     main: ClassVar[tuple[str, ...]] = ()  # knobs that --help shows beside the required ones; all if empty
 
-    model: str = knob(REQUIRED, "base model (local folder or hub id) or a checkpoint of this tool", MODEL)
+    model: str = knob(REQUIRED, "base (folder or hub id), checkpoint of this tool, or LoRA adapter of PEFT", MODEL)
+    base: str | None = knob(None, "base under an adapter or checkpoint", MODEL, auto="the one that it names")
     trust_remote_code: bool = knob(False, "run Python code that ships with the base model", MODEL)
     chat_template: str | None = knob(None, "'chatml', 'plain' or a .jinja file", MODEL, auto="the tokenizer's template")
 
@@ -470,7 +471,9 @@ class ExportConfig(ModelKnobs):
     __doc__ = "Merge a checkpoint's adapter into plain weights that transformers loads without this tool."
 
     output: str = knob(REQUIRED, "folder to write", OUTPUT)
-    dtype: str = knob(AUTO, "precision of the written weights; auto is that of the base", OUTPUT, choices=DTYPES)
+    dtype: str = knob(
+        AUTO, "precision of the written weights; auto: the base's, float32 for reward models", OUTPUT, choices=DTYPES
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,15 @@ from stages.checkpoint.atomic import write_json
 from stages.config import EvaluateConfig
 from stages.data.prompts import prompt_of
 from stages.data.rows import Prompt
-from stages.diagnostics.comparison_evaluation import SIDE_BY_SIDE, comparison_evaluation_tables, evaluate_on_comparisons
+from stages.diagnostics.comparison_evaluation import (
+    SIDE_BY_SIDE,
+    comparison_evaluation_tables,
+    evaluate_on_comparisons,
+)
 from stages.diagnostics.judge import compare, open_judge
 from stages.diagnostics.kl_curve import describe_over_optimisation, plot_kl_curve, turning_point
 from stages.diagnostics.plot import write_plot
+from stages.diagnostics.scorers import Scorers
 from stages.errors import DatasetError, JudgeError, NotFiniteError, counted
 from stages.inputs import Inputs
 from stages.maths.statistics import clustered_interval, mean_with_error
@@ -37,10 +42,10 @@ from stages.rollout.evaluation import (
 from stages.rollout.generate import Sampling, check_count, check_engine
 from stages.rollout.reward_sources import RewardSources, check_templates
 from stages.tables import evaluation_tables, facts_table, format_text, metrics_table
-from stages.training.comparing import MIN_PROMPT_CLUSTERS, encode_comparison
+from stages.training.comparing import MIN_PROMPT_CLUSTERS
 from stages.training.language import held_out_loss, warn_above_uniform
 from stages.training.long_rows import context_limit, prompt_encoder, prompt_limit
-from stages.training.opening import Encoded, check_coverage, encode_all, open_base, open_text
+from stages.training.opening import Encoded, check_coverage, encode_all, open_base
 from stages.training.preview import build_preview
 from stages.training.row_tokens import RowEncoder
 
@@ -49,26 +54,21 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
     """Measure what the model and the dataset allow; --output gets the report as JSON."""
     source = inputs.source
     output, plot = (absolute(n, f) if n else None for n, f in ((config.output, "--output"), (config.plot, "--plot")))
-    text = open_text(source, config, reporter)
-    encoded = tokenise(config, inputs, text, reporter)
+    model = replace(candidate_of(config.model, source), reference=inputs.reference)
+    scorers = Scorers([model, *inputs.also], config, reporter)
+    text = scorers.text
+    encoded = tokenise(config, inputs, scorers, reporter)
     rows = {name: part.rows for name, part in encoded.items()}
     counts = inputs.count_left_out(*encoded.values())
-    cause = check_coverage(text, inputs.data.rows, reporter, what="rows")
+    cause = check_coverage(text or scorers.readers[model.name], inputs.data.rows, reporter, what="rows")
     if dry_run:
-        plan = {name: len(part) for name, part in rows.items()}
-        encoder = RowEncoder(config, source, text, sampling_of(source, config).max_tokens)
-        stage = next({"comparisons": "reward", "demonstrations": "sft", "prompts": "ppo"}[name] for name in rows)
-        preview = build_preview(stage, encoder, inputs.data.rows, command="evaluate")
-        data = {"plan": plan, "rows": counts, "preview": preview.data}
-        tables = (*preview.tables, facts_table("evaluate: the plan", plan | counts))
-        return Result("evaluate", "dry run", None, data, tables, passages=preview.passages)
-    base = open_base(source, config, text)
-    roles = Roles(base)
+        return describe_plan(config, inputs, scorers, rows, counts)
+    base = open_base(scorers.on_base, config, text) if text else None
+    roles = Roles(base) if base else None
     report: dict[str, object] = {"model": config.model, "dataset": config.dataset, "rows": counts}
     tables: tuple[Table, ...] = ()
     if "comparisons" in rows:
-        model = replace(candidate_of(config.model, source), reference=inputs.reference)
-        reports = evaluate_on_comparisons(roles, [model, *inputs.also], rows["comparisons"], reporter)
+        reports = evaluate_on_comparisons(roles, scorers.candidates, rows["comparisons"], reporter, scorers.classifiers)
         alone = {name: value for name, value in reports[0].items() if name not in SIDE_BY_SIDE}
         report |= {reports[0]["kind"]: alone} | ({"compared": reports} if inputs.also else {})
         tables = comparison_evaluation_tables(reports)
@@ -94,17 +94,30 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
     return Result("evaluate", "done", config.output, report, tables, further)
 
 
-def tokenise(config: EvaluateConfig, inputs: Inputs, text: Text, reporter: Reporter) -> dict[str, Encoded]:
+def describe_plan(
+    config: EvaluateConfig, inputs: Inputs, scorers: Scorers, rows: dict[str, list], counts: dict[str, int]
+) -> Result:
+    """The result of --dry-run: numbers of rows, and a preview of them unless classifiers alone read them."""
+    plan = {name: len(part) for name, part in rows.items()}
+    data, tables = {"plan": plan, "rows": counts}, (facts_table("evaluate: the plan", plan | counts),)
+    if scorers.text is None:
+        return Result("evaluate", "dry run", None, data, tables)
+    encoder = RowEncoder(config, scorers.on_base, scorers.text, sampling_of(scorers.on_base, config).max_tokens)
+    stage = next({"comparisons": "reward", "demonstrations": "sft", "prompts": "ppo"}[name] for name in rows)
+    preview = build_preview(stage, encoder, inputs.data.rows, command="evaluate")
+    data |= {"preview": preview.data}
+    return Result("evaluate", "dry run", None, data, preview.tables + tables, passages=preview.passages)
+
+
+def tokenise(config: EvaluateConfig, inputs: Inputs, scorers: Scorers, reporter: Reporter) -> dict[str, Encoded]:
     """The rows to measure on, tokenised, by kind: comparisons; or demonstrations, or prompts to answer, or both.
 
     Raises DatasetError for rows that do not fit.
     """
-    source, data = inputs.source, inputs.data
+    source, data, text = inputs.source, inputs.data, scorers.text
     encode = partial(encode_all, config=config, reporter=reporter)
     if data.kind in ("comparison", "rating"):
-        limit = context_limit(config.max_tokens, source, reporter)
-        read = partial(encode_comparison, text=text, max_tokens=limit)
-        return {"comparisons": encode(data.rows, read, what="comparisons", limit=limit)}
+        return {"comparisons": scorers.read(data.rows, reporter)}
     rows: dict[str, Encoded] = {}
     if data.kind == "demonstration":
         limit = context_limit(config.max_tokens, source, reporter)
@@ -135,7 +148,9 @@ def measure_policies(
     judges = {"score": inputs.rewards, "gold": inputs.gold}
     combine = {"score": config.combination, "gold": ("sum", 1.0)}
     rewards = {
-        name: RewardSources(specs, roles, f"{name} ", config.reward_timeout, combine=combine[name])
+        name: RewardSources(
+            specs, roles, f"{name} ", config.reward_timeout, combine=combine[name], text=text, reporter=reporter
+        )
         for name, specs in judges.items()
         if specs
     }
@@ -160,6 +175,8 @@ def measure_policies(
     if inputs.also:
         report |= measure_kl_curve(setup, [model, *inputs.also], measured["policy"], reporter, done)
     reporter.end()
+    for sources in rewards.values():
+        sources.report_cut()
     if inputs.against is not None:
         report["compared_with"] = config.against
         report["win_rate"] = compare_sides(config, measured, prompts, reporter)

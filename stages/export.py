@@ -37,8 +37,9 @@ def run(config: ExportConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     stored = TORCH_DTYPES.get(
         str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32"), torch.float32
     )
-    wanted = TORCH_DTYPES.get(config.dtype, stored)
     is_reward = source.manifest.stage == "reward"
+    # Rounding to bfloat16 moves a score by a hundredth of its size.
+    wanted = TORCH_DTYPES.get(config.dtype, torch.float32 if is_reward else stored)
     kind = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
     facts = {"kind": kind, "dtype": str(wanted).removeprefix("torch.")}
     if dry_run:

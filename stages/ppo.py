@@ -81,6 +81,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
         return session.result({})
     if session.base.native is not None and session.base.native.capture_failure is not None:
         reporter.note(f"decoding ran without CUDA graphs: {session.base.native.capture_failure}")
+    setup.rewards.report_cut()
     lines = read_metrics(session.run)
     alarms = alarms_in(lines)
     last = {name: lines[-1].get(name) for name in ("reward_score", "reward_kl", "entropy")}
@@ -176,8 +177,9 @@ def open_roles(session: Session) -> None:
 def open_setup(session: Session, ptx: list[TokenRow]) -> PpoSetup:
     """Reward sources, sampling and watchdog of a run whose base is loaded."""
     config, model, base, engine = session.config, session.model, session.base, session.config.rollout_engine
-    sources, timeout, combine = session.inputs.rewards, config.reward_timeout, config.combination
-    rewards = RewardSources(sources, session.roles, timeout=timeout, signals=session.signals, combine=combine)
+    told = {"signals": session.signals, "text": session.text, "reporter": session.reporter}
+    about = {"timeout": config.reward_timeout, "combine": config.combination}
+    rewards = RewardSources(session.inputs.rewards, session.roles, **about, **told)
     for line in check_engine(base, engine):  # after all roles: DoRA in any of them rules the native decoder out
         session.reporter.note(line)
     at_once = rollout_rows(config, session.work, model, source_shapes(model, config), free_memory(base.device))

@@ -57,7 +57,8 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     base = open_base(source, config, text)
     roles = Roles(base)
     roles.add("policy", adapter_of(base, source, trainable=False))
-    rewards = RewardSources(inputs.rewards, roles, timeout=config.reward_timeout, combine=config.combination)
+    about = {"timeout": config.reward_timeout, "combine": config.combination, "text": text, "reporter": reporter}
+    rewards = RewardSources(inputs.rewards, roles, **about)
     for line in check_engine(base, config.rollout_engine):
         reporter.note(line)
     responses = sample_responses(config, roles, text, prompts, reporter)
@@ -66,6 +67,7 @@ def run(config: SampleConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     data: dict[str, object] = {}
     if config.best_of:
         scores = score_responses(rewards, prompts, responses, texts, set(text.stop_ids))
+        rewards.report_cut()
         rows, data = best_rows(rows, scores, config, reporter)
     write_text(output, "".join(to_json(row) + "\n" for row in rows))
     return describe_rows(config, rows, {**counts, "rows": left_out}, data)

@@ -286,7 +286,10 @@ ROWS = {
         EARLY, lambda c, p: sft(c, p, model=with_run(unfinished(c, p))),
         ["is an unfinished run", "run its command again"],
     ),
-    "a bare adapter": (EARLY, lambda c, p: sft(c, p, model=unfinished(c, p)), ["is a bare adapter", "merge it"]),
+    "a bare reward adapter": (
+        EARLY, lambda c, p: sft(c, p, model=spoiled(c.reward, p, "checkpoint.json", gone)),
+        ["adapter of task_type 'SEQ_CLS'", "give an adapter of task_type CAUSAL_LM"],
+    ),
     "a flipped bit": (
         EARLY, lambda c, p: reward(c, p, model=spoiled(c.sft, p, "adapter_model.safetensors", flip)),
         ["`adapter_model.safetensors` is damaged"],

@@ -20,7 +20,7 @@ from stages.config import STAGES, SftConfig
 from stages.data import raw_rows, rows, sources
 from stages.errors import CheckpointError, ConfigError, UserError
 from stages.knobs import knobs
-from stages.models import model_ref as source
+from stages.models import base_files as source
 from stages.models.candidates import parent_of
 from stages.models.model_ref import open_model
 from stages.recipe import read_recipe, resolve
@@ -214,7 +214,7 @@ def test_any_place_is_opened_or_refused(world, places, stage):
     good = {"model": str(base), "dataset": str(folder / f"{GOOD.get(stage, 'prompts')}.jsonl")}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(source, "_download", away)
+        patch.setattr(source, "download", away)
         patch.setattr(sources, "_load_hub", away)
         for name in (None, "model", "dataset", "reward", "against", "eval_dataset", "ptx_dataset"):
             if name in places and name in good:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from stages.errors import CheckpointError, ModelError
+from stages.models.adapter_config import read_adapter_shape
 from stages.models.lora import adapter_from
-from stages.models.model_ref import read_adapter_shape
 from stages.models.roles import new_adapter
 from tests.commands import SHORT, SMALL, assert_same_weights, contents, done, manifest, refused, result, rlhf, weights
 from tests.commands import write_data as write_rows
@@ -176,8 +176,8 @@ REFUSED = {
     "modules_to_save": [["lm_head"], ["score", "embed_tokens"]],
     "bias": ["all", "lora_only"],
     "use_rslora": [True],  # with use_dora
-    "rank_pattern": [{"q_proj": 2}],
-    "alpha_pattern": [{"q_proj": 2}],
+    "rank_pattern": [{"(a+)+$": 2}, {"q_proj": 0}, {"q_proj": "2"}, ["q_proj"]],
+    "alpha_pattern": [{"q_proj|v_proj": 2}, {"q_proj": -1}],
     "lora_bias": [True],
     "target_parameters": [["experts.down_proj"]],
 }

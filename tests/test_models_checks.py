@@ -12,8 +12,9 @@ from stages.checkpoint.tensors import load_tensors, save_tensors
 from stages.errors import CheckpointError, ModelError
 from stages.models import base, lora
 from stages.models.base import load_base
+from stages.models.base_files import adapter_beside
 from stages.models.checks import check_finite, library_reason
-from stages.models.model_ref import adapter_beside, open_model
+from stages.models.model_ref import open_model
 from stages.models.roles import Roles, adapter_of, head_of, save_adapter
 from stages.native import attention
 from stages.training.reload import check_adaptable, check_reload

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from stages.errors import CheckpointError, ModelError
+from stages.models.candidates import POLICIES
 from stages.models.model_ref import open_model, same_base
 from tests.parts import publish_checkpoint, random_adapter, random_head
 from tests.tiny import build_tokenizer
@@ -178,9 +179,10 @@ def test_an_unfinished_run(tmp_path):
     assert "is an unfinished run" in error.what and "again to finish it" in error.fix
 
 
-def test_a_bare_adapter(tmp_path):
+def test_an_empty_adapter(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "bare adapter without checkpoint.json" in refused(tmp_path).what
+    assert "adapter_config.json cannot be read: it has no 'r'" in refused(tmp_path, POLICIES).what
+    assert "is a LoRA adapter of another tool" in refused(tmp_path, ("reward",)).what
 
 
 def test_a_checkpoint_of_the_wrong_stage(checkpoint):

@@ -253,7 +253,9 @@ def locate(folder: str | Path, stored: BaseRef | Parent) -> Path | str:
     if not present:
         kind = "base model" if isinstance(stored, BaseRef) else f"{stored.stage} checkpoint"
         what = f"its {kind} is not at " + " nor at ".join(str(place) for place in dict.fromkeys(places))
-        fix = "put it back at one of these places, or give another --model"
+        fix = "put it back at one of these places, " + (
+            "or name it with --base" if isinstance(stored, BaseRef) else "or give another --model"
+        )
         raise CheckpointError(what, where=str(folder), fix=fix)
     for place in present if len(present) > 1 and not present[0].samefile(present[1]) else ():
         if _matches(place, stored):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from stages.maths.preferences import implicit_reward
-from stages.models.candidates import Candidate, labels_of
+from stages.models.candidates import SCORERS, Candidate, labels_of
+from stages.models.classifier import Classifier
 from stages.models.roles import Roles, adapter_of, candidate_adapter, head_of
 from stages.results import Reporter, Table
 from stages.tables import comparison_tables, scorers_table
@@ -19,6 +23,18 @@ from stages.training.comparing import (
 from stages.training.implicit import flatten, summed_logprobs
 
 SIDE_BY_SIDE = ("model", "label", "kind", "agreement")  # keys of a report that only matter beside other reports
+
+
+@dataclass(frozen=True)
+class ReadByClassifier:
+    """Comparisons in the tokens of a classifier, which scores them without the base."""
+
+    rows: list[TokenComparison]
+    load: Callable[[], Classifier]
+
+    def scores(self) -> Tensor:
+        """Scores (R,) of every response."""
+        return self.load().scores(flatten(self.rows))
 
 
 def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenComparison]) -> Tensor:
@@ -40,21 +56,31 @@ def candidate_scores(roles: Roles, candidate: Candidate, rows: list[TokenCompari
 
 
 def evaluate_on_comparisons(
-    roles: Roles, candidates: list[Candidate], rows: list[TokenComparison], reporter: Reporter
+    roles: Roles | None,
+    candidates: list[Candidate],
+    rows: list[TokenComparison],
+    reporter: Reporter,
+    classifiers: dict[str, ReadByClassifier] | None = None,
 ) -> list[dict[str, object]]:
-    """Each candidate's report on the comparisons, with its agreement with the first candidate (1 for the first)."""
+    """Each candidate's report on the comparisons, with its agreement with the first candidate (1 for the first).
+
+    `classifiers` are those among the candidates, by name; for the others there are `roles`, and `rows` in their tokens.
+    """
     reporter.begin("evaluate", len(candidates))
-    pairs, first = pairs_of(rows), None
+    first = None
     reports = []
     for done, (candidate, label) in enumerate(zip(candidates, labels_of(candidates), strict=True), 1):
         if candidate.stage == "ppo" and candidate.knobs.get("kl_target"):
             reporter.note(f"{candidate.name}: kl_coef changed in training; its margins are scaled by the first value")
-        scores = candidate_scores(roles, candidate, rows)
+        read = (classifiers or {}).get(candidate.name)
+        theirs = rows if read is None else read.rows
+        scores = candidate_scores(roles, candidate, rows) if read is None else read.scores()
+        pairs = pairs_of(theirs)
         delta = scores[pairs.better] - scores[pairs.worse]
         first = delta if first is None else first
-        kind = "reward_model" if candidate.stage == "reward" else "implicit_reward"  # its key in the whole report
+        kind = "reward_model" if candidate.stage in SCORERS else "implicit_reward"  # its key in the whole report
         identity = {"model": candidate.name, "label": label, "kind": kind}
-        reports.append(identity | build_comparison_report(scores, rows) | {"agreement": agreement(first, delta)})
+        reports.append(identity | build_comparison_report(scores, theirs) | {"agreement": agreement(first, delta)})
         reporter.log(done, {name: reports[-1][name] for name in ("accuracy", "log_loss")})
     reporter.end()
     return reports

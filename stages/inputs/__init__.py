@@ -15,7 +15,8 @@ from stages.inputs.measuring import evaluate_inputs, export_inputs, sample_input
 from stages.inputs.parts import Inputs
 from stages.inputs.previewing import preview_inputs
 from stages.inputs.training import dpo_inputs, ppo_inputs, reward_inputs, sft_inputs
-from stages.models.model_ref import adapter_beside
+from stages.models.base_files import adapter_beside
+from stages.models.gguf import missing_template
 from stages.results import Result, next_commands
 
 
@@ -34,7 +35,9 @@ def open_inputs(stage: str, config: Any, *, overwrite: bool = False) -> Inputs:
         "preview": preview_inputs,
     }
     inputs = openers[stage](config, overwrite)
-    return replace(inputs, warnings=inputs.warnings + adapter_beside(inputs.source.base))
+    source = inputs.source
+    template = missing_template(source.base_name, source.tokenizer, config.chat_template)
+    return replace(inputs, warnings=inputs.warnings + adapter_beside(source.base) + template)
 
 
 def already_done(stage: str, config: Any, inputs: Inputs) -> Result:

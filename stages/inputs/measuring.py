@@ -24,7 +24,17 @@ from stages.inputs.parts import (
     refuse_idle,
 )
 from stages.inputs.training import with_verdicts
-from stages.models.candidates import ADAPTERS, IMPLICIT, POLICIES, candidate_of, open_beside, parent_of, with_reference
+from stages.models.candidates import (
+    ADAPTERS,
+    IMPLICIT,
+    POLICIES,
+    SCORERS,
+    candidate_of,
+    open_beside,
+    parent_of,
+    with_reference,
+)
+from stages.models.classifier_ref import CLASSIFIER
 from stages.models.model_ref import ModelRef, open_model, same_base
 from stages.places import absolute, describe_special
 from stages.rollout.reward_specs import RewardSpec, check_columns, open_rewards
@@ -32,14 +42,14 @@ from stages.rollout.reward_specs import RewardSpec, check_columns, open_rewards
 
 def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     trusted = config.trust_remote_code
-    source = open_first(config, ADAPTERS)
-    reference = _other(config.reference, "--reference", source, trusted)
+    source = open_first(config, (*ADAPTERS, CLASSIFIER))
+    reference = _other(config, "reference", source)
     kind = files.detect_kind(config.dataset, map=config.map)
-    stage = source.manifest.stage if source.manifest is not None else None
     scored = bool(config.reward or config.gold or config.judge)
-    if stage == "reward" or (kind in ("comparison", "rating") and not scored):
+    compares = kind in ("comparison", "rating") and not scored
+    if compares or candidate_of(config.model, source).stage in SCORERS:
         return _comparing_inputs(config, source, reference, kind)
-    against = _other(config.against, "--against", source, trusted)
+    against = _other(config, "against", source)
     rewards = open_rewards(config.reward, source, trust_remote_code=trusted)
     gold = open_rewards(config.gold, source, what="--gold", trust_remote_code=trusted)
     kinds = f"{config.dataset} holds {kind}s", "give another --dataset"
@@ -49,7 +59,7 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     if not samples:
         refuse_idle(config, ("reference",), *kinds)
     advice = "give --reward {} to score with it, or comparisons as --dataset"
-    also = open_beside(config.also, source, POLICIES, advice, trust_remote_code=trusted)
+    also = open_beside(config.also, source, POLICIES, advice, trust_remote_code=trusted, base=config.base)
     if also and not samples:
         what = f"{config.dataset} holds demonstrations; --also compares responses to prompts"
         fix = "give prompts, or --reward to sample and score responses to the demonstrations' prompts"
@@ -79,10 +89,10 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
 def _comparing_inputs(config: EvaluateConfig, source: ModelRef, reference: ModelRef | None, kind: str) -> Inputs:
     """Inputs for reward models, or implicit rewards of policies, on comparisons."""
     model = candidate_of(config.model, source)
-    if model.stage == "reward" and kind not in ("comparison", "rating"):
+    if model.stage in SCORERS and kind not in ("comparison", "rating"):
         what = f"{config.dataset} holds {kind}s; a reward model is measured on comparisons"
         raise DatasetError(what, where="--dataset", fix="give rows with prompt, chosen and rejected")
-    if model.stage not in ("reward", *IMPLICIT):
+    if model.stage not in (*SCORERS, *IMPLICIT):
         kinds = f"{config.model} is neither a reward model nor a DPO or PPO policy"
         what = f"{config.dataset} holds comparisons, but {kinds}"
         fix = "give prompts or demonstrations, or a reward, dpo or ppo checkpoint as --model"
@@ -93,9 +103,12 @@ def _comparing_inputs(config: EvaluateConfig, source: ModelRef, reference: Model
             fix = "leave it out, use --also to compare, or give a policy as --model with prompts as --dataset"
             raise ConfigError(what, where=f"--{name.replace('_', '-')}", fix=fix)
     refuse_idle(config, ("mask",), f"{config.dataset} holds {kind}s", "give another --dataset")
+    if source.is_classifier and not config.also:
+        names = ("chat_template", "load_in_4bit", "reference")
+        refuse_idle(config, names, f"{config.model} is a sequence classifier", "give a checkpoint of this tool")
     trust = {"trust_remote_code": config.trust_remote_code}
     advice = "give reward, dpo or ppo checkpoints, or --reward to sample from it"
-    also = open_beside(config.also, source, ("reward", *IMPLICIT), advice, **trust)
+    also = open_beside(config.also, source, (*SCORERS, *IMPLICIT), advice, base=config.base, **trust)
     models = [with_reference(candidate, reference, **trust) for candidate in (model, *also)]
     _check_outputs(config)
     data, warnings, notes = _rows(files.read_comparisons, config, source)
@@ -122,11 +135,15 @@ def _check_demonstrations(dataset: str, specs: list[RewardSpec]) -> None:
             raise DatasetError(what, where=dataset, fix=fix)
 
 
-def _other(name: str | None, what: str, source: ModelRef, trusted: bool) -> ModelRef | None:
+def _other(config: EvaluateConfig, knob: str, source: ModelRef) -> ModelRef | None:
+    """The model of --against or --reference, on the base of --model."""
+    name, what = getattr(config, knob), f"--{knob}"
     if name is None:
         return None
-    other = open_model(name, stages=POLICIES, what=what, trust_remote_code=trusted)
-    same_base(source, other, first_flag="--model", second_flag=what)
+    trusted = config.trust_remote_code
+    other = open_model(name, stages=POLICIES, what=what, trust_remote_code=trusted, base=config.base)
+    if not source.is_classifier:
+        same_base(source, other, first_flag="--model", second_flag=what)
     return other
 
 

@@ -64,7 +64,8 @@ class Inputs:
 
 def open_first(config: Any, stages: tuple[str, ...]) -> ModelRef:
     """The model of --model: a base, or a checkpoint of one of `stages`."""
-    return open_model(config.model, stages=stages, what="--model", trust_remote_code=config.trust_remote_code)
+    trust = config.trust_remote_code
+    return open_model(config.model, stages=stages, what="--model", trust_remote_code=trust, base=config.base)
 
 
 def read_rows(read: Reader, config: Any, name: str, fits: Fits | None = None) -> Dataset:

@@ -27,8 +27,9 @@ from stages.inputs.parts import (
     refuse_idle,
 )
 from stages.launch import read_launch
+from stages.models.adapter_config import read_adapter_shape
 from stages.models.candidates import ADAPTERS, POLICIES
-from stages.models.model_ref import ModelRef, read_adapter_shape
+from stages.models.model_ref import ModelRef
 from stages.reading import read_json
 from stages.rollout.reward_specs import check_columns, open_rewards
 
@@ -152,14 +153,14 @@ def _without_held_out_ptx(inputs: Inputs, config: PpoConfig) -> Inputs:
 def _check_adapter_fits(config: TrainingKnobs, source: ModelRef) -> None:
     if source.folder is None or (config.lora_rank is None and config.lora_type is None):
         return
-    stored, _, lora_type = read_adapter_shape(source.folder)
-    if config.lora_type not in (None, lora_type):
-        what = f"lora_type is {config.lora_type}, but the adapter of {source.name} is {lora_type}"
+    stored = read_adapter_shape(source.folder)
+    if config.lora_type not in (None, stored.lora_type):
+        what = f"lora_type is {config.lora_type}, but the adapter of {source.name} is {stored.lora_type}"
         fix = "leave lora_type out to continue with that adapter, or start from the base"
         raise ConfigError(what, where="lora_type", fix=fix)
-    if config.lora_rank is not None and config.lora_rank < stored:
-        what = f"lora_rank {config.lora_rank} is smaller than {stored}, the rank of {source.name}"
-        raise ConfigError(what, where="lora_rank", fix=f"leave lora_rank out, or give at least {stored}")
+    if config.lora_rank is not None and config.lora_rank < stored.rank:
+        what = f"lora_rank {config.lora_rank} is smaller than {stored.rank}, the rank of {source.name}"
+        raise ConfigError(what, where="lora_rank", fix=f"leave lora_rank out, or give at least {stored.rank}")
 
 
 def with_verdicts(inputs: Inputs, force: bool) -> Inputs:
@@ -169,6 +170,8 @@ def with_verdicts(inputs: Inputs, force: bool) -> Inputs:
     """
     notes, warnings = inputs.notes, inputs.warnings
     for spec in inputs.rewards:
+        if spec.classifier is not None:
+            notes += (f"{spec.name} is no reward model of this tool, so it has no verdict; evaluate it on comparisons",)
         if spec.checkpoint is None:
             continue
         decision, reasons = _read_verdict(spec.checkpoint.folder)

@@ -20,9 +20,10 @@ def adapter_shapes(path: str, rank: int, width: int, out: int, lora_type: str) -
     return shapes | ({path + MAGNITUDE: (out,)} if lora_type == "dora" else {})
 
 
-def check_adapter_header(folder: Path, base: Path, rank: int, lora_type: str) -> None:
+def check_adapter_header(folder: Path, base: Path, ranks: int | dict[str, int], lora_type: str) -> None:
     """Raise CheckpointError unless the tensors in an adapter's file have the shapes of its config and of the base.
 
+    `ranks` is the rank of all layers, or that of every layer by its path.
     Layers that the base's files hold under other names, or in parts, are checked once the base is loaded.
     """
     stored = {name.removeprefix(PEFT_PREFIX): shape for name, shape in shapes_in(folder / ADAPTER).items()}
@@ -37,6 +38,7 @@ def check_adapter_header(folder: Path, base: Path, rank: int, lora_type: str) ->
         if len(sizes) != 2:
             sizes = (b[0] if b else 0, a[-1] if a else 0)
         out, width = sizes[::-1] if a[-1:] != sizes[1:] == b[:1] else sizes  # GPT-2's layers are stored transposed
+        rank = ranks.get(path, 0) if isinstance(ranks, dict) else ranks
         wanted = adapter_shapes(path, rank, width, out, lora_type)
         found = {path + end: stored[path + end] for end in ends if path + end in stored}
         if found != wanted:

@@ -286,7 +286,7 @@ def load_base(
         "adapter_kwargs": {"subfolder": NO_ADAPTER},
         **(four_bit_options(device, dtype) if four_bit else {}),
     }
-    with _quiet():
+    with quiet():
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(ref.base, output_loading_info=True, **options)
         except Exception as error:  # many kinds: unknown architecture, missing tensors, a damaged file
@@ -330,12 +330,13 @@ def _choose_attention(model: nn.Module) -> None:
 
 
 def _use_attention(model: nn.Module, name: str) -> None:
-    with suppress(ValueError, AttributeError), _quiet():
+    with suppress(ValueError, AttributeError), quiet():
         model.set_attn_implementation(name)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep transformers' loading bar and notes off the terminal."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -12,13 +12,15 @@ from typing import Any
 from stages.checkpoint.manifest import is_checkpoint, locate
 from stages.checkpoint.states import ABOUT, AHEAD, STATE, read_about, states_in
 from stages.errors import CheckpointError
-from stages.models.model_ref import ModelRef, open_model, same_base
+from stages.models.classifier_ref import CLASSIFIER
+from stages.models.model_ref import FOREIGN, ModelRef, open_model, same_base
 from stages.places import absolute
 from stages.reading import read_json
 from stages.recipe import damaged_knob
 
-POLICIES = ("sft", "ppo", "dpo")
+POLICIES = ("sft", "ppo", "dpo", FOREIGN)
 ADAPTERS = (*POLICIES, "reward")
+SCORERS = ("reward", CLASSIFIER)
 IMPLICIT = ("dpo", "ppo")  # policies with an implicit reward, for which they are optimal: beta log(policy / reference)
 
 
@@ -60,12 +62,13 @@ def labels_of(candidates: list[Candidate]) -> list[str]:
 
 def candidate_of(name: str, ref: ModelRef) -> Candidate:
     """A candidate that is an open base or checkpoint."""
-    manifest = ref.manifest
-    return Candidate(name, ref, manifest.stage if manifest else None, dict(manifest.config) if manifest else {})
+    if ref.manifest is None:
+        return Candidate(name, ref, CLASSIFIER if ref.is_classifier else None)
+    return Candidate(name, ref, ref.manifest.stage, dict(ref.manifest.config))
 
 
 def open_candidates(
-    name: str, stages: tuple[str, ...], what: str, *, trust_remote_code: bool = False
+    name: str, stages: tuple[str, ...], what: str, *, trust_remote_code: bool = False, base: str | None = None
 ) -> list[Candidate]:
     """The candidates that one flag names: a base, a checkpoint, a resume state, or every state in a folder of them.
 
@@ -83,29 +86,40 @@ def open_candidates(
         raise CheckpointError(
             f"{name} is an unfinished run", where=what, fix=f"finish it, or give its states: {Path(name) / STATE}"
         )
-    return [candidate_of(name, open_model(name, stages=stages, what=what, trust_remote_code=trust_remote_code))]
+    ref = open_model(name, stages=stages, what=what, trust_remote_code=trust_remote_code, base=base)
+    return [candidate_of(name, ref)]
 
 
 def open_beside(
-    names: list[str], first: ModelRef, stages: tuple[str, ...], advice: str, *, trust_remote_code: bool = False
+    names: list[str],
+    first: ModelRef,
+    stages: tuple[str, ...],
+    advice: str,
+    *,
+    trust_remote_code: bool = False,
+    base: str | None = None,
 ) -> list[Candidate]:
-    """The candidates that --also names, on the base of --model and from `stages` (with "sft", a plain base too).
+    """The candidates that --also names, from `stages` (with "sft", a plain base too), all on one base but classifiers.
 
     Raises CheckpointError for another stage or base; in `advice`, {} is the name.
     """
     candidates: list[Candidate] = []
+    how = {"trust_remote_code": trust_remote_code, "base": base}
     for name in names:
-        for candidate in open_candidates(name, ADAPTERS, "--also", trust_remote_code=trust_remote_code):
+        for candidate in open_candidates(name, (*ADAPTERS, *stages), "--also", **how):
             if candidate.stage not in stages and not (candidate.stage is None and "sft" in stages):
-                what = f"a `{candidate.stage}` checkpoint" if candidate.stage else "a base model"
+                kinds = {None: "a base model", CLASSIFIER: "a sequence classifier"}
+                what = kinds.get(candidate.stage, f"a `{candidate.stage}` checkpoint")
                 policy = "which has no score of its own, and cannot be measured on comparisons"
                 raise CheckpointError(
                     f"{name} is {what}, {policy if 'reward' in stages else 'no policy that could answer prompts'}",
                     where="--also",
                     fix=advice.format(name),
                 )
-            same_base(first, candidate.ref, first_flag="--model", second_flag="--also")
             candidates.append(candidate)
+    on_base = [ref for ref in (first, *(c.ref for c in candidates)) if not ref.is_classifier]
+    for ref in on_base[1:]:
+        same_base(on_base[0], ref, first_flag="--model" if on_base[0] is first else "--also", second_flag="--also")
     return candidates
 
 
@@ -114,7 +128,7 @@ def with_reference(candidate: Candidate, given: ModelRef | None, *, trust_remote
 
     Raises CheckpointError if it cannot score comparisons.
     """
-    if candidate.stage == "reward":
+    if candidate.stage in SCORERS:
         if candidate.state is not None:
             raise CheckpointError(
                 f"{candidate.name} is a state of a `reward` run, which cannot be evaluated",
@@ -140,7 +154,8 @@ def parent_of(ref: ModelRef, trust_remote_code: bool = False) -> ModelRef:
     if parent is None:
         return open_model(str(ref.base), stages=(), what="base", trust_remote_code=trust_remote_code)
     place = str(locate(ref.folder, parent))
-    return open_model(place, stages=ADAPTERS, what="reference", trust_remote_code=trust_remote_code)
+    known = str(ref.base) if parent.stage == FOREIGN else None  # --base may have named it
+    return open_model(place, stages=ADAPTERS, what="reference", trust_remote_code=trust_remote_code, base=known)
 
 
 def run_of(state: Path) -> Path:
@@ -167,7 +182,8 @@ def _open_state(name: str, place: Path, stages: tuple[str, ...], what: str, trus
             raise CheckpointError(
                 f"{name} was saved by an earlier run in this folder", where=what, fix="give a state of the current run"
             )
-        ref = open_model(str(knobs["model"]), stages=stages, what=what, trust_remote_code=trusted)
+        named = {"trust_remote_code": trusted, "base": knobs.get("base")}
+        ref = open_model(str(knobs["model"]), stages=stages, what=what, **named)
         if ref.digest != record["inputs"].get("model"):
             raise CheckpointError(
                 f"{knobs['model']} has changed since {name} was trained from it",

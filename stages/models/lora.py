@@ -78,11 +78,8 @@ class Adapter:
         twin = self.copy(trainable=True)
         twin.config = dataclasses.replace(self.config, r=rank, lora_alpha=alpha)
         for index, path in enumerate(self.paths):
-            old_a, old_b = self.weights[path + LORA_A].detach(), self.weights[path + LORA_B].detach()
-            a = random_a(rank, old_a.shape[1], old_a.device, seed + index)
-            a[: len(old_a)] = old_a
-            b = old_b.new_zeros(len(old_b), rank)
-            b[:, : len(old_a)] = old_b * (self.scale / twin.scale)
+            old = self.weights[path + LORA_A].detach(), self.weights[path + LORA_B].detach()
+            a, b = filled_up(*old, rank, self.scale / twin.scale, seed + index)
             twin.weights[path + LORA_A], twin.weights[path + LORA_B] = nn.Parameter(a), nn.Parameter(b)
         return twin
 
@@ -246,6 +243,15 @@ def random_a(rank: int, width: int, device: torch.device, seed: int) -> Tensor:
     return ((uniform * 2 - 1) * (1.0 / math.sqrt(width))).to(device)
 
 
+def filled_up(a: Tensor, b: Tensor, rank: int, factor: float, seed: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) with the product factor B A: new rows of A are random, new columns of B zero."""
+    larger_a = random_a(rank, a.shape[1], a.device, seed)
+    larger_a[: len(a)] = a
+    larger_b = b.new_zeros(len(b), rank)
+    larger_b[:, : len(a)] = b * factor
+    return larger_a, larger_b
+
+
 def _magnitudes(layer: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     """Norms (out,) of the rows of a layer's weight, with which DoRA begins (Liu et al. 2024); b is zero."""
     quiet_bitsandbytes()
@@ -265,9 +271,16 @@ def adapter_from(
     *,
     where: str,
     trainable: bool,
+    factors: dict[str, float] | None = None,
 ) -> Adapter:
-    """An adapter from PEFT-named tensors; raises CheckpointError if they do not fit the base's layers."""
+    """An adapter from PEFT-named tensors; raises CheckpointError if they do not fit the base's layers.
+
+    `factors` are those of an `AdapterShape`: such layers are filled up to `rank`.
+    """
     tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    for index, (path, factor) in enumerate((factors or {}).items()):
+        old = tensors[path + LORA_A].float(), tensors[path + LORA_B].float()
+        tensors[path + LORA_A], tensors[path + LORA_B] = filled_up(*old, rank, factor, index)
     stored = {name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)}
     chosen = [path for path in layers if path in stored]
     weights: dict[str, nn.Parameter] = {}
@@ -281,9 +294,10 @@ def adapter_from(
     unknown = sorted(stored - set(layers)) or sorted(tensors.keys() - weights.keys() - {"score.weight"})
     if unknown or not weights:
         name = unknown[0] if unknown else "any layer"
-        raise CheckpointError(
-            f"the adapter is for {name}, which the base lacks", where=where, fix="use the base it was trained on"
-        )
+        what, fix = f"the adapter is for {name}, which the base lacks", "use the base it was trained on"
+        if leaf_of(name) in ("lm_head", "embed_out"):
+            what, fix = f"the adapter changes {name}, the output layer, which all roles share", "merge it into its base"
+        raise CheckpointError(what, where=where, fix=fix)
     return Adapter(lora_config(layers, chosen, rank, alpha, lora_type), weights)
 
 

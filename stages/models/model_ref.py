@@ -1,41 +1,46 @@
-"""What --model names: a base or one of our checkpoints. Checked on disk before torch is imported."""
+"""What --model names: a base, one of our checkpoints, or a LoRA adapter of another tool.
+
+Checked on disk before torch is imported.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from stages.checkpoint.digests import base_digest, tokenizer_digest
 from stages.checkpoint.manifest import BaseRef, Manifest, checkpoint_digest, is_checkpoint, locate, read_manifest
-from stages.data.raw_rows import first_line
-from stages.errors import CheckpointError, ModelError
-from stages.models.adapter_files import ADAPTER_CONFIG, check_adapter_header
-from stages.places import absolute, describe_special
-from stages.reading import read_json, read_object
-from stages.recipe import damaged_knob
+from stages.errors import CheckpointError, ConfigError, ModelError
+from stages.models.adapter_config import check_adapter, read_adapter_shape
+from stages.models.adapter_files import ADAPTER, ADAPTER_CONFIG, check_adapter_header
+from stages.models.base_files import (
+    TOKENIZER_CONFIG,
+    find_base,
+    has_tokenizer,
+    read_config,
+    read_settings,
+    refuse_code,
+    refuse_special,
+)
+from stages.models.classifier_ref import CLASSIFIER, check_classifier, is_classifier
+from stages.models.gguf import is_gguf
+from stages.places import absolute
+from stages.reading import sha256_of, to_json
 
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-UNSUPPORTED = (  # keys of adapter_config.json that change what an adapter computes, or on what
-    "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
-    "alora_invocation_tokens", "megatron_config", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
-    "velora_config", "monteclora_config",
-)  # fmt: skip
-LOOKALIKES = {  # files of folders that are no model: what such a folder is, and the fix
-    "run.json": ("an unfinished run", "run its command again to finish it, or give another checkpoint"),
-    ADAPTER_CONFIG: ("a bare adapter without checkpoint.json", "merge it into its base first, and give that folder"),
-}
-TOKENIZER_CONFIG = "tokenizer_config.json"
+FOREIGN = "adapter"  # the stage of a LoRA adapter that another tool trained; it is a policy
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model to start from: the base's folder and, if it is one of our checkpoints, its manifest."""
+    """A model to start from: the base's folder and, if it is a checkpoint, its manifest.
+
+    For an adapter of another tool the manifest is made in memory, with the stage FOREIGN.
+    """
 
     name: str  # as the user gave it
     base: Path  # folder with config.json and *.safetensors
@@ -45,6 +50,7 @@ class ModelRef:
     tokenizer_digest: str
     manifest: Manifest | None
     config: dict  # the base's config.json
+    chat_template: str | None = None  # a file that precedes the tokenizer's template
 
     @property
     def folder(self) -> Path | None:
@@ -53,14 +59,29 @@ class ModelRef:
 
     @property
     def digest(self) -> str:
-        """The digest of everything that is loaded: of the checkpoint's manifest, or of the base's content."""
-        return checkpoint_digest(self.folder) if self.folder else f"{self.base_digest}:{self.tokenizer_digest}"
+        """The digest of everything that is loaded: of the checkpoint's manifest, or of the files' content."""
+        content = f"{self.base_digest}:{self.tokenizer_digest}"
+        if self.manifest is None:
+            return content
+        if self.manifest.stage == FOREIGN:
+            return hashlib.sha256(to_json([content, self.manifest.files]).encode()).hexdigest()
+        return checkpoint_digest(self.folder)
+
+    @property
+    def is_classifier(self) -> bool:
+        """True for a sequence classifier, which scores texts and writes none."""
+        return self.manifest is None and is_classifier(self.config)
 
     @property
     def base_ref(self) -> BaseRef:
         """The base as a manifest names it; a hub id is kept without the cache's path."""
         path = str(self.base.resolve()) if Path(self.base_name).exists() else None
         return BaseRef(self.base_name, path, self.base_digest)
+
+    @property
+    def loadable_name(self) -> str:
+        """The base as other tools load it: its name, but the folder of a GGUF file."""
+        return str(self.base) if is_gguf(Path(self.base_name)) else self.base_name
 
     @property
     def context(self) -> int:
@@ -72,35 +93,41 @@ class ModelRef:
 
 
 def open_model(
-    name: str, *, stages: tuple[str, ...], what: str, trust_remote_code: bool = False, weights: bool = True
+    name: str,
+    *,
+    stages: tuple[str, ...],
+    what: str,
+    trust_remote_code: bool = False,
+    base: str | None = None,
+    weights: bool = True,
 ) -> ModelRef:
     """The model that a --model-like flag names, checked on disk; `stages` are the checkpoint kinds accepted.
 
-    Without `weights` the base may lack them, and digests are left empty. Raises ModelError or CheckpointError naming
-    the flag `what`.
+    `base` (--base) names the base of an adapter or checkpoint in place of the one that it names itself. Without
+    `weights` the base may lack them, and digests are left empty. Raises ModelError or CheckpointError naming the flag
+    `what`.
     """
     how = {"what": what, "trust_remote_code": trust_remote_code, "weights": weights}
     path = absolute(name, what)
     if ".." in path.parts and not path.exists():  # `a/../x` exists even if `a` does not, as for an output
         path = Path(os.path.realpath(path))
     if path.is_dir() and is_checkpoint(path):
-        return _open_checkpoint(name, path, stages, how)
-    kind = describe_special(path) or ("a file" if path.is_file() else "")
-    if kind:
-        raise ModelError(f"{name} is {kind}", where=what, fix="give the model's folder")
-    if path.is_dir():
-        for file, (kind, fix) in LOOKALIKES.items():
-            if (path / file).exists() and not (path / "config.json").exists():
-                raise CheckpointError(f"{name} is {kind}", where=what, fix=fix)
-        return _open_base(name, path, str(path), None, **how)
-    if name.startswith((".", "/", "~")) or not HUB_ID.match(name):
-        raise ModelError(
-            f"{name} does not exist", where=what, fix="give a model folder, a checkpoint folder, or a hub id org/name"
-        )
-    return _open_base(name, _download(name, what, weights), name, None, **how)
+        return _open_checkpoint(name, path, stages, base, how)
+    place, label = find_base(name, what, weights)
+    if (place / "run.json").exists() and not (place / "config.json").exists():
+        fix = "run its command again to finish it, or give another checkpoint"
+        raise CheckpointError(f"{name} is an unfinished run", where=what, fix=fix)
+    if is_adapter(place):
+        return _open_adapter(name, place, stages, base, how)
+    if CLASSIFIER in stages and is_classifier(config := read_config(place, what)):
+        check_classifier(name, config, what)
+    if base is not None and what == "--model":
+        fix = "leave --base out, or give an adapter as --model"
+        raise ModelError(f"{name} is a base itself", where="--base", fix=fix)
+    return _open_base(name, place, label, **how)
 
 
-def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], how: dict[str, Any]) -> ModelRef:
+def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], base: str | None, how: dict[str, Any]) -> ModelRef:
     manifest, what, weights = read_manifest(path), how["what"], how["weights"]
     if manifest.stage not in stages:
         raise CheckpointError(
@@ -110,66 +137,72 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], how: dict[s
         )
     adapters = [path / part for part in ("", "critic") if str(Path(part, ADAPTER_CONFIG)) in manifest.files]
     shapes = {folder: read_adapter_shape(folder) for folder in adapters}
-    place = locate(path, manifest.base)
-    base = Path(place) if Path(place).is_dir() else _download(str(place), what, weights)
-    ref = _open_base(name, base, manifest.base.name, manifest, **how)
+    if base is None:
+        again = is_gguf(Path(manifest.base.name))
+        located = manifest.base.name if again else str(locate(path, manifest.base))
+        place, label = find_base(located, what, weights)[0], manifest.base.name
+    else:
+        place, label = find_base(base, "--base", weights)
+    ref = _open_base(name, place, label, **how, owner=path)
     if weights and ref.base_digest != manifest.base.digest:
         raise CheckpointError(
-            f"the base model at {base} is not the one that {name} was trained on (its weights differ)",
+            f"the base model at {place} is not the one that {name} was trained on (its weights differ)",
             where=what,
             fix="put the original base back, or train the checkpoint again on this one",
         )
-    for folder, shape in shapes.items():
-        check_adapter_header(folder, base, shape.rank, shape.lora_type)
-    return ref
+    for folder, shape in shapes.items() if weights else ():
+        check_adapter_header(folder, place, shape.rank, shape.lora_type)
+    # A library may write a tokenizer in other words than it read, so the digest is that from before training.
+    return replace(ref, manifest=manifest, tokenizer_digest=manifest.tokenizer_digest)
 
 
-class AdapterShape(NamedTuple):
-    """What distinguishes LoRA adapters on the same layers."""
-
-    rank: int
-    alpha: float
-    lora_type: str
+def is_adapter(folder: Path) -> bool:
+    """True for a folder with an adapter of PEFT and no weights of a base; some tools copy the base's config.json."""
+    others = {path.name for path in folder.glob("*.safetensors")} - {ADAPTER}
+    return (folder / ADAPTER_CONFIG).exists() and not others
 
 
-def read_adapter_shape(folder: Path) -> AdapterShape:
-    """The shape of a checkpoint's adapter, from adapter_config.json. Raises CheckpointError if it is none of ours."""
+def _open_adapter(name: str, folder: Path, stages: tuple[str, ...], base: str | None, how: dict[str, Any]) -> ModelRef:
+    """A LoRA adapter of another tool, as a policy checkpoint. Code of a base runs only if the user names it."""
+    what, weights = how["what"], how["weights"]
+    if FOREIGN not in stages:
+        kinds = f"give {' or '.join(stages)}" if stages else "give a base model"
+        raise CheckpointError(f"{name} is a LoRA adapter of another tool, which is a policy", where=what, fix=kinds)
+    refuse_special(folder, what)
+    adapter, ranks = check_adapter(folder)
+    stated = adapter.get("base_model_name_or_path")
+    place, label = find_base(base, "--base", weights) if base else _base_of_adapter(name, stated, what, weights)
+    if is_checkpoint(place) or is_adapter(place):
+        kind = f"the base of {name}, {label}, is an adapter itself"
+        raise ModelError(kind, where=what, fix="give the base under both as --base, if it was merged into that")
+    trusted = how["trust_remote_code"] and base is not None
+    ref = _open_base(name, place, label, what, trusted, weights, owner=folder)
+    if weights:
+        check_adapter_header(folder, place, ranks, read_adapter_shape(folder).lora_type)
+    template = folder / "chat_template.jinja"
+    stops, files = stop_ids_of(ref), {file: sha256_of(folder / file) for file in (ADAPTER_CONFIG, ADAPTER)}
+    manifest = Manifest(
+        stage=FOREIGN, base=ref.base_ref, parents=(), tokenizer_digest=ref.tokenizer_digest, stop_token_ids=stops,
+        config={}, datasets={}, metrics={}, throughput={}, versions={}, device="", dtype="", steps=0, seconds=0.0,
+        files=files, folder=folder,
+    )  # fmt: skip
+    alone = str(template) if template.is_file() and ref.tokenizer != folder else None
+    return replace(ref, manifest=manifest, chat_template=alone)
+
+
+def _base_of_adapter(name: str, stated: object, what: str, weights: bool) -> tuple[Path, str]:
+    """The base that adapter_config.json names: a path, as seen from here, or a hub id. Raises ModelError."""
+    fix = "give the base's folder or hub id as --base"
+    if not isinstance(stated, str) or not stated or not stated.isprintable():
+        shown = reprlib.repr(stated)
+        problem = f"{ADAPTER_CONFIG} of {name} names no base (base_model_name_or_path {shown})"
+        raise ModelError(problem, where=what, fix=fix)
     try:
-        config = read_json(folder / ADAPTER_CONFIG)
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-        rank, alpha = config["r"], config["lora_alpha"]
-        damaged = damaged_knob("sft", {"lora_rank": rank, "lora_alpha": alpha}) or rank is None or alpha is None
-        problem = f"r is {reprlib.repr(rank)}, lora_alpha is {reprlib.repr(alpha)}" if damaged else ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = str(getattr(error, "strerror", None) or error)
-    if problem:
-        problem, fix = f"cannot be read: {problem}", "train the checkpoint again"
-    else:
-        problem, fix = _why_unsupported(config), "merge that adapter into its base with PEFT"
-    if problem:
-        raise CheckpointError(f"{ADAPTER_CONFIG} {problem}", where=str(folder), fix=fix)
-    lora_type = next((name for name in ("dora", "rslora") if config.get(f"use_{name}")), "lora")
-    return AdapterShape(rank, float(alpha), lora_type)
-
-
-def _why_unsupported(config: dict) -> str:
-    """Why an adapter of PEFT cannot be one of several on one frozen base, empty if it can."""
-    start, heads = config.get("init_lora_weights", True), config.get("modules_to_save") or []
-    is_classifier = heads == ["score"] and config.get("task_type") == "SEQ_CLS"
-    problems = (
-        ("peft_type", config.get("peft_type", "LORA") != "LORA", "of which only LORA is supported"),
-        (
-            "init_lora_weights",
-            start not in (True, False, "gaussian"),
-            "which may rewrite the base that all roles share",
-        ),
-        ("modules_to_save", heads and not is_classifier, "which replaces parts of the base that all roles share"),
-        ("bias", config.get("bias", "none") != "none", "which trains parts of the base that all roles share"),
-        ("use_dora", config.get("use_dora") and config.get("use_rslora"), "which is not supported with use_rslora"),
-        *((key, config.get(key), "which is not supported") for key in UNSUPPORTED),
-    )
-    return next((f"sets {key} {reprlib.repr(config[key])}, {why}" for key, found, why in problems if found), "")
+        return find_base(stated, what, weights)
+    except (ModelError, ConfigError, OSError) as error:
+        reason = getattr(error, "what", None) or error.strerror
+        problem = f"the base of {name} (base_model_name_or_path in {ADAPTER_CONFIG}) cannot be had: {reason}"
+        raise ModelError(problem, where=what, fix=fix) from None
 
 
 def lora_type_of(config: Any, ref: ModelRef) -> str:
@@ -185,7 +218,7 @@ def stop_ids_of(ref: ModelRef) -> tuple[int, ...]:
         return tuple(ref.manifest.stop_token_ids)
     stop_ids: set[int] = set()
     for path in (ref.base / "generation_config.json", ref.base / "config.json"):
-        ids = _read_object(path, str(ref.base)).get("eos_token_id") if path.exists() else None
+        ids = read_settings(path, str(ref.base)).get("eos_token_id") if path.exists() else None
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
             raise ModelError("eos_token_id is no token's number", where=str(path), fix="restore the file")
@@ -194,115 +227,29 @@ def stop_ids_of(ref: ModelRef) -> tuple[int, ...]:
 
 
 def _open_base(
-    name: str, base: Path, base_name: str, manifest: Manifest | None, what: str, trust_remote_code: bool, weights: bool
+    name: str,
+    base: Path,
+    base_name: str,
+    what: str,
+    trust_remote_code: bool,
+    weights: bool,
+    owner: Path | None = None,
 ) -> ModelRef:
-    for file in sorted(os.listdir(base)):  # a library might wait for a pipe for ever
-        kind = describe_special(base / file)
-        if kind and not kind.startswith("a link"):  # whatever needs a broken link's file will miss it
-            raise ModelError(f"{file} is {kind}, not a file", where=f"{what} {base}", fix="restore the file")
-    config = _read_config(base, what)
+    """A base in its folder; the tokenizer in the folder of a checkpoint, `owner`, precedes its own."""
+    refuse_special(base, what)
+    config = read_config(base, what)
     if not trust_remote_code:
-        _refuse_code(base, "config.json", config, what)
-    folder = manifest.folder if manifest and (manifest.folder / TOKENIZER_CONFIG).exists() else base
-    files = ("tokenizer.json", TOKENIZER_CONFIG, "vocab.json", "tokenizer.model")
-    if not any((folder / file).exists() for file in files):
+        refuse_code(base, "config.json", config, what)
+    folder = owner if owner and (owner / TOKENIZER_CONFIG).exists() and has_tokenizer(owner) else base
+    if not has_tokenizer(folder) and not (folder / TOKENIZER_CONFIG).exists():
         raise ModelError(f"{folder} has no tokenizer", where=what, fix="save the tokenizer into the model's folder")
     if not trust_remote_code and (folder / TOKENIZER_CONFIG).exists():
-        settings = _read_object(folder / TOKENIZER_CONFIG, f"{what} {folder}")
-        _refuse_code(folder, TOKENIZER_CONFIG, settings, what)
+        settings = read_settings(folder / TOKENIZER_CONFIG, f"{what} {folder}")
+        refuse_code(folder, TOKENIZER_CONFIG, settings, what)
     if base_name == str(base) or Path(base_name).exists():
         base_name = os.path.abspath(base_name)
-    # A library may write a tokenizer in other words than it read, so the digest is that from before training.
-    digests = ("", "")
-    if weights:
-        digests = base_digest(base), manifest.tokenizer_digest if manifest else tokenizer_digest(folder)
-    return ModelRef(name, base, base_name, digests[0], folder, digests[1], manifest, config)
-
-
-def _read_object(path: Path, where: str) -> dict:
-    """The JSON object in a model's file. Raises FileNotFoundError, and ModelError if it cannot be read."""
-    try:
-        return read_object(path)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path.name} cannot be read: {error}", where=where, fix="restore the file") from None
-
-
-def _read_config(base: Path, what: str) -> dict:
-    """config.json of a decoder in full precision; raises ModelError for anything else."""
-    try:
-        config = _read_object(base / "config.json", f"{what} {base}")
-    except FileNotFoundError:
-        problem, fix = f"{base} holds no config.json, so it is no model", "give a folder saved by save_pretrained"
-        raise ModelError(problem, where=what, fix=fix) from None
-    if not isinstance(config.get("model_type"), str):
-        raise ModelError(
-            "config.json names no model_type", where=f"{what} {base}", fix="give a transformers model folder"
-        )
-    if config.get("is_encoder_decoder"):
-        problem = f"{base} is an encoder-decoder ({config['model_type']})"
-        raise ModelError(problem, where=what, fix="give a decoder-only causal language model")
-    quantised = _quantisation(config)
-    if quantised is not None:
-        raise ModelError(
-            f"{base} holds quantised weights ({quantised}), on which adapters are neither trained nor merged",
-            where=what,
-            fix="give the model in full precision; --load-in-4bit holds it in 4 bits while it is used",
-        )
-    return config
-
-
-def _quantisation(config: dict) -> str | None:
-    """How a base's weights are quantised, by its config.json; None if they are not."""
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
-        how = part.get("quantization_config") or part.get("compression_config")
-        if isinstance(how, dict):
-            if how.get("quant_method"):
-                return str(how["quant_method"])
-            return next((name for name in ("load_in_4bit", "load_in_8bit") if how.get(name)), "quantization_config")
-    return None
-
-
-def _refuse_code(folder: Path, file: str, settings: dict, what: str) -> None:
-    """Raise ModelError if a file of a model's folder names Python code to run."""
-    kernel = settings.get("_attn_implementation") or settings.get("attn_implementation")
-    if settings.get("auto_map"):
-        code = "auto_map"
-    elif isinstance(kernel, str) and "/" in kernel:  # transformers fetches such a kernel from the hub and runs it
-        code = f"attn_implementation {kernel}"
-    else:
-        return
-    raise ModelError(
-        f"{folder} brings Python code of its own ({code} in {file}), which is not run",
-        where=what,
-        fix="use a model that transformers supports, or pass --trust-remote-code if you trust its author",
-    )
-
-
-def adapter_beside(base: Path) -> tuple[str, ...]:
-    """A warning if a base's folder also holds an adapter of PEFT, which is never loaded with it."""
-    if not (base / ADAPTER_CONFIG).exists():
-        return ()
-    return (
-        f"{base} also holds an adapter of PEFT ({ADAPTER_CONFIG}), which is not used: only the weights of the base "
-        "are; to use the adapter, merge it into them first",
-    )
-
-
-def _download(name: str, what: str, weights: bool) -> Path:
-    """Fetch a hub model's config, tokenizer and safetensors; nothing that could execute."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES if weights else HUB_FILES[1:]))
-    except Exception as error:  # the hub client raises many kinds; each means the model cannot be had
-        raise ModelError(
-            f"{name} is no local folder, and the hub did not give it: {first_line(error)}",
-            where=what,
-            fix="check the name, or give a local folder",
-        ) from None
+    digests = (base_digest(base), tokenizer_digest(folder)) if weights else ("", "")
+    return ModelRef(name, base, base_name, digests[0], folder, digests[1], None, config)
 
 
 def same_base(first: ModelRef, second: ModelRef, *, first_flag: str, second_flag: str) -> None:

@@ -15,12 +15,13 @@ from stages.checkpoint.atomic import make_folder, write_json
 from stages.checkpoint.states import read_state
 from stages.checkpoint.tensors import load_tensors, save_tensors
 from stages.errors import CheckpointError, ConfigError
+from stages.models.adapter_config import read_adapter_shape
 from stages.models.adapter_files import ADAPTER, ADAPTER_CONFIG
 from stages.models.base import Base
 from stages.models.candidates import Candidate
 from stages.models.heads import ScalarHead, head_from
 from stages.models.lora import Adapter, adapter_from, config_to_save, initial_adapter, leaf_of, targeted
-from stages.models.model_ref import ModelRef, lora_type_of, read_adapter_shape
+from stages.models.model_ref import ModelRef, lora_type_of
 from stages.models.passes import Row
 
 HEAD = "head.safetensors"
@@ -129,7 +130,8 @@ def adapter_of(base: Base, ref: ModelRef, *, trainable: bool, folder: Path | Non
     if folder is None:
         return None
     shape, tensors = read_adapter_shape(folder), load_tensors(folder / ADAPTER)
-    return adapter_from(base.layers, tensors, *shape, where=str(folder / ADAPTER), trainable=trainable)
+    about = {"where": str(folder / ADAPTER), "trainable": trainable, "factors": shape.factors}
+    return adapter_from(base.layers, tensors, shape.rank, shape.alpha, shape.lora_type, **about)
 
 
 def head_of(base: Base, folder: Path) -> ScalarHead:
@@ -168,7 +170,7 @@ def save_adapter(folder: Path, base: Base, adapter: Adapter, head: ScalarHead | 
         tensors[SCORE_KEY] = head.weight.detach()[None]
     save_tensors(folder / ADAPTER, tensors)
     task = "SEQ_CLS" if head is not None else "CAUSAL_LM"
-    write_json(folder / ADAPTER_CONFIG, config_to_save(adapter.config, base.ref.base_name, task))
+    write_json(folder / ADAPTER_CONFIG, config_to_save(adapter.config, base.ref.loadable_name, task))
     if head is None:
         return [ADAPTER, ADAPTER_CONFIG]
     save_tensors(folder / HEAD, head.tensors())

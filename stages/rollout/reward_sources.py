@@ -1,4 +1,4 @@
-"""Scores of responses by reward models on the shared base, Python functions and built-in ones, combined into one."""
+"""Scores of responses by reward models on the shared base, classifiers and functions, combined into one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from stages.models.roles import Roles, adapter_of, head_of
 from stages.models.templates import stored_template
 from stages.models.tokens import PromptRow, Text
 from stages.results import Reporter
+from stages.rollout.classifier_source import ClassifierSource, closed
 from stages.rollout.reward_specs import RewardSpec, UserFunction, python_file, reason_of, source_names
 from stages.rollout.user_code import TookTooLong, too_slow, user_code
 from stages.training.signals import Signals
@@ -31,7 +32,10 @@ CULPRIT_SECONDS = 30.0  # limit of the search for the response at which a functi
 
 
 def check_templates(specs: list[RewardSpec], text: Text, prompts: list[PromptRow], reporter: Reporter) -> None:
-    """Warn of a reward model that was trained on conversations in another chat template than they are scored in."""
+    """Say how classifiers read; warn of a reward model that was trained on conversations in another chat template."""
+    for spec in specs:
+        if spec.classifier is not None:
+            reporter.note(f"{spec.flag} {spec.name} reads {spec.reader.description}")
     if all(isinstance(prompt.text, str) for prompt in prompts):
         return
     for spec in specs:
@@ -68,14 +72,20 @@ class RewardSources:
         timeout: float = 0,
         signals: Signals | None = None,
         combine: tuple[str, float] = ("sum", 1.0),
+        text: Text | None = None,
+        reporter: Reporter | None = None,
     ):
+        """`text` is the policy's; `reporter` gets warnings of texts that a classifier has to cut."""
         self.combine, self.names = combine, source_names(specs)
         self.specs, self.roles, self.timeout, self.signals = specs, roles, timeout, signals or Signals()
         self.role_names = [f"{prefix}{i or ''}" for i in range(len(specs))]
+        self.classifiers: dict[str, ClassifierSource] = {}
         for spec, role in zip(specs, self.role_names, strict=True):
             if spec.checkpoint is not None:
                 adapter = adapter_of(roles.base, spec.checkpoint, trainable=False)
                 roles.add(role, adapter, head_of(roles.base, spec.checkpoint.folder))
+            elif spec.classifier is not None:
+                self.classifiers[role] = ClassifierSource(spec, roles, text, reporter)
 
     def score(self, prompts: list[PromptRow], responses: list[Tensor], texts: list[str], ended: Tensor) -> Tensor:
         """Combined scores (B,) fp32 on the CPU, for the arguments of `score_by_source`."""
@@ -93,6 +103,8 @@ class RewardSources:
         for spec, role in zip(self.specs, self.role_names, strict=True):
             if spec.checkpoint is not None:
                 each.append(model_scores(self.roles, role, prompts, responses, ended))
+            elif spec.classifier is not None:
+                each.append(self.classifiers[role].score(prompts, responses, texts, ended))
             elif spec.builtin is not None:
                 lengths = (torch.tensor([len(r) for r in responses]) - ended.int()).tolist()
                 each.append(torch.tensor(spec.builtin([p.columns for p in prompts], texts, lengths)))
@@ -101,13 +113,18 @@ class RewardSources:
         total = combine_scores(torch.stack(each), [spec.weight for spec in self.specs], *self.combine)
         return Scores(total, dict(zip(self.names, each, strict=True)) if len(each) > 1 else {})
 
+    def report_cut(self) -> None:
+        """Say how many texts classifiers had to cut, all in all; the first such batch was warned of."""
+        for source in self.classifiers.values():
+            if source.cut and source.reporter is not None:
+                source.reporter.note(f"{source.spec.name} read {source.cut} of {source.texts} texts cut to its context")
+
 
 def model_scores(roles: Roles, role: str, prompts: list[PromptRow], responses: list[Tensor], ended: Tensor) -> Tensor:
     """Scores (B,) fp32 on the CPU of a reward model's role, for the arguments of `RewardSources.score`."""
     whole = []
     for prompt, response, done in zip(prompts, responses, ended.tolist(), strict=True):
-        closed = torch.cat([response[:-1], torch.tensor([prompt.end_id])]) if done else response
-        whole.append(torch.cat([prompt.ids, closed]))
+        whole.append(torch.cat([prompt.ids, closed(prompt, response, done)]))
 
     def forward(sequences: list[Tensor]) -> list[Tensor]:
         return list(sequence_scores(roles, role, sequences).cpu())

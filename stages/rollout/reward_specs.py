@@ -16,30 +16,43 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from stages.builtin import catalogue
 from stages.builtin.catalogue import Builtin, open_builtin, short_name
 from stages.checkpoint.digests import file_digest
 from stages.data.rows import Prompt
 from stages.errors import ConfigError, RewardError, StopRequested, words_of
+from stages.models.candidates import SCORERS
 from stages.models.model_ref import ModelRef, open_model, same_base
 from stages.places import BUILTIN, absolute, describe_special, is_function
 from stages.rollout.settings import ImportChanges, recording_changes
 from stages.rollout.user_code import user_code
 from stages.training.signals import Signals
 
+if TYPE_CHECKING:
+    from stages.models.classifier_text import ClassifierText
+
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A --reward flag: a checkpoint, a function in a file, or a built-in function, and its weight."""
+    """A --reward flag: a checkpoint, a sequence classifier, a function in a file or a built-in one, and its weight."""
 
     name: str
     weight: float
     checkpoint: ModelRef | None
     function: Callable[..., object] | None
-    digest: str  # of the checkpoint, or of the function's file
+    digest: str  # of the checkpoint or classifier, or of the function's file
     flag: str = "--reward"  # that names it
     builtin: Builtin | None = None
+    classifier: ModelRef | None = None
+
+    @functools.cached_property
+    def reader(self) -> ClassifierText:
+        """How the classifier reads texts. Imports torch."""
+        from stages.models.classifier_text import ClassifierText
+
+        return ClassifierText(self.classifier)
 
 
 def parse_reward(flag: str, what: str = "--reward") -> tuple[str, float]:
@@ -79,12 +92,15 @@ def open_rewards(
             reason = "a judge's verdicts are never a training reward, nor scores"
             fix = "compare policies with it: rlhf evaluate --judge URL --judge-model NAME --against CHECKPOINT"
             raise RewardError(f"{name} is the address of a service; {reason}", where=what, fix=fix)
-        source = open_model(name, stages=("reward",), what=what, trust_remote_code=trust_remote_code)
+        source = open_model(name, stages=SCORERS, what=what, trust_remote_code=trust_remote_code)
+        if source.is_classifier:
+            specs.append(RewardSpec(name, weight, None, None, source.digest, what, classifier=source))
+            continue
         if source.manifest is None:
             raise RewardError(
                 f"{name} is a base model, not a reward source",
                 where=what,
-                fix="give a checkpoint of `rlhf reward`, file.py:function, or builtin:NAME",
+                fix="give a checkpoint of `rlhf reward`, a classifier of one label, file.py:function, or builtin:NAME",
             )
         if policy is not None:
             same_base(policy, source, first_flag="--model", second_flag=what)

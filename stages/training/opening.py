@@ -29,7 +29,7 @@ def open_text(source: ModelRef, config: Any, reporter: Reporter | None = None) -
     stop_ids = stop_ids_of(source)
     text = load_text(
         source.tokenizer,
-        chat_template=config.chat_template,
+        chat_template=config.chat_template or source.chat_template,
         stop_ids=stop_ids,
         trust_remote_code=config.trust_remote_code,
     )

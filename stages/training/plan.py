@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.checkpoint.tensors import shapes_in
 from stages.config import AUTO
-from stages.models.adapter_files import ADAPTER
+from stages.models.adapter_files import ADAPTER, LORA_A
 from stages.models.model_ref import ModelRef, lora_type_of
 from stages.models.passes import micro_batches
 from stages.models.roles import DEFAULT_RANK
@@ -50,6 +50,7 @@ class Work:
     response: int = 0  # tokens of the longest response
     at_once: int = 0  # responses sampled in parallel
     repeated: int = 1  # how often each of `sizes` counts: the responses to a prompt
+    beside: float = 0.0  # bytes of the sequence classifiers that are held beside the base
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,19 @@ def precision_of(config: Any) -> tuple[int, bool]:
     return pick_dtype(config.dtype, device).itemsize, device.type == "cuda"
 
 
+def bytes_beside(classifiers: list[ModelRef], config: Any) -> float:
+    """Bytes of the weights of sequence classifiers."""
+    width, _ = precision_of(config)
+    return sum(width * math.prod(shape) for ref in classifiers for shape in tensor_shapes(ref.base).values())
+
+
 def adapter_size(config: Any, source: ModelRef, linear: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Weights of one adapter and its rank: a checkpoint's at the config's rank, or a fresh one on `linear` layers."""
     if source.folder is not None:
         stored = {name: shape for name, shape in shapes_in(source.folder / ADAPTER).items() if ".lora_" in name}
-        rank = next(shape[0] for name, shape in stored.items() if ".lora_A." in name)
-        wanted = config.lora_rank or rank
-        magnitudes = sum(math.prod(shape) for shape in stored.values() if len(shape) == 1)
-        return (sum(map(math.prod, stored.values())) - magnitudes) // rank * wanted + magnitudes, wanted
+        rank = config.lora_rank or max(shape[0] for name, shape in stored.items() if name.endswith(LORA_A))
+        sides = sum(s[1] if name.endswith(LORA_A) else s[0] for name, s in stored.items() if len(s) == 2)
+        return rank * sides + sum(math.prod(shape) for shape in stored.values() if len(shape) == 1), rank
     targets = [f".{target}.weight" for target in config.lora_targets] or [""]
     chosen = [shape for name, shape in linear.items() if any(f".{name}".endswith(target) for target in targets)]
     rank = config.lora_rank or DEFAULT_RANK
@@ -140,7 +146,7 @@ def choose_passes(config: Any, work: Work, source: ModelRef, shapes: Shapes, fre
     if free is None:
         return PassPlan(config.gradient_checkpointing is True, default)
     room = SHARE * free - resident_bytes(work.stage, config, source, shapes, width).total
-    room -= logits_bytes(shapes, work.read * default, width)
+    room -= logits_bytes(shapes, work.read * default, width) + work.beside
     _, rank = adapter_size(config, source, shapes.linear)
     wanted = largest_pass(config, work, default)
     row = max(work.sizes)
@@ -208,6 +214,8 @@ def memory_by_part(
         "activations of the largest pass": computed * saved + max(0.0, computed * transient - logits),
         "logits": logits,
     }
+    if work.beside:
+        parts["sequence classifiers"] = work.beside
     if work.prompt:
         parts["rollout (keys, values)"] = rollout_bytes(shapes, width, work, on_cuda=on_cuda)
     return parts

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.checkpoint import atomic
-from stages.checkpoint.manifest import Manifest, Parent, checkpoint_digest, versions
+from stages.checkpoint.manifest import Manifest, Parent, versions
 from stages.checkpoint.run import read_metrics, write_config
 from stages.checkpoint.tensors import save_tensors
 from stages.knobs import as_dict
@@ -73,7 +73,7 @@ def _manifest(
         stage=session.stage,
         base=base.ref.base_ref,
         parents=tuple(
-            Parent(role, str(ref.folder.resolve()), ref.manifest.stage, checkpoint_digest(ref.folder))
+            Parent(role, str(ref.folder.resolve()), ref.manifest.stage, ref.digest)
             for role, ref in parents
             if ref.folder is not None
         ),

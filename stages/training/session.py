@@ -29,7 +29,7 @@ from stages.training.learning_rates import CRITIC_FACTOR, auto_learning_rate
 from stages.training.long_rows import context_limit
 from stages.training.loop import before_and_after, train
 from stages.training.optimizer import learning_rate_at
-from stages.training.plan import Work, choose_passes, plan_result, source_shapes
+from stages.training.plan import Work, bytes_beside, choose_passes, plan_result, source_shapes
 from stages.training.preview import build_preview
 from stages.training.progress import Progress, add_gradients, apply_gradients, open_progress
 from stages.training.reload import check_adaptable
@@ -113,7 +113,9 @@ class Session:
     def plan(self, work: Work, count: Callable[[int, int, float, int | None], int] = steps_in) -> None:
         """Fix what the stage runs through its model, and its steps, as `count` (`steps_in`, `updates_in`) has them."""
         config = self.config
-        self.work, self.total = work, count(len(work.sizes), config.batch_size, config.epochs, config.max_steps)
+        classifiers = [spec.classifier for spec in self.inputs.rewards if spec.classifier is not None]
+        self.work = replace(work, beside=bytes_beside(classifiers, config))
+        self.total = count(len(work.sizes), config.batch_size, config.epochs, config.max_steps)
 
     @property
     def row_encoder(self) -> RowEncoder:
