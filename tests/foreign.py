@@ -61,12 +61,15 @@ def build_classifier(
 
 
 @torch.no_grad()
-def score_by_hand(folder: Path, texts: list[tuple[str, ...] | list[dict]], **options: object) -> list[float]:
+def score_by_hand(
+    folder: Path, texts: list[tuple[str, ...] | list[dict]], num_labels: int | None = None, **options: object
+) -> list[float]:
     """What transformers alone gives each text, pair of texts or conversation, one at a time."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **labels).eval()
     scores = []
     for text in texts:
         if isinstance(text, list):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.data.comparisons import Comparison
-from stages.errors import ModelError
+from stages.errors import CheckpointError, ModelError
 from stages.models.candidates import SCORERS
 from stages.models.classifier import load_classifier
 from stages.models.classifier_text import ClassifierText
@@ -19,7 +19,7 @@ from stages.models.model_ref import open_model
 from stages.models.passes import Passes
 from tests.commands import SHORT, SMALL, comparisons, done, lines_of, refused, result, rlhf
 from tests.foreign import build_classifier, edit_json, score_by_hand
-from tests.tiny import write_jsonl
+from tests.tiny import build_tokenizer, write_jsonl
 
 PAIRS = [("the cat", " sat"), ("what is the time?", " it is noon, thank you very much! " * 3), ("a", "b"), ("", " x y")]
 
@@ -93,6 +93,33 @@ def test_a_long_text_is_cut_as_its_tokenizer_cuts_it(tmp_path, kind):
     assert [reader.read("here", *pair).cut for pair in PAIRS] == [False, True, False, False]
     rows = reader.comparison(Comparison("here", *[PAIRS[0][0], (" sat", " it is noon" * 9)], ()), 8)
     assert [row.size for row in rows] == [min(8, row.size) for row in rows] and rows[1].cut
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 6}}])
+def test_an_adapter_of_a_classifier_scores_as_in_transformers(model_folder, tmp_path, settings):
+    """As TRL's RewardTrainer saves it, beside a tokenizer with a chat template."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    def save(labels, folder):
+        torch.manual_seed(3)
+        model = AutoModelForSequenceClassification.from_pretrained(model_folder("llama"), num_labels=labels)
+        about = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "SEQ_CLS"}
+        model = get_peft_model(model, LoraConfig(**about | settings))
+        for name, weight in model.named_parameters():
+            if ".lora_B." in name:
+                weight.data.normal_(0, 0.1)
+        model.save_pretrained(folder)
+        return folder
+
+    folder = save(1, tmp_path / "one")
+    build_tokenizer(folder, chat=True)
+    expected = score_by_hand(folder, as_chat(), num_labels=1)
+    scores, reader = scores_of(folder)
+    assert scores == pytest.approx(expected, abs=2e-5) and "its own chat template" in reader.description
+    assert open_classifier(folder).digest != open_classifier(model_folder("llama")).digest
+    with pytest.raises(CheckpointError, match="has 2 labels"):
+        open_classifier(save(2, tmp_path / "two"))
 
 
 def without_score(folder):

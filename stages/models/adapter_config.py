@@ -22,6 +22,8 @@ UNSUPPORTED = (  # keys of adapter_config.json that change what an adapter compu
     "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
     "megatron_config", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
+HEADS = ("score", "classifier")  # names under which PEFT saves a sequence classifier's output layer
+SCORE = "score.weight"
 PATTERNS = {"rank_pattern": "lora_rank", "alpha_pattern": "lora_alpha"}  # and the knob whose bounds their values have
 LAYER_NAME = re.compile(r"\^?(?:\w|\\?\.)+\$?")  # a key of a pattern: a layer's name or its end
 
@@ -83,7 +85,7 @@ def read_adapter_config(folder: Path) -> dict:
 def _why_unsupported(config: dict) -> str:
     """Why an adapter of PEFT cannot be one of several on one frozen base, empty if it can."""
     start, heads = config.get("init_lora_weights", True), config.get("modules_to_save") or []
-    is_classifier = heads == ["score"] and config.get("task_type") == "SEQ_CLS"
+    is_classifier = isinstance(heads, list) and all(head in HEADS for head in heads) and scores(config)
     problems = (
         ("peft_type", config.get("peft_type", "LORA") != "LORA", "of which only LORA is supported"),
         (
@@ -99,6 +101,11 @@ def _why_unsupported(config: dict) -> str:
           for key, knob in PATTERNS.items()),
     )  # fmt: skip
     return next((f"sets {key} {reprlib.repr(config[key])}, {why}" for key, found, why in problems if found), "")
+
+
+def scores(config: dict) -> bool:
+    """True if this is adapter_config.json of a sequence classifier."""
+    return config.get("task_type") == "SEQ_CLS"
 
 
 def _is_pattern(value: object, knob: str) -> bool:
@@ -123,7 +130,7 @@ def _pattern_value(pattern: dict | None, path: str, default: float) -> float:
 def _expected_layers(folder: Path, config: dict) -> dict[str, tuple[int, float]]:
     """Rank and alpha that adapter_config.json gives every layer of the weights; CheckpointError if they differ."""
     layers = {}
-    for path, rank in read_layers(folder).items():
+    for path, rank in read_layers(folder, has_score=scores(config)).items():
         expected = _pattern_value(config.get("rank_pattern"), path, config["r"])
         if rank != expected:
             what = f"the weights of {path} have rank {rank}, {ADAPTER_CONFIG} says {expected}"
@@ -132,16 +139,21 @@ def _expected_layers(folder: Path, config: dict) -> dict[str, tuple[int, float]]
     return layers
 
 
-def read_layers(folder: Path) -> dict[str, int]:
+def read_layers(folder: Path, *, has_score: bool = False) -> dict[str, int]:
     """The rank of every adapted layer, by its path, from the header of the weights.
 
-    Raises CheckpointError if weights are missing, pickled, damaged, or of anything but LoRA's matrices.
+    Raises CheckpointError if weights are missing, pickled, damaged, or of anything but LoRA's matrices and, with
+    `has_score`, the output layer of a sequence classifier of one label.
     """
     path = folder / ADAPTER
     if not path.exists() and (folder / PICKLED_ADAPTER).exists():
         what = f"its weights are pickled ({PICKLED_ADAPTER}), which can run code when loaded, and are refused"
         raise CheckpointError(what, where=str(folder), fix="save the adapter again, with safe_serialization=True")
     shapes = {name.removeprefix(PEFT_PREFIX): list(shape) for name, shape in shapes_in(path).items()}
+    score = shapes.pop(SCORE, []) if has_score else [1]
+    if score[:1] != [1]:
+        many = f"has {score[0]} labels; a reward model has one, its score" if score else f"lacks {SCORE}"
+        raise CheckpointError(f"the classifier {many}", where=str(path), fix="give a classifier with one label")
     layers = {name.removesuffix(LORA_A): shape[0] for name, shape in shapes.items() if name.endswith(LORA_A) and shape}
     for name, shape in shapes.items():
         suffix = next((suffix for suffix in (LORA_A, LORA_B, MAGNITUDE) if name.endswith(suffix)), None)
@@ -157,14 +169,16 @@ def read_layers(folder: Path) -> dict[str, int]:
     return layers
 
 
-def check_adapter(folder: Path) -> tuple[dict, dict[str, int]]:
-    """adapter_config.json of a language model's adapter, and its layers' ranks, as `read_layers` has them.
+def check_adapter(folder: Path, *, policy: bool, scorer: bool) -> tuple[dict, dict[str, int]]:
+    """adapter_config.json of a policy's or a classifier's adapter, and its layers' ranks, as `read_layers` has them.
 
-    Raises CheckpointError unless the two files agree.
+    Raises CheckpointError for one of another kind than is wanted, and unless the two files agree.
     """
     config = read_adapter_config(folder)
     task = config.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        what = f"it is an adapter of task_type {reprlib.repr(task)}, not of a causal language model"
-        raise CheckpointError(what, where=str(folder), fix="give an adapter of task_type CAUSAL_LM")
+    wanted = {None: policy, "CAUSAL_LM": policy, "SEQ_CLS": scorer}
+    if not isinstance(task, str | None) or not wanted.get(task):
+        tasks = " or ".join(name for name in ("CAUSAL_LM", "SEQ_CLS") if wanted[name])
+        what = f"it is an adapter of task_type {reprlib.repr(task)}, which is not what is asked for here"
+        raise CheckpointError(what, where=str(folder), fix=f"give an adapter of task_type {tasks}")
     return config, {path: rank for path, (rank, _) in _expected_layers(folder, config).items()}

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from stages.checkpoint.tensors import load_tensors
 from stages.errors import ModelError
+from stages.models.adapter_config import SCORE, read_adapter_shape
+from stages.models.adapter_files import ADAPTER, PEFT_PREFIX
 from stages.models.base import NO_ADAPTER, is_close, quiet
 from stages.models.checks import check_finite, library_reason
 from stages.models.classifier_ref import ANOTHER, score_bias_of
 from stages.models.classifier_text import ClassifierRow
+from stages.models.lora import LoraLayers, adapter_from
 from stages.models.model_ref import ModelRef
 from stages.models.passes import Passes
 
@@ -82,10 +87,14 @@ class Classifier:
 
 
 def load_classifier(ref: ModelRef, *, device: torch.device, dtype: torch.dtype, passes: Passes) -> Classifier:
-    """Load a one-label classifier; raises ModelError if transformers cannot, or if its files lack any weight."""
+    """Load a one-label classifier, or a base with the adapter of one; raises ModelError if transformers cannot.
+
+    So it does if the files lack any weight.
+    """
     from transformers import AutoModelForSequenceClassification
 
     options = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    options |= {"num_labels": 1} if ref.folder else {}
     options["adapter_kwargs"] = {"subfolder": NO_ADAPTER}
     with quiet():
         try:
@@ -95,9 +104,22 @@ def load_classifier(ref: ModelRef, *, device: torch.device, dtype: torch.dtype, 
         except Exception as error:  # many kinds: unknown architecture, a damaged file
             why = f"the classifier cannot be loaded: {library_reason(error)}"
             raise ModelError(why, where=str(ref.base), fix="check the folder's files") from None
+    if ref.folder is not None:
+        loading["missing_keys"] -= {SCORE}
+        _merge_adapter(model, ref.folder)
     wrong = sorted(loading["missing_keys"]) + sorted(key for key, *_ in loading["mismatched_keys"])
     if wrong:
         why = f"its weights lack {wrong[0]}, or hold it in another shape than config.json says"
         raise ModelError(why, where=str(ref.base), fix="give a whole classifier, with its score layer")
     check_finite(model, where=str(ref.base))
     return Classifier(model.to(device), ref, passes)
+
+
+def _merge_adapter(model: nn.Module, folder: Path) -> None:
+    """Fold an adapter into a classifier made of its base, and give it the adapter's output layer."""
+    layers, shape, tensors = LoraLayers(model), read_adapter_shape(folder), load_tensors(folder / ADAPTER)
+    score = tensors.pop(PEFT_PREFIX + SCORE)
+    about = {"where": str(folder / ADAPTER), "trainable": False, "factors": shape.factors}
+    layers.add("scores", adapter_from(layers.linear, tensors, shape.rank, shape.alpha, shape.lora_type, **about))
+    layers.merge_and_unload("scores")
+    model.score.weight.data.copy_(score)

@@ -13,6 +13,7 @@ from stages.data.raw_rows import Content, Message, first_line
 from stages.errors import DatasetError, ModelError
 from stages.models.classifier_ref import SCORE_BIAS
 from stages.models.model_ref import ModelRef, stop_ids_of
+from stages.models.templates import choose_template
 from stages.models.tokens import Text, TokenRow, load_text
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -49,6 +50,8 @@ class ClassifierText:
             except Exception as error:  # tokenizer files fail in as many ways as there are formats
                 problem = f"the tokenizer cannot be loaded: {first_line(error)}"
                 raise ModelError(problem, where=str(ref.tokenizer), fix="restore its files") from None
+            if ref.chat_template is not None:
+                self.tokenizer.chat_template = choose_template(ref.chat_template, self.tokenizer)
             chat = bool(getattr(self.tokenizer, "chat_template", None))
             self.way = "chat" if chat else "pair" if _is_encoder(ref.config) else "text"
         self.context = self._context()

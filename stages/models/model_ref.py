@@ -15,7 +15,7 @@ from typing import Any
 from stages.checkpoint.digests import base_digest, tokenizer_digest
 from stages.checkpoint.manifest import BaseRef, Manifest, checkpoint_digest, is_checkpoint, locate, read_manifest
 from stages.errors import CheckpointError, ConfigError, ModelError
-from stages.models.adapter_config import check_adapter, read_adapter_shape
+from stages.models.adapter_config import check_adapter, read_adapter_shape, scores
 from stages.models.adapter_files import ADAPTER, ADAPTER_CONFIG, check_adapter_header
 from stages.models.base_files import (
     TOKENIZER_CONFIG,
@@ -39,7 +39,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length",
 class ModelRef:
     """A model to start from: the base's folder and, if it is a checkpoint, its manifest.
 
-    For an adapter of another tool the manifest is made in memory, with the stage FOREIGN.
+    For an adapter of another tool the manifest is made in memory, with the stage FOREIGN or CLASSIFIER.
     """
 
     name: str  # as the user gave it
@@ -63,14 +63,14 @@ class ModelRef:
         content = f"{self.base_digest}:{self.tokenizer_digest}"
         if self.manifest is None:
             return content
-        if self.manifest.stage == FOREIGN:
+        if self.manifest.stage in (FOREIGN, CLASSIFIER):
             return hashlib.sha256(to_json([content, self.manifest.files]).encode()).hexdigest()
         return checkpoint_digest(self.folder)
 
     @property
     def is_classifier(self) -> bool:
-        """True for a sequence classifier, which scores texts and writes none."""
-        return self.manifest is None and is_classifier(self.config)
+        """True for a sequence classifier, or an adapter of one, which scores texts and writes none."""
+        return is_classifier(self.config) if self.manifest is None else self.manifest.stage == CLASSIFIER
 
     @property
     def base_ref(self) -> BaseRef:
@@ -163,14 +163,14 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _open_adapter(name: str, folder: Path, stages: tuple[str, ...], base: str | None, how: dict[str, Any]) -> ModelRef:
-    """A LoRA adapter of another tool, as a policy checkpoint. Code of a base runs only if the user names it."""
+    """A LoRA adapter of another tool, as a policy or a classifier. Code of a base runs only if the user names it."""
     what, weights = how["what"], how["weights"]
-    if FOREIGN not in stages:
+    if FOREIGN not in stages and CLASSIFIER not in stages:
         kinds = f"give {' or '.join(stages)}" if stages else "give a base model"
         raise CheckpointError(f"{name} is a LoRA adapter of another tool, which is a policy", where=what, fix=kinds)
     refuse_special(folder, what)
-    adapter, ranks = check_adapter(folder)
-    stated = adapter.get("base_model_name_or_path")
+    adapter, ranks = check_adapter(folder, policy=FOREIGN in stages, scorer=CLASSIFIER in stages)
+    stage, stated = CLASSIFIER if scores(adapter) else FOREIGN, adapter.get("base_model_name_or_path")
     place, label = find_base(base, "--base", weights) if base else _base_of_adapter(name, stated, what, weights)
     if is_checkpoint(place) or is_adapter(place):
         kind = f"the base of {name}, {label}, is an adapter itself"
@@ -182,7 +182,7 @@ def _open_adapter(name: str, folder: Path, stages: tuple[str, ...], base: str | 
     template = folder / "chat_template.jinja"
     stops, files = stop_ids_of(ref), {file: sha256_of(folder / file) for file in (ADAPTER_CONFIG, ADAPTER)}
     manifest = Manifest(
-        stage=FOREIGN, base=ref.base_ref, parents=(), tokenizer_digest=ref.tokenizer_digest, stop_token_ids=stops,
+        stage=stage, base=ref.base_ref, parents=(), tokenizer_digest=ref.tokenizer_digest, stop_token_ids=stops,
         config={}, datasets={}, metrics={}, throughput={}, versions={}, device="", dtype="", steps=0, seconds=0.0,
         files=files, folder=folder,
     )  # fmt: skip
@@ -259,7 +259,8 @@ def same_base(first: ModelRef, second: ModelRef, *, first_flag: str, second_flag
             f"{first.name} is on base {first.base_name}, {second.name} is on base {second.base_name}; "
             "they cannot share one frozen base",
             where=f"{first_flag}, {second_flag}",
-            fix=f"train {second.name} with `rlhf reward --model {first.name}`, or choose checkpoints of one base",
+            fix=f"train {second.name} with `rlhf reward --model {first.name}`, or choose checkpoints of one base; "
+            "a reward model that `rlhf export` wrote goes with any policy",
         )
     if first.tokenizer_digest != second.tokenizer_digest:
         raise CheckpointError(
