@@ -48,7 +48,9 @@ class TokenizerKnobs:
     main: ClassVar[tuple[str, ...]] = ()  # knobs that --help shows beside the required ones; all if empty
 
     model: str = knob(REQUIRED, "base (folder or hub id), checkpoint of this tool, or LoRA adapter of PEFT", MODEL)
-    base: str | None = knob(None, "base under an adapter or checkpoint", MODEL, auto="the one that it names")
+    base: str | None = knob(
+        None, "base under an adapter or checkpoint", MODEL, auto="the one that it names", may_change_on_resume=True
+    )
     trust_remote_code: bool = knob(False, "run Python code that ships with the base model", MODEL)
     chat_template: str | None = knob(None, "'chatml', 'plain' or a .jinja file", MODEL, auto="the tokenizer's template")
 

@@ -94,7 +94,7 @@ GGUF_PARTS = {
 def write_gguf(base: Path, file: Path, *, template: str | None = None, name: str = "llama", quantise: bool = False):
     """A tiny Llama as llama.cpp's converter writes it; `name` is what it calls the architecture."""
     import gguf
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     config, tokenizer = (json.loads((base / n).read_text()) for n in ("config.json", "tokenizer.json"))
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
@@ -124,7 +124,8 @@ def write_gguf(base: Path, file: Path, *, template: str | None = None, name: str
     writer.add_add_bos_token(True)
     if template:
         writer.add_chat_template(template)
-    for key, weight in load_file(base / "model.safetensors").items():
+    for key, tensor in load_file(base / "model.safetensors").items():
+        weight = tensor.float().numpy()
         to = GGUF_NAMES.get(key)
         if to is None:
             _, _, layer, *part, _ = key.split(".")
