@@ -222,7 +222,7 @@ def test_an_exported_reward_model_comes_back_with_the_scores_of_its_checkpoint(c
 
 @pytest.mark.full
 def test_transformers_loads_our_reward_checkpoint_without_its_bias(chain):
-    """What README says to call: with num_labels 1 it gives the score minus the bias of head.safetensors."""
+    """With num_labels 1 it gives the score minus the bias of head.safetensors."""
     from transformers import AutoModelForSequenceClassification
 
     c = chain("llama")
