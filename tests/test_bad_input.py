@@ -288,7 +288,7 @@ ROWS = {
     ),
     "a bare reward adapter": (
         EARLY, lambda c, p: sft(c, p, model=spoiled(c.reward, p, "checkpoint.json", gone)),
-        ["adapter of task_type 'SEQ_CLS'", "give an adapter of task_type CAUSAL_LM"],
+        ["is a reward checkpoint without its checkpoint.json", "copy the whole folder again"],
     ),
     "a flipped bit": (
         EARLY, lambda c, p: reward(c, p, model=spoiled(c.sft, p, "adapter_model.safetensors", flip)),

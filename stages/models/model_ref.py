@@ -157,9 +157,9 @@ def _open_checkpoint(name: str, path: Path, stages: tuple[str, ...], base: str |
 
 
 def is_adapter(folder: Path) -> bool:
-    """True for a folder with an adapter of PEFT and no weights of a base; some tools copy the base's config.json."""
+    """True for a folder with an adapter of PEFT and no whole base; some tools copy the base's config.json."""
     others = {path.name for path in folder.glob("*.safetensors")} - {ADAPTER}
-    return (folder / ADAPTER_CONFIG).exists() and not others
+    return (folder / ADAPTER_CONFIG).exists() and not (others and (folder / "config.json").exists())
 
 
 def _open_adapter(name: str, folder: Path, stages: tuple[str, ...], base: str | None, how: dict[str, Any]) -> ModelRef:
@@ -169,6 +169,9 @@ def _open_adapter(name: str, folder: Path, stages: tuple[str, ...], base: str | 
         kinds = f"give {' or '.join(stages)}" if stages else "give a base model"
         raise CheckpointError(f"{name} is a LoRA adapter of another tool, which is a policy", where=what, fix=kinds)
     refuse_special(folder, what)
+    if (folder / "head.safetensors").exists():  # without it, scores would lack their bias
+        problem = f"{name} is a reward checkpoint without its checkpoint.json"
+        raise CheckpointError(problem, where=what, fix="copy the whole folder again")
     adapter, ranks = check_adapter(folder, policy=FOREIGN in stages, scorer=CLASSIFIER in stages)
     stage, stated = CLASSIFIER if scores(adapter) else FOREIGN, adapter.get("base_model_name_or_path")
     place, label = find_base(base, "--base", weights) if base else _base_of_adapter(name, stated, what, weights)
