@@ -102,7 +102,7 @@ def test_the_base_is_opened_as_the_config_says(model_folder):
 def load(folder, config):
     """A session on a base that was loaded for 64 rows of 100 tokens, and what it said."""
     source, report = open_model(str(folder), stages=(), what="--model"), Notes()
-    run = Session("sft", config, SimpleNamespace(source=source), report)
+    run = Session("sft", config, SimpleNamespace(source=source, rewards=[]), report)
     run.text = open_tiny_text(folder)
     run.plan(Work("sft", [100] * 64, 64), lambda *_: 1)
     run.load_base()

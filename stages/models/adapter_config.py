@@ -74,7 +74,7 @@ def read_adapter_config(folder: Path) -> dict:
     except (OSError, ValueError, TypeError) as error:
         problem = str(getattr(error, "strerror", None) or error)
     if problem:
-        problem, fix = f"cannot be read: {problem}", "copy it again, or train the adapter again"
+        problem, fix = f"cannot be read: {problem}", "copy it again, or train the checkpoint again"
     else:
         problem, fix = _why_unsupported(config), "merge that adapter into its base with PEFT, and give that folder"
     if problem:
