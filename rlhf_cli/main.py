@@ -18,9 +18,10 @@ from rlhf_cli.console import plain, rank, reporting, say, show
 from rlhf_cli.options import PanelCommand, given, help_all_option, knob_options, nearest, option, write_panels
 from rlhf_cli.program import App, load, stdout_for_results, unprintable
 from stages import __version__
-from stages.config import STAGES, TrainingKnobs
+from stages.config import TrainingKnobs
 from stages.errors import ConfigError, Interrupted, StopRequested, TrainingStopped, UserError, escape_lines, words_of
 from stages.launch import check_docstrings, check_launch
+from stages.measuring_config import STAGES
 from stages.recipe import advice_on, read_recipe, resolve
 from stages.results import Result
 

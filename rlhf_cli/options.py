@@ -13,8 +13,9 @@ import typing
 import typer
 from typer.core import TyperCommand
 
-from stages.config import DATA, DEVICE, LORA, MODEL, OPTIMISER, OUTPUT, STAGES, TRAINING
+from stages.config import DATA, DEVICE, LORA, MODEL, OPTIMISER, OUTPUT, TRAINING
 from stages.knobs import REQUIRED, Knob, default_of, knobs
+from stages.measuring_config import STAGES
 
 REQUIRED_KNOBS, MAIN_KNOBS, THIS_RUN = "Required", "Main knobs", "This run"
 SHOW_ALL = "rlhf.help_all"  # key of a context whose help page shows every knob

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint.atomic import write_json
-from stages.config import EvaluateConfig
 from stages.data.prompts import prompt_of
 from stages.data.rows import Prompt
 from stages.diagnostics.comparison_evaluation import (
@@ -26,6 +25,7 @@ from stages.errors import DatasetError, JudgeError, NotFiniteError, counted
 from stages.inputs import Inputs
 from stages.maths.statistics import clustered_interval, mean_with_error
 from stages.maths.win_rates import length_adjusted_win_rate
+from stages.measuring_config import EvaluateConfig
 from stages.models.candidates import Candidate, candidate_of, labels_of
 from stages.models.roles import Roles, adapter_of, candidate_adapter
 from stages.models.tokens import PromptRow, Text

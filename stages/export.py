@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.checkpoint import atomic
-from stages.config import ExportConfig
 from stages.data.rows import Demonstration
 from stages.errors import ModelError, NotFiniteError
 from stages.inputs import Inputs
+from stages.measuring_config import ExportConfig
 from stages.models.base import Base, load_base
 from stages.models.checks import check_finite
 from stages.models.heads import ScalarHead

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stages.config import PreviewConfig
 from stages.inputs import Inputs
 from stages.inputs.previewing import stage_config, stage_of
+from stages.measuring_config import PreviewConfig
 from stages.results import Reporter, Result
 from stages.training.preview import build_preview
 from stages.training.row_tokens import open_encoder

@@ -10,9 +10,10 @@ import reprlib
 import typing
 from pathlib import Path
 
-from stages.config import AUTO, REMOVED, STAGES
+from stages.config import AUTO, REMOVED
 from stages.errors import ConfigError
 from stages.knobs import REQUIRED, Knob, as_dict, default_of, knobs
+from stages.measuring_config import STAGES
 from stages.places import absolute, split_paths
 from stages.reading import read_bytes
 

@@ -9,11 +9,11 @@ from functools import partial
 from torch import Tensor
 
 from stages.checkpoint.atomic import write_text
-from stages.config import SampleConfig
 from stages.errors import DatasetError
 from stages.inputs import Inputs
 from stages.inputs.outputs import BEST_KEYS, RESPONSE_KEYS
 from stages.maths.best_of import best_of_kl
+from stages.measuring_config import SampleConfig
 from stages.models.roles import Roles, adapter_of
 from stages.models.tokens import PromptRow, Text
 from stages.places import absolute

@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from rlhf_cli.main import RUN_OPTIONS, app
 from rlhf_cli.options import given, knob_options, metavar, nearest, shown_default
-from stages.config import STAGES, PpoConfig, SampleConfig, SftConfig
+from stages.config import PpoConfig, SftConfig
 from stages.knobs import REQUIRED, Knob, default_of, knob, knobs
+from stages.measuring_config import STAGES, SampleConfig
 from stages.recipe import resolve
 
 RUNNER = CliRunner(env={"COLUMNS": "80"})

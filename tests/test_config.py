@@ -8,9 +8,10 @@ import json
 import pytest
 import yaml
 
-from stages.config import STAGES, EvaluateConfig, PpoConfig, RewardConfig, SampleConfig, SftConfig
+from stages.config import PpoConfig, RewardConfig, SftConfig
 from stages.errors import ConfigError, UserError
 from stages.knobs import REQUIRED, as_dict, default_of, knobs
+from stages.measuring_config import STAGES, EvaluateConfig, SampleConfig
 from stages.recipe import damaged_knob, differing, parse, read_recipe, resolve
 
 NEEDED = {"model": "base", "dataset": "rows.jsonl", "output": "out"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from stages.config import STAGES, DpoConfig, EvaluateConfig, PpoConfig, RewardConfig, SampleConfig, SftConfig
+from stages.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from stages.errors import ConfigError
 from stages.knobs import REQUIRED, as_dict, default_of, knobs
+from stages.measuring_config import STAGES, EvaluateConfig, SampleConfig
 from stages.recipe import LARGEST, read_recipe, resolve, split_paths
 from tests.commands import refused, result
 from tests.marks import full

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from stages.config import EvaluateConfig
 from stages.diagnostics import judge as judging
 from stages.diagnostics.judge import check_judge, compare, open_judge, read_verdict
 from stages.errors import JudgeError
+from stages.measuring_config import EvaluateConfig
 from tests.commands import SHORT, refused, result
 from tests.tiny import write_jsonl
 

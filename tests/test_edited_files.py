@@ -11,9 +11,9 @@ import pytest
 from rlhf_cli import main
 from stages.checkpoint.states import read_about
 from stages.checkpoint.tensors import save_tensors
-from stages.config import STAGES
 from stages.errors import CheckpointError
 from stages.knobs import as_dict
+from stages.measuring_config import STAGES
 from stages.models.adapter_files import check_adapter_header
 from stages.models.roles import save_adapter
 from stages.recipe import damaged_knob, resolve

@@ -22,6 +22,7 @@ FLOORS = {
     "stages.launch": 1,
     "stages.knobs": 1,
     "stages.config": 1,
+    "stages.measuring_config": 1,
     "stages.reward_knobs": 1,
     "stages.reading": 1,
     "stages.recipe": 1,
@@ -42,7 +43,7 @@ FLOORS = {
 }
 GROUND = (
     "stages.errors", "stages.places", "stages.launch", "stages.knobs", "stages.reward_knobs", "stages.config",
-    "stages.reading", "stages.recipe", "stages.results", "stages.tables",
+    "stages.measuring_config", "stages.reading", "stages.recipe", "stages.results", "stages.tables",
 )  # fmt: skip
 HEAVY = {
     "torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow",
@@ -55,6 +56,7 @@ LIGHT = {
     "rlhf_cli": HEAVY | {"yaml"},
     "stages.knobs": HEAVY | {"yaml"},
     "stages.config": HEAVY | {"yaml"},
+    "stages.measuring_config": HEAVY | {"yaml"},
     "stages.reward_knobs": HEAVY | {"yaml"},
     "stages.recipe": HEAVY | {"yaml"},
     "stages.errors": HEAVY,
@@ -74,6 +76,7 @@ NEVER = {
     "stages": TERMINAL,
     "stages.knobs": HEAVY,
     "stages.config": HEAVY,
+    "stages.measuring_config": HEAVY,
     "stages.reward_knobs": HEAVY,
     "stages.recipe": HEAVY,
     "stages.errors": HEAVY,
@@ -221,7 +224,7 @@ def test_the_tree_is_found():
         ("stages.config", "import stages.maths.losses", "not a lower floor"),
         ("stages.report", "def f():\n    import torch", "never here"),
         ("stages.report", "from .sft import run", "write the full name"),
-        ("stages", "from stages.config import STAGES", "not a lower floor"),
+        ("stages", "from stages.measuring_config import STAGES", "not a lower floor"),
         ("rlhf_cli.main", "import stages.sft", "a stage loads when it is certain to run"),
         ("rlhf_cli.main", "from stages.data.rows import read", "a stage loads when it is certain to run"),
         ("rlhf_cli.main", "def f():\n    import torch", "never here"),
@@ -237,7 +240,7 @@ def test_what_the_table_forbids_is_noticed(module, source, reason):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("rlhf_cli.main", "import typer\nfrom stages import __version__\nfrom stages.config import STAGES"),
+        ("rlhf_cli.main", "import typer\nfrom stages import __version__\nfrom stages.measuring_config import STAGES"),
         ("rlhf_cli.main", "def f():\n    import stages.sft"),
         ("stages.sft", "import torch\nfrom stages.training.loop import go\nfrom stages.models.base import Base"),
         ("stages.data.rows", "def f():\n    import torch"),

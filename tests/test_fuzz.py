@@ -16,10 +16,11 @@ from stages import inputs, report
 from stages.checkpoint.manifest import read_manifest
 from stages.checkpoint.run import open_run
 from stages.checkpoint.tensors import read_header, save_tensors, tensor_metadata
-from stages.config import STAGES, SftConfig
+from stages.config import SftConfig
 from stages.data import raw_rows, rows, sources
 from stages.errors import CheckpointError, ConfigError, UserError
 from stages.knobs import knobs
+from stages.measuring_config import STAGES
 from stages.models import base_files as source
 from stages.models.candidates import parent_of
 from stages.models.model_ref import open_model

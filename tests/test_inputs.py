@@ -10,11 +10,12 @@ import shutil
 import pytest
 
 from stages.checkpoint.manifest import checkpoint_digest
-from stages.config import EvaluateConfig, ExportConfig, PpoConfig, RewardConfig, SampleConfig, SftConfig
+from stages.config import PpoConfig, RewardConfig, SftConfig
 from stages.data.rows import Prompt
 from stages.data.splits import is_held_out, split_held_out
 from stages.errors import DatasetError, ModelError, OutputError
 from stages.inputs import open_inputs
+from stages.measuring_config import EvaluateConfig, ExportConfig, SampleConfig
 from stages.models.candidates import parent_of
 from stages.training.opening import Encoded
 from tests.commands import contents, lines_of, refused, result

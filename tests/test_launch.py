@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.config import STAGES
 from stages.errors import ConfigError, DeviceError, UserError
 from stages.launch import MASTER, NUMBERS, Launch, check_launch, read_launch
+from stages.measuring_config import STAGES
 from stages.places import absolute
 from stages.training.devices import pick_device
 from tests.marks import full

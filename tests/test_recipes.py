@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import STAGES
+from stages.measuring_config import STAGES
 from stages.recipe import read_recipe, resolve
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import STAGES
 from stages.knobs import knobs
+from stages.measuring_config import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("stages", "rlhf_cli", "recipes", "benchmarks", "tests")

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.config import EvaluateConfig, PpoConfig, SampleConfig
+from stages.config import PpoConfig
 from stages.errors import ConfigError
+from stages.measuring_config import EvaluateConfig, SampleConfig
 from stages.recipe import differing, resolve
 from stages.results import next_commands
 from stages.rollout.charges import warn_of_spreads

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from stages.config import PreviewConfig
 from stages.data.comparisons import Comparison, Pair
 from stages.data.prompts import first_question
 from stages.data.rows import Demonstration, Prompt, read_comparisons, read_demonstrations
@@ -14,6 +13,7 @@ from stages.data.transcripts import as_messages, as_text, form_of, is_transcript
 from stages.errors import DatasetError
 from stages.inputs.forms import describe_form
 from stages.inputs.parts import read_rows
+from stages.measuring_config import PreviewConfig
 from stages.models.model_ref import open_model
 from tests.commands import done, refused, result
 from tests.tiny import write_jsonl

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.checkpoint.atomic import make_folder, write_text
-from stages.config import EvaluateConfig
 from stages.errors import JudgeError, words_of
+from stages.measuring_config import EvaluateConfig
 from stages.places import absolute
 
 ATTEMPTS = 4

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from stages.config import EvaluateConfig
 from stages.data.comparisons import Comparison
 from stages.diagnostics.comparison_evaluation import ReadByClassifier
 from stages.errors import counted, verb_for
+from stages.measuring_config import EvaluateConfig
 from stages.models.candidates import Candidate
 from stages.models.classifier import load_classifier
 from stages.models.classifier_text import ClassifierText

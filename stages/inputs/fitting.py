@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from stages.config import EvaluateConfig
 from stages.inputs.parts import Fits
+from stages.measuring_config import EvaluateConfig
 from stages.models.model_ref import ModelRef
 
 if TYPE_CHECKING:

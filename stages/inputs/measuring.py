@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from stages.checkpoint.atomic import check_place
-from stages.config import EvaluateConfig, ExportConfig, SampleConfig
 from stages.data import rows as files
 from stages.diagnostics.judge import check_judge, open_judge
 from stages.diagnostics.plot import METADATA, PLOT_MARK, check_matplotlib
@@ -24,6 +23,7 @@ from stages.inputs.parts import (
     refuse_idle,
 )
 from stages.inputs.training import with_verdicts
+from stages.measuring_config import EvaluateConfig, ExportConfig, SampleConfig
 from stages.models.candidates import (
     ADAPTERS,
     IMPLICIT,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from stages.config import STAGES, PreviewConfig
 from stages.data import rows as files
 from stages.inputs.fitting import fitting
 from stages.inputs.forms import check_text_as, describe_form
 from stages.inputs.parts import Inputs, check_response_fits, describe_left_out, read_rows
 from stages.knobs import as_dict, default_of, knobs
+from stages.measuring_config import STAGES, PreviewConfig
 from stages.models.candidates import ADAPTERS
 from stages.models.model_ref import open_model
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.config import EvaluateConfig
 from stages.maths.best_of import best_of_kl, best_of_weights
 from stages.maths.statistics import distinct_ngrams, mean_with_error
+from stages.measuring_config import EvaluateConfig
 from stages.models.model_ref import ModelRef
 from stages.models.roles import Roles
 from stages.models.tokens import PromptRow, Text
