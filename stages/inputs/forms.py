@@ -18,12 +18,12 @@ SPEAKERS = "`Human: ... Assistant: ...`"
 
 def finds_template(config: Any, source: ModelRef) -> bool:
     """Whether the command has a chat template."""
-    return config.chat_template is not None or bool(stored_template(source.tokenizer))
+    return bool(config.chat_template or source.chat_template or stored_template(source.tokenizer))
 
 
 def check_text_as(config: Any, source: ModelRef) -> None:
-    """Raise ConfigError if text is to be read as messages and there is no template for them."""
-    if config.text_as == "chat" and not finds_template(config, source):
+    """Raise ConfigError if text is to be read as messages without a template for them; a classifier needs none."""
+    if config.text_as == "chat" and not source.is_classifier and not finds_template(config, source):
         raise ConfigError(
             "text is to be read as messages, but the tokenizer has no chat template",
             where="--text-as",
@@ -34,7 +34,13 @@ def check_text_as(config: Any, source: ModelRef) -> None:
 def describe_form(
     config: Any, source: ModelRef, data: Dataset, rewards: list[RewardSpec] | tuple = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Warnings and notes on how rows are read, and on models that were trained on another form of rows."""
+    """Warnings and notes on how rows are read, and on models that were trained on another form of rows.
+
+    Of a classifier, only the rows that were turned into messages: it says itself how it reads.
+    """
+    turned = f"{counted(data.turned, 'text rows')} {verb_for(data.turned, 'are')} read as messages"
+    if source.is_classifier:
+        return (), (turned,) if data.turned else ()
     has_template = finds_template(config, source)
     texts = [row for row in data.rows if not uses_template(row, has_template=has_template)]
     count, size = len(texts), len(data.rows)
@@ -42,7 +48,6 @@ def describe_form(
     for model in (source, *(spec.checkpoint for spec in rewards)):
         warnings += _other_form(model, count, size)
     if config.text_as == "chat":
-        turned = f"{counted(data.turned, 'text rows')} {verb_for(data.turned, 'are')} read as messages"
         return warnings, (turned,) if data.turned else ()
     transcripts = sum(is_transcript(text) for text in map(text_of, texts) if text is not None)
     notes: tuple[str, ...] = ()

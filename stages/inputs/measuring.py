@@ -72,7 +72,7 @@ def evaluate_inputs(config: EvaluateConfig, overwrite: bool) -> Inputs:
     if kind == "demonstration":
         _check_demonstrations(config.dataset, rewards + gold)
         read = files.read_demonstrations
-    data, warnings, notes = _rows(read, config, source, [*rewards, *gold])
+    data, warnings, notes = _rows(read, config, [source], [*rewards, *gold])
     warnings += check_judge(open_judge(config)) if config.judge else ()
     if reference is None and samples:
         try:
@@ -111,18 +111,20 @@ def _comparing_inputs(config: EvaluateConfig, source: ModelRef, reference: Model
     also = open_beside(config.also, source, (*SCORERS, *IMPLICIT), advice, base=config.base, **trust)
     models = [with_reference(candidate, reference, **trust) for candidate in (model, *also)]
     _check_outputs(config)
-    data, warnings, notes = _rows(files.read_comparisons, config, source)
+    refs = [source, *(candidate.ref for candidate in also)]
+    readers = [ref for ref in refs if not ref.is_classifier][:1] + [ref for ref in refs if ref.is_classifier]
+    data, warnings, notes = _rows(files.read_comparisons, config, readers)
     about = {"warnings": warnings, "notes": notes}
     return Inputs(source, data, also=models[1:], reference=models[0].reference, **about)
 
 
 def _rows(
-    read: Reader, config: Any, source: ModelRef, rewards: list[RewardSpec] | tuple = ()
+    read: Reader, config: Any, readers: list[ModelRef], rewards: list[RewardSpec] | tuple = ()
 ) -> tuple[files.Dataset, tuple[str, ...], tuple[str, ...]]:
-    """The rows of the dataset, with warnings and notes on them."""
-    check_text_as(config, source)
-    data = read_rows(read, config, config.dataset, fitting(config, source))
-    warnings, notes = describe_form(config, source, data, rewards)
+    """The rows that all `readers` can read, with warnings and notes on them; what is said is said of the first."""
+    check_text_as(config, readers[0])
+    data = read_rows(read, config, config.dataset, fitting(config, *readers))
+    warnings, notes = describe_form(config, readers[0], data, rewards)
     return data, describe_left_out(data) + warnings, notes
 
 
@@ -162,7 +164,7 @@ def sample_inputs(config: SampleConfig, overwrite: bool) -> Inputs:
     keys = BEST_KEYS if config.best_of else RESPONSE_KEYS
     check_output_file(config.output, "--output", (".jsonl",), keys, config.dataset)
     read = partial(files.read_prompts, check=partial(check_columns, rewards))
-    data, warnings, notes = _rows(read, config, source, rewards)
+    data, warnings, notes = _rows(read, config, [source], rewards)
     return with_verdicts(Inputs(source, data, rewards=rewards, warnings=warnings, notes=notes), force=True)
 
 

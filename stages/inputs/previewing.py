@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from stages.data import rows as files
+from stages.errors import ModelError
 from stages.inputs.fitting import fitting
 from stages.inputs.forms import check_text_as, describe_form
 from stages.inputs.parts import Inputs, check_response_fits, describe_left_out, read_rows
@@ -37,7 +38,14 @@ def stage_config(stage: str, config: PreviewConfig) -> Any:
 def preview_inputs(config: PreviewConfig, overwrite: bool) -> Inputs:
     """The rows as the stage reads them, and the model without its weights."""
     trusted = config.trust_remote_code
-    source = open_model(config.model, stages=ADAPTERS, what="--model", trust_remote_code=trusted, weights=False)
+    about = {"trust_remote_code": trusted, "base": config.base, "weights": False}
+    source = open_model(config.model, stages=ADAPTERS, what="--model", **about)
+    if source.is_classifier:
+        what, fix = (
+            f"{config.model} is a sequence classifier, from which no stage starts",
+            "give a base or a checkpoint",
+        )
+        raise ModelError(what, where="--model", fix=fix)
     check_text_as(config, source)
     stage = stage_of(config, files.detect_kind(config.dataset, map=config.map))
     knobs_of_stage = stage_config(stage, config)

@@ -66,7 +66,7 @@ def open_encoder(config: Any, source: ModelRef, response_tokens: int | None = No
     """The encoder of a stage with these knobs, with the model's tokenizer; the longest response is the config's."""
     text = load_text(
         source.tokenizer,
-        chat_template=config.chat_template,
+        chat_template=config.chat_template or source.chat_template,
         stop_ids=stop_ids_of(source),
         trust_remote_code=config.trust_remote_code,
         model_type=source.config["model_type"],
