@@ -198,6 +198,22 @@ def test_ppo_learns_from_classifiers_and_measures_by_one(chain, tmp_path):
 
 
 @pytest.mark.full
+def test_a_classifier_chooses_the_best_of_several_beside_a_built_in_function(chain, tmp_path):
+    """The smaller of both scores, each by hand; the classifier says how it reads, and what it had to cut."""
+    c, folder = chain("llama"), build_classifier(tmp_path / "reader", "llama", context=12)
+    line = ("sample", "--model", c.sft, "--dataset", c.prompts, "--limit-rows", 6, "--max-response-tokens", 6)
+    rewards = ("--reward", f"{folder}=0.5", "--reward", "builtin:length:4:words", "--reward-combine", "min")
+    ended = done(*line, "--best-of", 3, *rewards, "--output", tmp_path / "best.jsonl")
+    assert "joined as one text" in ended.stderr and "texts cut to its context" in ended.stderr
+    for row in lines_of(tmp_path / "best.jsonl"):
+        (score,) = score_by_hand(folder, [(row["prompt"] + row["completion"],)], truncation=True, max_length=12)
+        words = len(row["completion"].split())
+        length = min(words, 4) / max(words, 4)
+        assert row["scores"] == pytest.approx({"reader": score, "length": length}, abs=1e-5)
+        assert row["score"] == pytest.approx(min(0.5 * score, length), abs=1e-5)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("chat", [False, True])
 def test_an_exported_reward_model_comes_back_with_the_scores_of_its_checkpoint(chain, chat, tmp_path):
     """On comparisons, and on responses whether they ended or not; bias included. transformers alone lacks the bias."""

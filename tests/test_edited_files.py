@@ -272,7 +272,12 @@ def test_every_config_that_a_stage_stores_is_sound(stage):
         "lora_targets": "a,b",
         "micro_batch_size": "2",
     }
-    given |= {"max_steps": "3", "best_of": "1,2", "map": "prompt=a", "gradient_checkpointing": "true"}
+    given |= {
+        "max_steps": "3",
+        "best_of": "4" if stage == "sample" else "1,2",
+        "map": "prompt=a",
+        "gradient_checkpointing": "true",
+    }
     names = cls.__dataclass_fields__
     config = resolve(cls, {}, {name: value for name, value in given.items() if name in names})
     assert damaged_knob(stage, json.loads(json.dumps(as_dict(config)))) == ""
