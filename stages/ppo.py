@@ -86,8 +86,7 @@ def run(config: PpoConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool 
     alarms = alarms_in(lines)
     last = {name: lines[-1].get(name) for name in ("reward_score", "reward_kl", "entropy")}
     metrics = {**before_and_after(lines), **last, "alarms": sorted(alarms)}
-    rewards = [spec.checkpoint for spec in inputs.rewards if spec.checkpoint]
-    publish_checkpoint(session, "policy", metrics, rewards=rewards)
+    publish_checkpoint(session, "policy", metrics, rewards=[s.checkpoint for s in inputs.rewards if s.checkpoint])
     data = {"metrics": metrics, "updates": session.total, "alarms": alarms}
     return session.result(data, finished_tables(session.run))
 
@@ -177,9 +176,8 @@ def open_roles(session: Session) -> None:
 def open_setup(session: Session, ptx: list[TokenRow]) -> PpoSetup:
     """Reward sources, sampling and watchdog of a run whose base is loaded."""
     config, model, base, engine = session.config, session.model, session.base, session.config.rollout_engine
-    told = {"signals": session.signals, "text": session.text, "reporter": session.reporter}
-    about = {"timeout": config.reward_timeout, "combine": config.combination}
-    rewards = RewardSources(session.inputs.rewards, session.roles, **about, **told)
+    how = {"timeout": config.reward_timeout, "combine": config.combination, "signals": session.signals}
+    rewards = RewardSources(session.inputs.rewards, session.roles, text=session.text, reporter=session.reporter, **how)
     for line in check_engine(base, engine):  # after all roles: DoRA in any of them rules the native decoder out
         session.reporter.note(line)
     at_once = rollout_rows(config, session.work, model, source_shapes(model, config), free_memory(base.device))
