@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from stages.cells import format_text
 from stages.checkpoint.atomic import write_json
 from stages.data.prompts import prompt_of
 from stages.data.rows import Prompt
@@ -41,7 +42,7 @@ from stages.rollout.evaluation import (
 )
 from stages.rollout.generate import Sampling, check_count, check_engine
 from stages.rollout.reward_sources import RewardSources, check_templates
-from stages.tables import evaluation_tables, facts_table, format_text, metrics_table
+from stages.tables import evaluation_tables, facts_table, metrics_table
 from stages.training.comparing import MIN_PROMPT_CLUSTERS
 from stages.training.language import held_out_loss, warn_above_uniform
 from stages.training.long_rows import context_limit, prompt_encoder, prompt_limit
@@ -53,7 +54,6 @@ from stages.training.row_tokens import RowEncoder
 def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bool = False) -> Result:
     """Measure what the model and the dataset allow; --output gets the report as JSON."""
     source = inputs.source
-    output, plot = (absolute(n, f) if n else None for n, f in ((config.output, "--output"), (config.plot, "--plot")))
     model = replace(candidate_of(config.model, source), reference=inputs.reference)
     scorers = Scorers([model, *inputs.also], config, reporter)
     text = scorers.text
@@ -83,15 +83,21 @@ def run(config: EvaluateConfig, inputs: Inputs, reporter: Reporter, *, dry_run: 
             reporter.note(line)
         report |= measure_policies(config, inputs, roles, text, rows["prompts"], reporter)
         tables += evaluation_tables(report)
-    if output:
-        write_json(output, report)
-    if plot:
-        curve = report.get("frontier") or [{"model": report["model"]} | report["policy"]]
-        write_plot(plot, plot_kl_curve(curve, report.get("best_of", []), counted(report["prompts"], "prompts")))
-        reporter.note(f"drew {config.plot}")
+    write_report(config, report, reporter)
     is_policy = source.manifest is not None and source.manifest.stage != "reward"
     further = (f"rlhf export --model {shlex.quote(config.model)} --output DIR",) if is_policy else ()
     return Result("evaluate", "done", config.output, report, tables, further)
+
+
+def write_report(config: EvaluateConfig, report: dict, reporter: Reporter) -> None:
+    """Write the report to --output, and the plot of it to --plot, if they are given."""
+    if config.output:
+        write_json(absolute(config.output, "--output"), report)
+    if config.plot:
+        curve = report.get("frontier") or [{"model": report["model"]} | report["policy"]]
+        picture = plot_kl_curve(curve, report.get("best_of", []), counted(report["prompts"], "prompts"))
+        write_plot(absolute(config.plot, "--plot"), picture)
+        reporter.note(f"drew {config.plot}")
 
 
 def describe_plan(

@@ -9,21 +9,13 @@ import json
 import shlex
 from pathlib import Path
 
+from stages.cells import ABSENT, format_number, format_share, inner, is_number, part
 from stages.checkpoint.manifest import MANIFEST
 from stages.errors import CheckpointError
 from stages.places import absolute
 from stages.reading import read_object
 from stages.results import Reporter, Result, Table, reward_flags
-from stages.tables import (
-    ABSENT,
-    REPORTED_STAGES,
-    evaluation_tables,
-    format_number,
-    format_share,
-    inner,
-    is_number,
-    part,
-)
+from stages.tables import REPORTED_STAGES, evaluation_tables
 
 EVALUATION_FILE = "evaluate.json"
 

@@ -10,14 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.cells import (
+    ABSENT,
+    JsonRow,
+    beginning,
+    ending,
+    format_interval,
+    format_number,
+    format_share,
+    format_short,
+    format_text,
+    inner,
+    is_finite,
+    is_number,
+    part,
+)
 from stages.errors import counted
 from stages.results import Table
 
-ABSENT = "-"
 BAR_WIDTH = 40  # characters of the longest bar of a histogram
-SHOWN_CHARACTERS = 600  # of an example in a table
 REPORTED_STAGES = ("sft", "reward", "ppo", "dpo")
-JsonRow = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -43,28 +55,7 @@ MEASURES = (
 )
 
 
-# --- cells
-
-
-def is_number(value: object) -> bool:
-    """Whether a value from JSON is a number that a float can represent; true and false are not."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
-
-
-def format_number(value: object, digits: int) -> str:
-    """A number with so many decimals, or a dash."""
-    if not is_number(value):
-        return ABSENT
-    return f"{value:,.{digits}f}" if math.isfinite(value) else str(value)  # type: ignore[arg-type]
-
-
-def format_share(rate: object, low: object = None, high: object = None, note: str = "") -> str:
-    """A share in per cent, with its interval if there is one."""
-    if not is_number(rate):
-        return ABSENT
-    interval = f"{100 * low:.1f} to {100 * high:.1f}" if is_number(low) and is_number(high) else ""  # type: ignore
-    about = (interval + note).removeprefix(", ")
-    return f"{100 * rate:.1f} %" + (f" ({about})" if about else "")  # type: ignore[operator]
+# --- measures
 
 
 def format_measure(row: JsonRow, measure: Measure) -> str:
@@ -73,43 +64,6 @@ def format_measure(row: JsonRow, measure: Measure) -> str:
         return format_share(row.get(measure.key))
     text, error = format_number(row.get(measure.key), measure.digits), row.get(f"{measure.key}_error")
     return f"{text} ± {format_number(error, measure.digits)}" if is_number(error) else text
-
-
-def format_interval(report: JsonRow, name: str) -> str:
-    """A share between 0 and 1 with its 95 % interval."""
-    share, low, high = (format_number(report[f"{name}{end}"], 3) for end in ("", "_low", "_high"))
-    return f"{share} [{low}, {high}]"
-
-
-def format_text(value: object) -> str:
-    """A prompt or response as text; a list of messages as `role: content` lines."""
-    if isinstance(value, list):
-        turns = [m for m in value if isinstance(m, dict)]
-        return "\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in turns)
-    return ABSENT if value is None else str(value).strip() or "(empty)"
-
-
-def beginning(text: str) -> str:
-    """The first SHOWN_CHARACTERS of a response; --json has all of it."""
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " ..."
-
-
-def ending(text: str) -> str:
-    """The last SHOWN_CHARACTERS of a prompt, which a response answers."""
-    return text if len(text) <= SHOWN_CHARACTERS else "... " + text[-SHOWN_CHARACTERS:].lstrip()
-
-
-def inner(mapping: object, *keys: str) -> object:
-    """A nested value; None if a key is missing or a value on the path is not a mapping."""
-    for key in keys:
-        mapping = mapping.get(key) if isinstance(mapping, dict) else None
-    return mapping
-
-
-def part(mapping: object, *keys: str) -> dict:
-    """A nested mapping, empty if there is none."""
-    value = inner(mapping, *keys)
-    return value if isinstance(value, dict) else {}
 
 
 # --- any stage
@@ -128,12 +82,12 @@ def facts_table(title: str, facts: dict[str, Any]) -> Table:
 
 def histogram_table(title: str, bins: list[dict[str, int]], limit: int) -> Table:
     """Rows by tokens as bars, with a line after the bin that ends at the limit."""
-    most = max(part["rows"] for part in bins)
+    most = max(one["rows"] for one in bins)
     rows = []
-    for part in bins:
-        bar = "#" * math.ceil(BAR_WIDTH * part["rows"] / most) if most else ""
-        rows.append((f"{part['above'] + 1:,} to {part['up_to']:,}", f"{part['rows']:,}", bar))
-        if part["up_to"] == limit:
+    for one in bins:
+        bar = "#" * math.ceil(BAR_WIDTH * one["rows"] / most) if most else ""
+        rows.append((f"{one['above'] + 1:,} to {one['up_to']:,}", f"{one['rows']:,}", bar))
+        if one["up_to"] == limit:
             rows.append((f"--- {limit:,}", "---", "--- longer rows are cut or dropped (--long-rows) ---"))
     return Table(title, ("tokens", "rows", ""), tuple(rows))
 
@@ -172,11 +126,6 @@ def before_and_after_table(metrics: dict[str, Any]) -> Table:
         if f"eval_{measure.key}_before" in metrics
     )
     return Table("ppo on held-out prompts", ("measure", "start", "end"), rows)
-
-
-def format_short(value: object) -> str:
-    """A number with four significant digits, or a dash."""
-    return f"{value:.4g}" if is_number(value) else ABSENT
 
 
 # --- comparisons: reward models and implicit rewards
@@ -331,11 +280,6 @@ def curve_rows(value: object, name: str) -> list[JsonRow]:
     """The rows of a list from JSON that have the key `name` and a finite KL, by rising KL."""
     rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
     return sorted((row for row in rows if name in row and is_finite(row.get("kl"))), key=lambda row: row["kl"])
-
-
-def is_finite(value: object) -> bool:
-    """Whether a value from JSON is a finite number."""
-    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def curve_tables(evaluation: JsonRow, label: str = "") -> tuple[Table, ...]:

@@ -27,6 +27,7 @@ FLOORS = {
     "stages.reading": 1,
     "stages.recipe": 1,
     "stages.results": 1,
+    "stages.cells": 1,
     "stages.tables": 1,
     "stages.maths": 2,
     "stages.builtin": 3,
@@ -43,7 +44,7 @@ FLOORS = {
 }
 GROUND = (
     "stages.errors", "stages.places", "stages.launch", "stages.knobs", "stages.reward_knobs", "stages.config",
-    "stages.measuring_config", "stages.reading", "stages.recipe", "stages.results", "stages.tables",
+    "stages.measuring_config", "stages.reading", "stages.recipe", "stages.results", "stages.cells", "stages.tables",
 )  # fmt: skip
 HEAVY = {
     "torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow",
@@ -64,6 +65,7 @@ LIGHT = {
     "stages.launch": HEAVY,
     "stages.reading": HEAVY,
     "stages.results": HEAVY,
+    "stages.cells": HEAVY,
     "stages.tables": HEAVY,
     "stages.report": HEAVY,
     "stages.builtin": HEAVY,
@@ -84,6 +86,7 @@ NEVER = {
     "stages.launch": HEAVY,
     "stages.reading": HEAVY,
     "stages.results": HEAVY,
+    "stages.cells": HEAVY,
     "stages.tables": HEAVY,
     "stages.report": HEAVY,
     "rlhf_cli": HEAVY,

@@ -147,7 +147,7 @@ def test_the_home_of_an_unknown_user_is_one_message_in_every_flag(stage, name, m
     rows = {"sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons"}.get(stage, "prompts")
     flags = {"model": model_folder(), "dataset": f"{rows}.jsonl", "output": "o", "reward": "score.py"}
     flags |= {"output": "o.jsonl"} if stage == "sample" else {"output": "o.json"} if stage == "evaluate" else {}
-    flags |= {"best_of": "1"} if name == "plot" else {}
+    flags |= {"best_of": "2"} if name == "plot" or stage == "sample" else {}
     flags |= {"max_response_tokens": 4}
     knobs = STAGES[stage].__dataclass_fields__
     flags = {k: v for k, v in flags.items() if k in knobs} | {name: "~nobody-here/x.json"}

@@ -7,10 +7,11 @@ import shlex
 
 import pytest
 
+from stages.cells import ABSENT, beginning, ending, format_share, format_text
 from stages.errors import CheckpointError
 from stages.report import run
 from stages.results import Silent
-from stages.tables import ABSENT, beginning, ending, format_share, format_text, name_sides
+from stages.tables import name_sides
 
 SIDE = {"score": 0.25, "score_error": 0.0512, "gold": -1.5, "kl": 3.14159, "length": 41.26, "eos_rate": 0.975}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import typing
 from pathlib import PurePath
 
+from stages.cells import JsonRow, is_finite
 from stages.diagnostics.plot import Point, Series, scatter
-from stages.tables import JsonRow, is_finite
 
 if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
