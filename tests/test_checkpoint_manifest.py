@@ -475,7 +475,7 @@ def test_a_base_from_the_hub_is_its_id(tmp_path):
 def test_what_is_gone_says_where_it_was_looked_for(tmp_path):
     folder, found = lineage(tmp_path)
     shutil.rmtree(tmp_path / "models")
-    with pytest.raises(CheckpointError, match=f"base model is not at {tmp_path}/models/tiny\\n.*--model"):
+    with pytest.raises(CheckpointError, match=f"base model is not at {tmp_path}/models/tiny\\n.*--base"):
         locate(folder, found.base)
     shutil.rmtree(tmp_path / "runs" / "sft")
     moved = tmp_path / "a" / "b" / "ppo"
