@@ -101,7 +101,7 @@ $(REPORT): $(RECIPE)/evaluate.yaml $(PPO) $(call rows,EVALUATE,evaluate)
 # Compiled tests are kept even where Python is told to keep none: compiling them takes longer than importing torch.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-test: .venv/installed ## the fast tests, in about a minute
+test: .venv/installed ## the fast tests, in a minute and a half
 	$(PYTEST)
 
 test-all: .venv/installed ## every test that needs no GPU
