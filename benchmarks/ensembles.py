@@ -26,11 +26,12 @@ from learning import (
     Bench,
     judge_pairs,
     machine,
+    points_of,
     read_rows,
     split_prompts,
     write_rows,
 )
-from outcomes import Point, interpolate, line_of, of_texts
+from outcomes import Point, interpolate, line_of
 
 KLS = (2.0, 5.0, 10.0, 15.0)  # nats at which arms are compared
 ARMS = ("mean", "min", "mean-std")
@@ -68,16 +69,7 @@ def run_policy(bench: Bench, arm: str, seed: int, rewards: list[Path], updates: 
         "ppo", model=bench.folder / "sft", reward=rewards, dataset=bench.folder / "train.jsonl", output=out, seed=seed,
         eval_dataset=held, eval_limit=bench.held_out, samples=bench.held_out, **knobs,
     )  # fmt: skip
-    said: dict[int, list[str]] = {}
-    for row in read_rows(out / "samples.jsonl"):
-        said.setdefault(row["step"], []).append(row["response"])
-    points, seconds = [], 0.0
-    for line in read_rows(out / "metrics.jsonl"):
-        seconds += line.get("seconds", 0.0)
-        if "eval_kl" in line:
-            measured = {"kl": line["eval_kl"], "proxy": line["eval_score"], "length": line["eval_length"]}
-            points.append(Point(arm, seed, line["step"], seconds, **measured, **of_texts(said[line["step"]])))
-    return points
+    return points_of(out, arm, seed)
 
 
 def run_best_of(bench: Bench, arm: str, seed: int, rewards: list[Path], sizes: str) -> list[dict[str, float]]:

@@ -146,6 +146,11 @@ def run_online(bench: Bench, method: str, seed: int, sft: Path, held: Path) -> l
         "ppo", model=sft, reward=bench.folder / f"reward-{seed}", dataset=bench.folder / "train.jsonl",
         output=out, seed=seed, **knobs,
     )  # fmt: skip
+    return points_of(out, method, seed)
+
+
+def points_of(out: Path, method: str, seed: int) -> list[Point]:
+    """A point for every evaluation of a PPO run."""
     said: dict[int, list[str]] = {}
     for row in read_rows(out / "samples.jsonl"):
         said.setdefault(row["step"], []).append(row["response"])

@@ -18,7 +18,7 @@ from stages.diagnostics.comparison_evaluation import (
     comparison_evaluation_tables,
     evaluate_on_comparisons,
 )
-from stages.diagnostics.judge import compare, open_judge
+from stages.diagnostics.judge import judge_pairs, open_judge
 from stages.diagnostics.kl_curve import describe_over_optimisation, plot_kl_curve, turning_point
 from stages.diagnostics.plot import write_plot
 from stages.diagnostics.scorers import Scorers
@@ -244,7 +244,7 @@ def compare_sides(
         texts = zip(prompts, mine.rollout.texts, other.rollout.texts, strict=True)
         rows = [(format_text(prompt.text), *responses) for prompt, *responses in texts]
         reporter.begin("judge", len(rows))
-        verdicts = compare(open_judge(config), rows, partial(reporter.log, metrics={}))
+        verdicts = judge_pairs(open_judge(config), rows, partial(reporter.log, metrics={}))
         reporter.end()
         rates["judge"] = judged_rate(config, verdicts, prompts, longer, reporter)
     return rates

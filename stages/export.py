@@ -61,7 +61,7 @@ def run(config: ExportConfig, inputs: Inputs, reporter: Reporter, *, dry_run: bo
     with atomic.folder(output) as folder:
         model.save_pretrained(folder, safe_serialization=True)
         text.tokenizer.save_pretrained(folder)
-        difference = compare(folder, head, sequences, expected, base.device, wanted)
+        difference = largest_difference(folder, head, sequences, expected, base.device, wanted)
     data = {**facts, "largest_difference": difference, "score_bias": float(head.bias) if head else None}
     hint = f"transformers.{kind}.from_pretrained({config.output!r})"
     return Result("export", "done", config.output, data, (export_table(facts, difference, head, text),), (hint,))
@@ -154,7 +154,7 @@ def set_special_tokens(model: nn.Module, text: Text) -> None:
 
 
 @torch.no_grad()
-def compare(
+def largest_difference(
     folder: Path,
     head: ScalarHead | None,
     sequences: list[Tensor],

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from stages.builtin.answers import final_answer, maths_score, numbers_of, reference_answer
+from stages.builtin.answers import final_answer, maths_score, reference_answer, values_of
 
 
 def score(response: str, answer: str) -> float:
@@ -95,8 +95,8 @@ def test_a_box_comes_before_a_mark_and_a_mark_before_the_last_number():
 
 
 def test_a_per_cent_sign_leaves_two_values():
-    assert [float(value) for value in numbers_of("12%")] == [12, 0.12]
-    assert numbers_of("3, 4") == () and numbers_of("9" * 500) == ()
+    assert [float(value) for value in values_of("12%")] == [12, 0.12]
+    assert values_of("3, 4") == () and values_of("9" * 500) == ()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from stages.diagnostics import judge as judging
-from stages.diagnostics.judge import check_judge, compare, open_judge, read_verdict
+from stages.diagnostics.judge import check_judge, judge_pairs, open_judge, read_verdict
 from stages.errors import JudgeError
 from stages.measuring_config import EvaluateConfig
 from tests.commands import SHORT, refused, result
@@ -103,19 +103,19 @@ def test_every_pair_is_shown_in_both_orders_and_asked_once(serve, tmp_path):
     endpoint = serve(longer_wins)
     judge, rows = judge_at(endpoint.url, tmp_path), [("p", "long one", "short"), ("p", "ab", "cd"), ("p", "x", "x")]
     done: list[int] = []
-    assert compare(judge, rows, done.append) == [(1.0, 1.0), (0.5, 0.5), (0.5, 0.5)]
+    assert judge_pairs(judge, rows, done.append) == [(1.0, 1.0), (0.5, 0.5), (0.5, 0.5)]
     assert endpoint.asked == 4 and sorted(done) == [2, 3]  # equal responses are a tie without a request
     assert {responses_of(body) for _, body, _ in endpoint.requests[:4]} >= {
         ("long one", "short"),
         ("short", "long one"),
     }
-    assert compare(judge, rows, done.append) == [(1.0, 1.0), (0.5, 0.5), (0.5, 0.5)]
+    assert judge_pairs(judge, rows, done.append) == [(1.0, 1.0), (0.5, 0.5), (0.5, 0.5)]
     assert endpoint.asked == 4
 
 
 def test_a_judge_that_prefers_a_place_leaves_a_tie(serve, tmp_path):
     endpoint = serve(lambda path, body: said("[[A]]"))
-    assert compare(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None) == [(1.0, 0.0)]
+    assert judge_pairs(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None) == [(1.0, 0.0)]
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_the_last_mark_is_the_verdict(reply, verdict):
 def test_a_request_is_repeated_while_the_server_is_busy_and_no_longer(serve, tmp_path):
     answers = iter([(429, {}), (503, {}), said("[[A]]"), said("[[B]]")])
     endpoint = serve(lambda path, body: next(answers))
-    assert compare(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None) == [(1.0, 1.0)]
+    assert judge_pairs(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None) == [(1.0, 1.0)]
     busy = serve(lambda path, body: (503, {"error": "overloaded"}))
     with pytest.raises(JudgeError, match="503.*overloaded"):
-        compare(judge_at(busy.url, tmp_path), [("p", "a", "b")], lambda done: None)
+        judge_pairs(judge_at(busy.url, tmp_path), [("p", "a", "b")], lambda done: None)
     assert busy.asked == judging.ATTEMPTS
 
 
@@ -150,31 +150,31 @@ def test_a_mistake_is_not_repeated(serve, tmp_path, monkeypatch):
 
 def test_a_model_without_a_temperature_is_asked_plainly(serve, tmp_path):
     endpoint = serve(lambda path, body: (400, {}) if "temperature" in body else said("[[A]]"))
-    assert compare(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None) == [(1.0, 0.0)]
+    assert judge_pairs(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None) == [(1.0, 0.0)]
 
 
 def test_no_redirect_takes_the_key_elsewhere(serve, tmp_path):
     endpoint = serve(lambda path, body: (302, {}))
     with pytest.raises(JudgeError, match="302"):
-        compare(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None)
+        judge_pairs(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None)
 
 
 @pytest.mark.parametrize("answer", [{"choices": []}, [], {"choices": [{"text": "A"}]}])
 def test_a_reply_of_another_form_is_an_error(serve, tmp_path, answer):
     endpoint = serve(lambda path, body: (200, answer))
     with pytest.raises(JudgeError, match="no chat completion"):
-        compare(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None)
+        judge_pairs(judge_at(endpoint.url, tmp_path), [("p", "a", "b")], lambda done: None)
 
 
 def test_a_damaged_reply_on_disk_is_asked_again_and_the_key_is_not_kept(serve, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "secret")
     endpoint = serve(longer_wins)
     judge = judge_at(endpoint.url, tmp_path)
-    compare(judge, [("p", "aa", "b")], lambda done: None)
+    judge_pairs(judge, [("p", "aa", "b")], lambda done: None)
     files = sorted(judge.cache.iterdir())
     assert len(files) == 2 and not any("secret" in file.read_text() + file.name for file in files)
     files[0].write_text("{")
-    assert compare(judge, [("p", "aa", "b")], lambda done: None) == [(1.0, 1.0)]
+    assert judge_pairs(judge, [("p", "aa", "b")], lambda done: None) == [(1.0, 1.0)]
     assert endpoint.asked == 3
 
 

@@ -54,7 +54,7 @@ def final_answer(text: str) -> str:
     if boxed is not None:
         return boxed
     lines = [line.strip() for line in MARKED.findall(text)]
-    number = next((line for line in reversed(lines) if numbers_of(line)), None)
+    number = next((line for line in reversed(lines) if values_of(line)), None)
     if number is not None:
         return number
     return last_number(text) or (lines[-1] if lines else "")
@@ -65,7 +65,7 @@ def reference_answer(text: str) -> str:
     if last_boxed(text) is not None or MARKED.search(text):
         return final_answer(text)
     words = sum(1 if word.isascii() else 2 for word in WORDS.findall(clean(text)))  # Chinese has no spaces
-    sentence = words > 1 and not numbers_of(text)
+    sentence = words > 1 and not values_of(text)
     return (last_number(text) if sentence else "") or text.strip()
 
 
@@ -95,14 +95,14 @@ def last_number(text: str) -> str:
 
 def same_answer(one: str, other: str) -> bool:
     """Whether two answers are equal: as numbers if both are, else as texts without spacing and case."""
-    mine, theirs = numbers_of(one), numbers_of(other)
+    mine, theirs = values_of(one), values_of(other)
     if mine and theirs:
         return any(_equal(a, b) for a in mine for b in theirs)
     plain = _plain(one)
     return bool(plain) and plain == _plain(other)
 
 
-def numbers_of(text: str) -> tuple[Fraction, ...]:
+def values_of(text: str) -> tuple[Fraction, ...]:
     """The values that an answer may have; none if it is no single number. `50%` may be 50 or 0.5, as in both papers."""
     if len(text) > 4 * DIGITS:
         return ()

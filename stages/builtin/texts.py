@@ -13,10 +13,10 @@ GAP = "..."  # in a template: any text that is not empty
 
 def exact_score(response: str, references: tuple[str, ...]) -> float:
     """1 if the response equals a reference, apart from case, spacing and full-width forms; else 0."""
-    return float(plain(response) in {plain(reference) for reference in references})
+    return float(normalise(response) in {normalise(reference) for reference in references})
 
 
-def plain(text: str) -> str:
+def normalise(text: str) -> str:
     """A text in Unicode's NFKC form without case, with single spaces between words."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 

@@ -96,7 +96,7 @@ def check_judge(judge: Judge) -> tuple[str, ...]:
 # --- comparing
 
 
-def compare(
+def judge_pairs(
     judge: Judge, rows: list[tuple[str, str, str]], log: Callable[[int], None]
 ) -> list[tuple[float | None, float | None]]:
     """For each prompt, response and other response: the response's share of the win if it is shown first, and second.
